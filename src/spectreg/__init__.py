@@ -1,0 +1,1 @@
+"""spectreg: spectral norm regularization for PyTorch."""
