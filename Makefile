@@ -1,0 +1,51 @@
+# `make` alone lists the targets. Each works from nothing but Python ≥ 3.11 and make.
+PYTHON ?= python3
+STUDY ?= studies/digits.toml
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help reproduce test check fast slow docs clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+reproduce: $(VENV)/lab.stamp ## run the default study and write its report (STUDY=file for another)
+	$(BIN)/spectreg reproduce $(STUDY)
+
+test: check fast slow ## everything: lint, format, types, docs, then all tests
+
+check: $(VENV)/dev.stamp ## lint, format, types and docs only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mkdocs build --quiet --strict --site-dir $(VENV)/site
+
+fast: $(VENV)/dev.stamp ## the fast tests and the doctests
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+slow: $(VENV)/dev.stamp ## the tests marked slow
+	$(BIN)/python -m pytest -q -n 2 -m slow tests
+
+docs: $(VENV)/dev.stamp ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+clean: ## remove the environment and what the tools left; runs and results stay
+	rm -rf $(VENV) site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "spectreg needs Python 3.11 or newer; set PYTHON=python3.x"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/lab.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[lab]'
+	@touch $@
+
+# The second line: peers that the tests compare with. They ask for torchvision, whose wheels bind to
+# one torch build and which nothing here calls, so they come without their dependencies.
+$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[lab,dev]'
+	$(INSTALL) --no-deps curvlinops-for-pytorch backpack-for-pytorch unfoldNd einconv
+	@touch $@ $(VENV)/lab.stamp
