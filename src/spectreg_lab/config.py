@@ -1,0 +1,143 @@
+"""What a run is: a frozen setting whose hash names the run."""
+
+import hashlib
+import json
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Positive: TypeAlias = Annotated[int, Field(gt=0)]
+Strength: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Setting(BaseModel):
+    """A group of settings: immutable, and every key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class VGG(Setting):
+    """Simonyan & Zisserman 2014, form D by default: stages of 3×3 convolutions, each ending in a 2×2 pooling."""
+
+    name: Literal["vgg"] = "vgg"
+    width: Positive = Field(64, description="channels of the first stage; doubled at each stage up to eight-fold")
+    stages: tuple[Positive, ...] = Field((2, 2, 3, 3, 3), min_length=1, description="convolutions in each stage")
+    hidden: Positive = Field(512, description="units of the hidden linear layer")
+    batch_norm: bool = True
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class NIN(Setting):
+    """Lin et al. 2014: three blocks of a convolution and two 1×1 convolutions, then a global average."""
+
+    name: Literal["nin"] = "nin"
+    width: Positive = Field(192, description="channels of the widest layers; the first block narrows to half of it")
+    batch_norm: bool = False
+    dropout: float = Field(0.5, ge=0, lt=1)
+
+
+class DenseNet(Setting):
+    """Huang et al. 2016 without bottleneck or compression: three blocks of (depth − 4)/3 layers."""
+
+    name: Literal["densenet"] = "densenet"
+    depth: int = Field(40, ge=7)
+    growth: Positive = 12
+    initial: Positive = Field(16, description="channels of the first convolution")
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @field_validator("depth")
+    @classmethod
+    def _three_equal_blocks(cls, depth: int) -> int:
+        if (depth - 4) % 3:
+            raise ValueError(
+                f"depth {depth} does not divide into three equal blocks: depth − 4 must be a multiple of 3"
+            )
+        return depth
+
+
+class Augmentation(Setting):
+    """Random crops after zero padding, and mirror images, drawn anew for every example of every epoch."""
+
+    pad: int = Field(0, ge=0, description="pixels added on each side before cropping back to the image's own size")
+    flip: bool = Field(False, description="mirror left and right with probability one half")
+
+
+class Data(Setting):
+    """Which images: ``digits``, a name on the Hugging Face hub, a folder of images or of parquet files."""
+
+    name: str = "digits"
+    train_size: Positive | None = Field(None, description="use this many training images, the same ones in every run")
+    test_size: Positive | None = None
+    validation: float = Field(
+        0.0, ge=0, lt=1, description="hold this fraction of the training images out and test on it: for searches"
+    )
+    augmentation: Augmentation | None = None
+
+
+class Vanilla(Setting):
+    """Empirical risk minimisation and nothing else."""
+
+    name: Literal["vanilla"] = "vanilla"
+
+
+class Decay(Setting):
+    """λ/2 Σ‖W‖²_F, Eq. (2) as corrected in docs/paper.md."""
+
+    name: Literal["decay"] = "decay"
+    strength: Strength = 1e-4
+
+
+class Adversarial(Setting):
+    """Eq. (3): ``alpha`` of the loss on the examples, the rest on examples moved by ``epsilon`` along the gradient."""
+
+    name: Literal["adversarial"] = "adversarial"
+    epsilon: Strength = Field(1.0, description="length of the perturbation, in units of the normalised input")
+    alpha: float = Field(0.5, ge=0, le=1)
+
+
+class Spectral(Setting):
+    """λ/2 Σσ(W)², Eq. (1) as corrected in docs/paper.md."""
+
+    name: Literal["spectral"] = "spectral"
+    strength: Strength = 0.01
+
+
+Model: TypeAlias = Annotated[VGG | NIN | DenseNet, Field(discriminator="name")]
+Method: TypeAlias = Annotated[Vanilla | Decay | Adversarial | Spectral, Field(discriminator="name")]
+Precision: TypeAlias = Literal["32-true", "16-mixed", "bf16-mixed", "64-true"]
+
+
+class Config(Setting):
+    """One run: everything that its numbers depend on, and nothing else.
+
+    >>> config = Config(model=VGG(), method=Spectral(), batch_size=64, learning_rate=0.01, epochs=200)
+    >>> config.name.startswith("vgg-digits-spectral-b64-s0-")
+    True
+    >>> config.name == config.model_copy(update={"seed": 1}).name
+    False
+    """
+
+    model: Model
+    data: Data = Data()
+    method: Method
+    batch_size: Positive
+    learning_rate: float = Field(gt=0, allow_inf_nan=False)
+    epochs: Positive
+    seed: int = Field(0, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    micro_batch: Positive = Field(
+        1024, description="images in memory at a time; batch normalization takes its statistics over these"
+    )
+    precision: Precision = "32-true"
+
+    @property
+    def hash(self) -> str:
+        """Eight hexadecimal digits that change with any setting."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+    @property
+    def name(self) -> str:
+        """The name of the run's folder: readable first, unique by the hash."""
+        data = self.data.name.rstrip("/").rsplit("/", 1)[-1]
+        return f"{self.model.name}-{data}-{self.method.name}-b{self.batch_size}-s{self.seed}-{self.hash}"
