@@ -1,0 +1,1 @@
+"""Doors to trainers: each module imports its trainer only when it is imported itself."""
