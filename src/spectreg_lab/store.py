@@ -2,8 +2,9 @@
 
 A run folder holds ``config.json`` (the setting), ``versions.json``, ``metrics.jsonl`` (one line an epoch), one or two
 ``checkpoint-N.safetensors``, ``outcome.json`` once the run has ended and ``measures.json`` once it has been measured.
-A study folder holds ``study.json``, its runs in ``runs/`` and its page in ``report/``. Nothing in either executes when it is read. Every file but ``metrics.jsonl`` is written under a temporary name and renamed; a line of ``metrics.jsonl`` counts only when
-the checkpoint of its epoch is there, so that a kill between the two costs one epoch and no consistency.
+A study folder holds ``study.json``, its runs in ``runs/`` and its page in ``report/``. Nothing in either executes when
+it is read. Every file but ``metrics.jsonl`` is written under a temporary name and renamed. An epoch's line comes before
+its checkpoint, and lines newer than the checkpoint are dropped on resuming: a kill costs an epoch, never consistency.
 """
 
 import json
@@ -21,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from spectreg_lab.config import Config
+from spectreg_lab.files import write
 
 FORMAT = 1
 CONFIG, VERSIONS, METRICS, OUTCOME, LOCK = "config.json", "versions.json", "metrics.jsonl", "outcome.json", "lock"
@@ -42,19 +44,6 @@ class Checkpoint:
         """The tensors below ``name/``, without that prefix."""
         prefix = name + "/"
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
-
-
-def write(path: Path, content: bytes) -> None:
-    """Put ``content`` at ``path`` so that a kill at any moment leaves the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -187,7 +176,7 @@ class RunFolder:
 
 def _read_checkpoint(path: Path) -> Checkpoint:
     with safe_open(path, framework="pt") as file:
-        return Checkpoint(int(file.metadata()["epoch"]), {name: file.get_tensor(name) for name in file.keys()})
+        return Checkpoint(int(file.metadata()["epoch"]), {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
 @dataclass(frozen=True)

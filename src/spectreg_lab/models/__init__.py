@@ -1,0 +1,39 @@
+"""The paper's networks, built from a setting: ``build(setting, image_shape, classes, seed)``."""
+
+import torch
+from torch import nn
+
+from spectreg_lab.config import NIN, VGG, Model
+from spectreg_lab.models.densenet import densenet
+from spectreg_lab.models.nin import nin
+from spectreg_lab.models.vgg import vgg
+
+
+def build(setting: Model, image_shape: tuple[int, int, int], classes: int, seed: int = 0) -> nn.Sequential:
+    """The network of ``setting`` for images of ``image_shape`` (channels, height, width), freshly initialized.
+
+    Weights are He normal (fan in, ReLU gain), biases zero, drawn from a generator of their own: the same ``seed`` gives
+    the same network and the global generator is left alone.
+
+    >>> from spectreg_lab.config import DenseNet
+    >>> network = build(DenseNet(depth=40, growth=12), (3, 32, 32), classes=10)
+    >>> sum(p.numel() for p in network.parameters())
+    1019722
+
+    Raises:
+        ValueError: the image is too small for the network's poolings; the message says what fits.
+    """
+    make = vgg if isinstance(setting, VGG) else nin if isinstance(setting, NIN) else densenet
+    with torch.random.fork_rng(devices=[]):
+        network = make(setting, image_shape, classes)  # type: ignore[arg-type]
+    initialize(network, torch.Generator().manual_seed(seed))
+    return network
+
+
+def initialize(network: nn.Module, generator: torch.Generator) -> None:
+    """He normal weights and zero biases for every convolution and linear layer, in the order of the modules."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
