@@ -1,14 +1,14 @@
 """What the paper compares with: adversarial training and the Jacobian penalties."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+from spectreg.directions import unit
+from spectreg.gradients import LossFunction, differentiable_input, gradient_by_input
 
 
 def adversarial_loss(
@@ -51,28 +51,10 @@ def adversarial_loss(
         raise ValueError(f"epsilon is {epsilon}: a perturbation needs a finite length of 0 or more.")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}: the share of the unperturbed loss lies between 0 and 1.")
-    if not x.is_floating_point():
-        raise ValueError(f"x has dtype {x.dtype}: only floating point inputs have a gradient. Use x.float().")
     with torch.enable_grad():
-        clean = x.detach().requires_grad_()
+        clean = differentiable_input(x)
         clean_loss = loss_fn(model(clean), y)
-        eta = epsilon * unit_gradient(clean_loss, clean)
+        eta = epsilon * unit(gradient_by_input(clean_loss, clean, retain_graph=True))
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         perturbed_loss = loss_fn(functional_call(model, buffers, (x.detach() + eta,)), y)
     return alpha * clean_loss + (1 - alpha) * perturbed_loss
-
-
-def unit_gradient(loss: Tensor, x: Shaped[Tensor, "batch ..."]) -> Shaped[Tensor, "batch ..."]:
-    """The gradient of ``loss`` by each example of ``x``, divided by its ℓ2 norm; zero where it is zero.
-
-    The graph of ``loss`` stays usable.
-    """
-    if loss.numel() != 1:
-        raise ValueError(f"the loss has shape {tuple(loss.shape)}: it must be a scalar. Use reduction='mean'.")
-    (g,) = torch.autograd.grad(loss, x, retain_graph=True, allow_unused=True) if loss.requires_grad else (None,)
-    if g is None:
-        raise ValueError("the loss does not depend on x in a differentiable way: check for detach() or argmax.")
-    # Gradients of confident examples are so small that their squares vanish: scale by the largest entry first.
-    dims = tuple(range(1, g.ndim))
-    g = g / g.abs().amax(dims, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)
-    return g / torch.linalg.vector_norm(g, dim=dims, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)
