@@ -1,0 +1,172 @@
+"""Largest eigenvalues of a symmetric operator known by its products alone: Lanczos, and shifted power iteration."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectreg.directions import gaussian_like
+
+Operator = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Eigenvalues:
+    """The largest algebraic eigenvalues, descending, and how good they are.
+
+    ``residuals[i] = ‖A v − θ v‖₂`` for the unit vector behind ``values[i]``: some eigenvalue of A lies that near.
+    ``products`` counts the applications of A. ``converged``: every residual met the tolerance.
+    """
+
+    values: tuple[float, ...]
+    residuals: tuple[float, ...]
+    products: int
+    converged: bool
+
+
+def lanczos(
+    A: Operator,
+    like: Float[Tensor, " n"],
+    k: int,
+    tolerance: float,
+    max_products: int,
+    generator: torch.Generator,
+    basis_size: int | None = None,
+) -> Eigenvalues:
+    """The ``k`` largest eigenvalues of ``A`` by Lanczos with full reorthogonalization and thick restarts.
+
+    Stops at the first product after which every residual is at most ``tolerance·|θ|``. An eigenvalue that occurs more
+    than once may be found once. Ctrl-C returns the best so far. Holds ``basis_size + 1`` vectors (thick restart: Wu
+    & Simon, SIAM J. Matrix Anal. Appl. 22, 2000).
+
+    >>> A = torch.diag(torch.tensor([-9.0, 1.0, 2.0, 4.0]))
+    >>> found = lanczos(A.mv, torch.zeros(4), 2, 1e-6, 100, torch.Generator().manual_seed(0))
+    >>> [round(value, 5) for value in found.values]
+    [4.0, 2.0]
+    """
+    n = like.numel()
+    size = min(n, basis_size or max(2 * k + 2, 32))
+    Q = like.new_empty(size + 1, n)
+    T = torch.zeros(size, size, dtype=torch.float64)
+    Q[0] = normalised(gaussian_like(like, generator))
+    best, j = Eigenvalues((), (), 0, False), 0
+    for product in range(1, max_products + 1):
+        try:
+            w = A(Q[j])
+        except KeyboardInterrupt:
+            if not best.values:
+                raise
+            return best
+        h, beta = orthogonalise(w, Q[: j + 1])
+        T[: j + 1, j] = T[j, : j + 1] = h.to(T)
+        theta, S = torch.linalg.eigh(T[: j + 1, : j + 1])
+        scale = theta.abs().max().item()
+        exhausted = beta <= 4 * torch.finfo(w.dtype).eps * scale  # the space reached is invariant
+        beta = 0.0 if exhausted else beta
+        found = min(k, j + 1)
+        residuals = beta * S[-1].abs()
+        best = Eigenvalues(descending(theta, found), descending(residuals, found), product, False)
+        floor = 10 * torch.finfo(w.dtype).eps * scale
+        if found == k and all(
+            r <= max(tolerance * abs(t), floor) for t, r in zip(best.values, best.residuals, strict=True)
+        ):
+            return Eigenvalues(best.values, best.residuals, product, True)
+        following = w / beta if beta else fresh_direction(like, Q[: j + 1], generator)
+        j += 1
+        if j == size:
+            j = restart(Q, T, theta, S, keep=k + (size - k) // 2)
+        Q[j] = following
+    return best
+
+
+def descending(values: Tensor, count: int) -> tuple[float, ...]:
+    """The last ``count`` of ascending ``values``, last first, as numbers."""
+    return tuple(values[-count:].flip(0).tolist())
+
+
+def normalised(v: Tensor) -> Tensor:
+    return v / torch.linalg.vector_norm(v)
+
+
+def orthogonalise(w: Tensor, Q: Tensor) -> tuple[Tensor, float]:
+    """Removes from ``w``, in place, its part along the rows of ``Q``; the coefficients and the length left.
+
+    Twice, because once leaves a rounding error that grows with the steps.
+    """
+    h = Q @ w
+    w -= Q.T @ h
+    again = Q @ w
+    w -= Q.T @ again
+    length = torch.linalg.vector_norm(w).item()
+    if length != length or length == float("inf"):
+        raise ValueError("a product with the operator is not finite: look for NaN or inf in the weights or the data.")
+    return h + again, length
+
+
+def fresh_direction(like: Tensor, Q: Tensor, generator: torch.Generator) -> Tensor:
+    """A random unit vector orthogonal to the rows of ``Q``."""
+    v = gaussian_like(like, generator)
+    orthogonalise(v, Q)
+    return normalised(v)
+
+
+def restart(Q: Tensor, T: Tensor, theta: Tensor, S: Tensor, keep: int) -> int:
+    """Shrinks the basis to the ``keep`` best Ritz vectors; returns how many they are."""
+    keep = min(keep, len(theta) - 1)
+    Q[:keep] = S[:, -keep:].T.to(Q) @ Q[: len(theta)]
+    T.zero_()
+    T[:keep, :keep] = torch.diag(theta[-keep:])
+    return keep
+
+
+def shifted_power(
+    A: Operator,
+    like: Float[Tensor, " n"],
+    k: int,
+    tolerance: float,
+    max_products: int,
+    generator: torch.Generator,
+) -> Eigenvalues:
+    """The ``k`` largest eigenvalues of ``A`` by power iteration, one after the other, the found ones projected out.
+
+    Plain power iteration goes to the eigenvalue that is largest in magnitude. Where that is a negative one, the
+    iteration goes on with ``A + s`` for s its magnitude, whose dominant eigenvalue is the largest algebraic one of A.
+
+    >>> A = torch.diag(torch.tensor([-9.0, 1.0, 2.0, 4.0]))
+    >>> found = shifted_power(A.mv, torch.zeros(4), 1, 1e-6, 1000, torch.Generator().manual_seed(0))
+    >>> [round(value, 5) for value in found.values]
+    [4.0]
+    """
+    values: list[float] = []
+    residuals: list[float] = []
+    found = like.new_zeros(0, like.numel())
+    products, shift, growth, v = 0, 0.0, 0.0, fresh_direction(like, found, generator)
+    theta = residual = float("nan")
+    try:
+        while products < max_products:
+            w = A(v)
+            products += 1
+            orthogonalise(w, found)
+            theta = torch.dot(v, w).item()
+            residual = torch.linalg.vector_norm(w - theta * v).item()
+            w += shift * v
+            length = torch.linalg.vector_norm(w).item()
+            settled = abs(length - growth) <= 0.01 * tolerance * length
+            growth = length
+            if residual <= tolerance * abs(theta) and (theta >= 0 or shift):
+                values.append(theta)
+                residuals.append(residual)
+                if len(values) == k:
+                    return Eigenvalues(tuple(values), tuple(residuals), products, True)
+                found = torch.cat([found, v[None]])
+                shift, growth, v = 0.0, 0.0, fresh_direction(like, found, generator)
+            elif settled and not shift:  # on a negative eigenvalue, or torn between two of equal size
+                shift, growth, v = length, 0.0, fresh_direction(like, found, generator)
+            else:
+                v = w / length if length else v
+    except KeyboardInterrupt:
+        if not products:
+            raise
+    return Eigenvalues((*values, theta), (*residuals, residual), products, False)
