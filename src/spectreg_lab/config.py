@@ -63,7 +63,11 @@ class Augmentation(Setting):
 
 
 class Data(Setting):
-    """Which images: ``digits``, a name on the Hugging Face hub, a folder of images or of parquet files."""
+    """Which images: ``digits``, a name on the Hugging Face hub, a folder of images or of parquet files.
+
+    Environment variables in ``name`` (``${PHOTOGRAPHS}/cifar10``) are filled in when the images are read, so that a
+    setting, and the name of its run, say nothing of where one machine keeps its files.
+    """
 
     name: str = "digits"
     train_size: Positive | None = Field(None, description="use this many training images, the same ones in every run")
@@ -104,7 +108,7 @@ class Spectral(Setting):
 
 Model: TypeAlias = Annotated[VGG | NIN | DenseNet, Field(discriminator="name")]
 Method: TypeAlias = Annotated[Vanilla | Decay | Adversarial | Spectral, Field(discriminator="name")]
-Precision: TypeAlias = Literal["32-true", "16-mixed", "bf16-mixed", "64-true"]
+Precision: TypeAlias = Literal["32-true", "bf16-mixed", "64-true"]
 
 
 class Config(Setting):

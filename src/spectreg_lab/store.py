@@ -209,6 +209,11 @@ class StudyRecord:
     runs: list[RunRecord]
 
 
+def run_folder(study: Path, run: str) -> Path:
+    """Where the run of that name lies in a study folder."""
+    return study / RUNS / run
+
+
 def begin_study(folder: Path, study: dict[str, Any], points: list[dict[str, Any]], command: str) -> None:
     """Record which runs make up a study: each point has ``setting``, ``regime``, ``method``, ``seed`` and ``run``."""
     (folder / RUNS).mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,159 @@
+"""The ``spectreg`` command: a skin over the other modules, which it imports only when a command runs."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from spectreg_lab.config import Config
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Spectral norm regularization (Yoshida & Miyato 2017): rerun the paper's comparison, or yours.",
+)
+
+STUDIES = Path("studies")
+
+
+@app.command(epilog="Example: `spectreg reproduce studies/digits.toml --out runs/digits`")
+def reproduce(
+    study: Annotated[Path, typer.Argument(help="study file: settings × methods × regimes × seeds")] = STUDIES
+    / "digits.toml",
+    out: Annotated[Path | None, typer.Option(help="study folder [default: runs/NAME]")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="runs at a time [default: one a core]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="threads a run [default: 1]")] = None,
+) -> None:
+    """Do every run of a study that is not finished yet, and write its report."""
+    from rich.console import Console
+
+    from spectreg_lab.display import StudyDisplay
+    from spectreg_lab.execution import execute
+    from spectreg_lab.pool import places
+    from spectreg_lab.provenance import command
+    from spectreg_lab.studies import read_study
+
+    content = read_study(study)
+    folder = out or Path("runs") / content.name
+    default_processes, threads = places(threads)
+    with StudyDisplay(Console(stderr=True)) as display:
+        try:
+            execute(content, folder, command(), processes or default_processes, threads, display)
+        except KeyboardInterrupt:
+            display.note(f"stopped; what is finished is kept in {folder}. The same command goes on from there.")
+            raise typer.Exit(130) from None
+    _report(folder)
+    if display.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="study folder, finished or not")]) -> None:
+    """Write the report of a study folder anew, from what is stored there alone."""
+    _report(folder)
+
+
+def _report(folder: Path) -> None:
+    from spectreg_lab.report import write
+
+    typer.echo(f"report: {write(folder).resolve()}")
+
+
+@app.command(epilog="Example: `spectreg train --model vgg --data digits --method spectral --stages 2,2 --epochs 5`")
+def train(
+    model: Annotated[str, typer.Option(help="vgg, nin or densenet")] = "vgg",
+    data: Annotated[str, typer.Option(help="digits, cifar10, cifar100, stl10, a hub name, a folder")] = "digits",
+    method: Annotated[str, typer.Option(help="vanilla, decay, adversarial or spectral")] = "spectral",
+    batch_size: Annotated[int, typer.Option()] = 64,
+    learning_rate: Annotated[float, typer.Option()] = 0.05,
+    epochs: Annotated[int, typer.Option()] = 10,
+    seed: Annotated[int, typer.Option()] = 0,
+    strength: Annotated[float | None, typer.Option(help="λ of decay or spectral")] = None,
+    width: Annotated[int | None, typer.Option(help="of a vgg or nin")] = None,
+    stages: Annotated[str | None, typer.Option(help="of a vgg: convolutions in each stage, such as 2,2,3")] = None,
+    depth: Annotated[int | None, typer.Option(help="of a densenet: 3n + 4")] = None,
+    train_size: Annotated[int | None, typer.Option(help="use this many training images")] = None,
+    test_size: Annotated[int | None, typer.Option(help="use this many test images")] = None,
+    out: Annotated[Path | None, typer.Option(help="run folder [default: runs/single/NAME]")] = None,
+) -> None:
+    """Train one run, or go on with it; prints a line an epoch."""
+    from spectreg_lab.runs import run
+
+    given = {"width": width, "stages": stages and [part.strip() for part in stages.split(",")], "depth": depth}
+    config = _config(
+        {
+            "model": {"name": model, **_present(given)},
+            "data": {"name": data, **_present({"train_size": train_size, "test_size": test_size})},
+            "method": {"name": method, **_present({"strength": strength})},
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "epochs": epochs,
+            "seed": seed,
+        }
+    )
+    folder = out or Path("runs") / "single" / config.name
+    try:
+        outcome = run(config, folder, on_epoch=_show_epoch)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; {folder} goes on with the same command", err=True)
+        raise typer.Exit(130) from None
+    if outcome["status"] == "failed":
+        raise CommandError(outcome["error"])
+    typer.echo(f"run: {folder.resolve()}")
+
+
+def _show_epoch(metrics: dict) -> None:
+    shown = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
+    largest = max(metrics["sigma"].values())
+    typer.echo("  ".join(f"{key} {metrics[key]:.4g}" for key in shown) + f"  largest sigma {largest:.3g}")
+
+
+def _present(values: dict) -> dict:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _config(values: dict) -> "Config":
+    from pydantic import ValidationError
+
+    from spectreg_lab.config import Config
+    from spectreg_lab.studies import explain
+
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise CommandError("; ".join(explain(error, Config))) from None
+
+
+class CommandError(Exception):
+    """What the user gave does not work."""
+
+
+def main() -> None:
+    """Run the command; an error that its user can mend is one line, and the exit code says that there was one."""
+    try:
+        app()
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        typer.echo(f"spectreg: {_text(error)}", err=True)
+        sys.exit(2)
+
+
+def _is_users(error: Exception) -> bool:
+    from spectreg_lab.data import DataError
+    from spectreg_lab.execution import DiskFullError
+    from spectreg_lab.store import RunError
+    from spectreg_lab.studies import StudyError
+
+    return isinstance(error, CommandError | DataError | DiskFullError | OSError | RunError | StudyError)
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        place = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{place}: mend that and give the same command again; what is finished is kept"
+    return str(error)

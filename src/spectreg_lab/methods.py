@@ -1,0 +1,95 @@
+"""The paper's four methods: from a setting to what happens in a step of training."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from spectreg import SpectralNormRegularizer
+from spectreg.baselines import adversarial_loss
+from spectreg.weights import named_weights
+from spectreg_lab.config import Adversarial, Config, Decay, Spectral
+
+
+class Method:
+    """Plain empirical risk minimisation; each other method overrides what it does otherwise."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """The mean loss of a batch, to be differentiated."""
+        return cross_entropy(self.model(x), y)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer is given."""
+        return [{"params": list(self.model.parameters())}]
+
+    def after_backward(self) -> None:
+        """Called once a step, when the gradients are those of the whole batch."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What the method must remember between steps."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from ``state``."""
+
+
+class WeightDecay(Method):
+    """λW on the gradient of the weights that the spectral penalty acts on too: no biases, no normalization scales."""
+
+    def __init__(self, model: nn.Module, strength: float) -> None:
+        super().__init__(model)
+        self.strength = strength
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The weights with decay, everything else without."""
+        weights = [weight.tensor for weight in named_weights(self.model)]
+        chosen = {id(weight) for weight in weights}
+        others = [parameter for parameter in self.model.parameters() if id(parameter) not in chosen]
+        return [{"params": weights, "weight_decay": self.strength}, {"params": others}]
+
+
+class AdversarialTraining(Method):
+    """Eq. (3): a part of the loss is taken at examples moved along its gradient."""
+
+    def __init__(self, model: nn.Module, epsilon: float, alpha: float) -> None:
+        super().__init__(model)
+        self.epsilon, self.alpha = epsilon, alpha
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """α L(x) + (1 − α) L(x + η)."""
+        return adversarial_loss(self.model, cross_entropy, x, y, self.epsilon, self.alpha)
+
+
+class SpectralNorm(Method):
+    """Algorithm 1: λσuvᵀ on the gradient of each weight."""
+
+    def __init__(self, model: nn.Module, strength: float, seed: int) -> None:
+        super().__init__(model)
+        self.regularizer = SpectralNormRegularizer(model, strength, seed=seed)
+
+    def after_backward(self) -> None:
+        """One power step and one rank-one update a weight."""
+        self.regularizer.add_gradient()
+
+    def state(self) -> dict[str, Tensor]:
+        """The vectors of the power iteration."""
+        return dict(self.regularizer.state_dict()["vectors"])
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from saved vectors."""
+        self.regularizer.load_state_dict({**self.regularizer.state_dict(), "vectors": state})
+
+
+def build(config: Config, model: nn.Module) -> Method:
+    """The method of ``config`` for ``model``."""
+    setting = config.method
+    if isinstance(setting, Decay):
+        return WeightDecay(model, setting.strength)
+    if isinstance(setting, Adversarial):
+        return AdversarialTraining(model, setting.epsilon, setting.alpha)
+    if isinstance(setting, Spectral):
+        return SpectralNorm(model, setting.strength, config.seed)
+    return Method(model)

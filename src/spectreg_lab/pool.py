@@ -1,0 +1,150 @@
+"""Several runs at a time: one process a place, each with its own share of the cores.
+
+A worker that dies, by whatever signal, takes nothing with it: its run goes on in a new one, once.
+"""
+
+import errno
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Literal
+
+from spectreg_lab.config import Config
+
+ATTEMPTS = 2
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to be done, in a folder."""
+
+    config: Config
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Event:
+    """What became of a job: an ``epoch``'s metrics, the outcome it ``ended`` with, a run that cannot be done now
+    (``error``), or a worker that ``died`` under it; with ``retry``, the job is tried once more.
+    """
+
+    kind: Literal["epoch", "ended", "error", "died"]
+    job: Job
+    content: dict[str, Any]
+
+
+@dataclass
+class Worker:
+    """A process and the job it has."""
+
+    process: BaseProcess
+    connection: Connection
+    job: Job | None = None
+
+
+@dataclass
+class Pool:
+    """``processes`` workers of ``threads`` threads each; a context manager, on whose exit they are gone."""
+
+    processes: int
+    threads: int
+    _workers: list[Worker] = field(default_factory=list)
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for worker in self._workers:
+            worker.process.kill()
+            worker.process.join()
+
+    def run(self, jobs: list[Job]) -> Iterator[Event]:
+        """Do all jobs, in order; yields what happens as it happens."""
+        waiting, attempts = deque(jobs), dict.fromkeys((job.folder for job in jobs), 0)
+        self._workers = [self._start() for _ in range(min(self.processes, len(jobs)))]
+        while waiting or any(worker.job for worker in self._workers):
+            for worker in self._workers:
+                if worker.job is None and waiting:
+                    worker.job = waiting.popleft()
+                    attempts[worker.job.folder] += 1
+                    with suppress(OSError):
+                        worker.connection.send(worker.job)
+            busy = {worker.connection: worker for worker in self._workers if worker.job}
+            for connection in wait(list(busy)):
+                worker = busy[connection]  # type: ignore[index]
+                assert worker.job is not None
+                try:
+                    event: Event = worker.connection.recv()
+                except (EOFError, OSError):
+                    event = self._replace(worker, worker.job, waiting, attempts)
+                if event.kind != "epoch":
+                    worker.job = None
+                yield event
+
+    def _replace(self, worker: Worker, job: Job, waiting: deque[Job], attempts: dict[Path, int]) -> Event:
+        worker.process.join()
+        code = worker.process.exitcode
+        self._workers[self._workers.index(worker)] = self._start()
+        if attempts[job.folder] < ATTEMPTS:
+            waiting.appendleft(job)
+            return Event(
+                "error", job, {"retry": True, "error": f"its process ended with {_cause(code)}; trying once more"}
+            )
+        return Event(
+            "error", job, {"retry": False, "error": f"its process ended with {_cause(code)}, {ATTEMPTS} times"}
+        )
+
+    def _start(self) -> Worker:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs, self.threads), daemon=True)
+        process.start()
+        theirs.close()
+        return Worker(process, ours)
+
+
+def _cause(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        return f"{name} (out of memory?)" if name == "SIGKILL" else name
+    return f"exit code {code}"
+
+
+def _work(connection: Connection, threads: int) -> None:
+    """A worker's life: take a job, tell of each epoch and of the end; gone when nobody listens."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    import torch
+
+    from spectreg_lab.runs import run
+
+    torch.set_num_threads(threads)
+    with suppress(EOFError, OSError):
+        while True:
+            job: Job = connection.recv()
+            try:
+                outcome = run(
+                    job.config,
+                    job.folder,
+                    on_epoch=lambda metrics, job=job: connection.send(Event("epoch", job, metrics)),
+                )
+                connection.send(Event("ended", job, outcome))
+            except BrokenPipeError:
+                raise
+            except Exception as error:
+                full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+                connection.send(Event("error", job, {"full": full, "error": f"{type(error).__name__}: {error}"}))
+
+
+def places(threads: int | None = None) -> tuple[int, int]:
+    """How many processes of how many threads keep this machine's cores busy with small networks: one thread each."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = threads or 1
+    return max(available // threads, 1), threads

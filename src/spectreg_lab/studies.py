@@ -1,0 +1,166 @@
+"""A study file: settings × methods × regimes × seeds, each point of it a run."""
+
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+
+from spectreg_lab.config import Config, Data, Method, Model, Positive, Precision, Setting
+
+
+class StudyError(Exception):
+    """A study file that cannot be used; the message names the file and the field."""
+
+
+class Regime(Setting):
+    """A batch size with a name."""
+
+    batch_size: Positive
+
+
+class Case(Setting):
+    """A network on a data set, with a learning rate for each regime."""
+
+    title: str | None = None
+    model: Model
+    data: Data = Data()
+    learning_rate: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    epochs: Positive | None = Field(None, description="where they differ from the study's")
+    alpha: dict[str, float] | None = Field(None, description="thresholds of the generalization gap, by regime")
+    paper: str | None = Field(None, description="the rows of the paper's Table 1 to set beside, as model/dataset")
+
+
+class Training(Setting):
+    """What all runs of a study share."""
+
+    momentum: float = Field(0.9, ge=0, lt=1)
+    micro_batch: Positive = 1024
+    precision: Precision = "32-true"
+
+
+class Study(Setting):
+    """The content of a study file."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    title: str = ""
+    epochs: Positive
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    regimes: dict[str, Regime] = Field(min_length=1)
+    settings: dict[str, Case] = Field(min_length=1)
+    methods: dict[str, Method] = Field(min_length=1)
+    training: Training = Training()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_method_is_named_by_its_key(cls, study: Any) -> Any:
+        """``[methods.decay]`` needs no ``name``; ``[methods.strong-decay]`` says ``name = "decay"``."""
+        if isinstance(study, dict) and isinstance(study.get("methods"), dict):
+            methods = {k: {"name": k, **m} if isinstance(m, dict) else m for k, m in study["methods"].items()}
+            return {**study, "methods": methods}
+        return study
+
+    @model_validator(mode="after")
+    def _every_regime_has_a_learning_rate(self) -> "Study":
+        for name, case in self.settings.items():
+            if set(case.learning_rate) != set(self.regimes):
+                raise ValueError(
+                    f"settings.{name}.learning_rate is given for {sorted(case.learning_rate)}, "
+                    f"but the regimes are {sorted(self.regimes)}"
+                )
+        return self
+
+    def points(self) -> list["Point"]:
+        """Every run of the study: all of the first seed first, so that an unfinished study compares all methods."""
+        return list(self._points())
+
+    def _points(self) -> Iterator["Point"]:
+        for seed, (name, case), (regime, batch), (method, setting) in product(
+            self.seeds, self.settings.items(), self.regimes.items(), self.methods.items()
+        ):
+            config = Config(
+                model=case.model,
+                data=case.data,
+                method=setting,
+                batch_size=batch.batch_size,
+                learning_rate=case.learning_rate[regime],
+                epochs=case.epochs or self.epochs,
+                seed=seed,
+                **self.training.model_dump(),
+            )
+            yield Point(name, regime, method, seed, config)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a study and what the study calls it."""
+
+    setting: str
+    regime: str
+    method: str
+    seed: int
+    config: Config
+
+    def label(self) -> dict[str, Any]:
+        """As the study folder records it."""
+        return {
+            "setting": self.setting,
+            "regime": self.regime,
+            "method": self.method,
+            "seed": self.seed,
+            "run": self.config.name,
+        }
+
+    def __str__(self) -> str:
+        return f"{self.setting} {self.regime} {self.method} seed {self.seed}"
+
+
+def read_study(path: Path) -> Study:
+    """Read and check a study file.
+
+    Raises:
+        StudyError: there is no such file, it is not TOML, or a field is unknown or wrong; the message says which.
+    """
+    try:
+        content = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        near = get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.toml")], n=1)
+        hint = f": did you mean {path.with_name(near[0] + '.toml')}?" if near else ""
+        raise StudyError(f"study file {path} does not exist{hint}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise StudyError(f"study file {path} cannot be read: {error}") from None
+    try:
+        return Study.model_validate(content)
+    except ValidationError as error:
+        raise StudyError(f"study file {path}: " + "; ".join(explain(error, Study))) from None
+
+
+def explain(error: ValidationError, root: type[Setting]) -> list[str]:
+    """One line for each fault: the field, what is wrong, and the nearest known name for an unknown one."""
+    return [_fault(fault, root) for fault in error.errors(include_url=False)]
+
+
+def _fault(fault: Any, root: type[Setting]) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: unknown key{_nearest(str(fault['loc'][-1]), _known_keys(root))}"
+    if fault["type"] == "union_tag_invalid":
+        known = [name.strip(" '") for name in fault["ctx"]["expected_tags"].split(",")]
+        return f"{where}: unknown name {fault['ctx']['tag']!r}{_nearest(fault['ctx']['tag'], known)}"
+    given = "" if fault["type"] in ("missing", "value_error") else f", got {fault['input']!r}"
+    return f"{where}: {fault['msg'].removeprefix('Value error, ')}{given}".removeprefix(": ")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    return f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+
+
+def _known_keys(root: type[Setting]) -> list[str]:
+    schema = TypeAdapter(root).json_schema()
+    groups = [schema, *schema.get("$defs", {}).values()]
+    return sorted({key for group in groups for key in group.get("properties", {})})
