@@ -1,0 +1,56 @@
+"""Where the numbers come from: command, versions, machine, seeds and data."""
+
+from spectreg_lab.exhibits import labels
+from spectreg_lab.store import StudyRecord
+
+VARYING = ("started", "seconds")  # differ between any two runs
+
+
+def versions(study: StudyRecord) -> dict[str, list[str]]:
+    """Each recorded version, with every value that the study's runs have of it, the commonest first."""
+    found: dict[str, dict[str, int]] = {}
+    for run in study.runs:
+        for name, value in run.versions.items():
+            counts = found.setdefault(name, {})
+            counts[str(value)] = counts.get(str(value), 0) + 1
+    return {name: sorted(counts, key=lambda value: -counts[value]) for name, counts in found.items()}
+
+
+def differing(study: StudyRecord) -> list[str]:
+    """Names of the versions that are not the same in all runs."""
+    return [name for name, values in versions(study).items() if len(values) > 1 and name not in VARYING]
+
+
+def foot(study: StudyRecord) -> list[tuple[str, str]]:
+    """Name and value of everything that a reader needs to run the study again."""
+    described = study.study
+    settings = {name: labels.setting(study, name) for name in described["settings"]}
+    facts = [
+        ("study", described["name"]),
+        ("command", described.get("command") or "not recorded"),
+        ("seeds", ", ".join(str(seed) for seed in sorted({run.seed for run in study.runs})) or "none"),
+        ("data", "; ".join(f"{title}: {labels.data(study, name)}" for name, title in settings.items())),
+    ]
+    for name, values in versions(study).items():
+        if name == "started":
+            facts.append(("first run started", min(values)))
+        elif name == "command":
+            facts += [("commands of the runs", "; ".join(values))] if values != [described.get("command")] else []
+        elif name != "seconds":
+            facts.append((name, "; ".join(values)))
+    return facts
+
+
+def warnings(study: StudyRecord) -> list[str]:
+    """What a reader must know before comparing these numbers with others."""
+    names = [(described.get("data") or {}).get("name", "") for described in study.study["settings"].values()]
+    stand_ins = list(dict.fromkeys(label for name in names if (label := labels.stand_in(name))))
+    said = []
+    if stand_ins:
+        said.append(
+            f"The images are {'; '.join(stand_ins)}: stand-ins for the paper's data. Accuracies on them do not compare "
+            "with published ones on the real sets."
+        )
+    if differing(study):
+        said.append(f"The runs differ in: {', '.join(differing(study))}. The foot of the page lists the values.")
+    return said

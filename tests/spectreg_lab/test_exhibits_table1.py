@@ -1,0 +1,158 @@
+"""Table 1 and the gap at a threshold, on studies whose numbers are known."""
+
+import math
+from pathlib import Path
+
+import folders
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from spectreg_lab import store
+from spectreg_lab.config import Data
+from spectreg_lab.exhibits import frames, gap, labels, paper, table1
+from spectreg_lab.exhibits.paired import holm, interval, paired
+
+
+def build(folder: Path) -> tuple[store.StudyRecord, pd.DataFrame, pd.DataFrame]:
+    study = store.read_study(folder)
+    values = table1.values(study, frames.epochs(study), frames.runs(study))
+    return study, table1.frame(study, values), values
+
+
+def row(table: pd.DataFrame, **point: str) -> pd.Series:
+    found = frames.select(table, **point)
+    assert len(found) == 1
+    return found.iloc[0]
+
+
+def test_the_gap_at_a_threshold_is_the_least_one_over_the_epochs_above_it_and_not_over_the_others() -> None:
+    curve = pd.DataFrame({"test_accuracy": [0.50, 0.71, 0.69, 0.72], "gap": [0.01, 0.09, 0.02, 0.11]})
+    assert gap.gap_at(curve, 0.70) == 0.09
+    assert gap.gap_at(curve, 0.40) == 0.01
+    assert gap.gap_at(curve, 0.72) is None
+
+
+@pytest.mark.parametrize(("lowest", "alpha"), [(0.884, 0.88), (0.88, 0.87), (0.8801, 0.88), (0.004, 0.0), (1.0, 0.99)])
+def test_the_threshold_is_the_largest_hundredth_that_the_worst_run_exceeds(lowest: float, alpha: float) -> None:
+    curves = pd.DataFrame({"method": ["a", "a", "b"], "seed": [0, 0, 0], "test_accuracy": [0.0, lowest, 1.0]})
+    assert gap.threshold(curves) == alpha
+
+
+def test_a_threshold_of_the_study_that_no_epoch_exceeds_is_shown_as_never_reached(tmp_path: Path) -> None:
+    settings = {"vgg": {"model": {}, "data": {}, "alpha": {"small": 0.85, "large": 0.7}}}
+    study, table, values = build(folders.write_study(tmp_path / "s", settings=settings))
+    small = row(table, metric="generalization_gap", regime="small", method="decay")
+    large = row(table, metric="generalization_gap", regime="large", method="decay")
+    assert (small.runs, small.reached, math.isnan(small["mean"])) == (3, 0, True)
+    assert (large.reached, round(large["mean"], 12)) == (3, 0.1)  # of the two epochs above 0.7: 0.9 − 0.8, 0.99 − 0.85
+    cells = table1.exhibit(study, table, values).tables[1].rows
+    assert [cell.text for cell in cells[0]][1:] == ["0.85", *["never reached"] * 4]
+
+
+def test_the_best_of_a_row_is_bold_with_its_ties_and_a_mean_over_some_seeds_never_beats_one_over_all(
+    tmp_path: Path,
+) -> None:
+    accuracy = {"vanilla": 0.80, "decay": 0.8201, "adversarial": 0.70, "spectral": 0.8199}
+    folder = folders.write_study(tmp_path / "s", lambda regime, method, seed: [(0.99, accuracy[method])])
+    _, table, _ = build(folder)
+    best = frames.select(table, metric="test_accuracy", regime="small", best=True)
+    assert list(best.method) == ["decay", "spectral"]
+    partly = {"decay": pd.Series([0.1, math.nan]), "spectral": pd.Series([0.2, 0.2])}
+    assert table1.best(partly, "generalization_gap") == {"spectral"}
+
+
+def test_a_paired_difference_and_its_corrected_p_value_are_those_of_the_textbook(tmp_path: Path) -> None:
+    noise = {"vanilla": (0, 0.01, 0.02, 0.01), "decay": (0.01, 0.0, 0.01, 0.03), "spectral": (0.02, 0.04, 0.05, 0.05)}
+    folder = folders.write_study(
+        tmp_path / "s",
+        lambda regime, method, seed: [(0.99, 0.7 + noise[method][seed])],
+        seeds=(0, 1, 2, 3),
+        methods=("vanilla", "decay", "spectral"),
+    )
+    _, table, _ = build(folder)
+    found = {m: row(table, metric="test_accuracy", regime="small", method=m) for m in ("vanilla", "decay")}
+    p = {}
+    for method, line in found.items():
+        differences = np.subtract(noise["spectral"], noise[method])
+        half = stats.t.ppf(0.975, 3) * differences.std(ddof=1) / 2
+        p[method] = 2 * stats.t.sf(abs(differences.mean() / (differences.std(ddof=1) / 2)), 3)
+        expected = [differences.mean(), differences.mean() - half, differences.mean() + half, p[method]]
+        assert [line.spectral_minus_this, line.low, line.high, line.p] == pytest.approx(expected)
+        assert line.pairs == 4
+    smaller, larger = sorted(p.values())
+    corrected = sorted(line.p_holm for line in found.values())
+    assert corrected == pytest.approx([2 * smaller, max(2 * smaller, larger)])
+
+
+def test_seeds_that_only_one_of_two_methods_has_do_not_enter_their_difference() -> None:
+    first, second = pd.Series({0: 0.5, 1: 0.6, 2: 9.0}), pd.Series({1: 0.5, 0: 0.5, 3: 7.0})
+    difference = paired(first, second)
+    assert (difference.n, difference.mean) == (2, pytest.approx(0.05))
+
+
+def test_one_seed_gives_a_difference_without_interval_and_none_gives_neither() -> None:
+    one, none = interval(pd.Series([0.1])), interval(pd.Series([], dtype=float))
+    assert (one.n, one.mean, math.isnan(one.low), math.isnan(one.p)) == (1, 0.1, True, True)
+    assert (none.n, math.isnan(none.mean)) == (0, True)
+
+
+def test_differences_without_spread_have_an_interval_of_no_width_and_values_not_finite_are_left_out() -> None:
+    alike = interval(pd.Series([0.1, 0.1, math.inf, math.nan]))
+    assert (alike.low, alike.high, alike.n, alike.p) == (0.1, 0.1, 2, 0.0)
+    assert interval(pd.Series([0.0, 0.0])).p == 1.0
+
+
+def test_holm_multiplies_by_the_number_of_hypotheses_left_and_never_falls() -> None:
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx(
+        {"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06}
+    )
+    assert holm({"a": 0.9, "b": math.nan})["a"] == 0.9
+
+
+def test_unfinished_failed_and_missing_runs_stay_out_of_table_1(tmp_path: Path) -> None:
+    folder = folders.write_study(tmp_path / "s")
+    folders.lose(folder, "vgg-small-decay-0")
+    folders.fail(folder, "vgg-small-decay-1", "the loss became nan")
+    (folder / "runs" / "vgg-small-spectral-2" / store.OUTCOME).unlink()
+    _, table, _ = build(folder)
+    counts = frames.select(table, metric="test_accuracy", regime="small").set_index("method").runs
+    assert counts.to_dict() == {"vanilla": 3, "decay": 1, "adversarial": 3, "spectral": 2}
+
+
+PAPER = {"vgg": {"model": {}, "data": {"name": "cifar10"}, "paper": "vgg/cifar10"}}
+
+
+def test_the_papers_value_is_comparable_where_data_network_and_batch_size_are_the_papers(tmp_path: Path) -> None:
+    folder = folders.write_study(
+        tmp_path / "s",
+        settings=PAPER,
+        data=Data(name="cifar10"),
+        batch_sizes=(64, 512),
+        methods=("vanilla", "spectral"),
+    )
+    study, table, values = build(folder)
+    small = row(table, metric="test_accuracy", regime="small", method="spectral")
+    large = row(table, metric="test_accuracy", regime="large", method="spectral")
+    assert (small.paper, small.not_comparable_in) == (0.904, "")
+    assert (large.paper, large.not_comparable_in) == (0.885, "batch size")
+    spectral = [line[-1] for line in table1.exhibit(study, table, values).tables[0].rows]
+    assert [cell.small[-1] for cell in spectral] == ["paper 0.904", "paper 0.885†"]
+
+
+def test_a_stand_in_for_the_papers_data_is_marked_as_not_comparable_and_no_paper_means_no_value(tmp_path: Path) -> None:
+    data = Data(name="photos/cifar10-jpeg", train_size=100)
+    jpeg = {"vgg": {**PAPER["vgg"], "data": {"name": data.name}}, "other": {"model": {}, "data": {"name": data.name}}}
+    study, table, _ = build(folders.write_study(tmp_path / "s", settings=jpeg, data=data))
+    beside = row(table, metric="generalization_gap", setting="vgg", regime="small", method="decay")
+    assert (beside.paper, beside.not_comparable_in) == (0.074, "data, number of images")
+    assert frames.select(table, setting="other").paper.isna().all()
+    assert "JPEG CIFAR-10" in labels.setting(study, "vgg")
+    assert any("† Not comparable" in note for note in paper.notes(study))
+
+
+def test_the_packaged_table_is_the_papers() -> None:
+    table = paper.table1()
+    assert len(table) == 16
+    assert row(table, model="densenet40", batch_size=64, metric="generalization_gap").decay == 0.080

@@ -1,0 +1,78 @@
+"""The page: what it must say in whatever state a study is."""
+
+import re
+from pathlib import Path
+
+import folders
+import pytest
+
+from spectreg_lab import report, store
+
+
+def text(page: Path) -> str:
+    """The page's words, without scripts and tags."""
+    source = re.sub(r"<(script|style).*?</\1>", "", page.read_text(), flags=re.S)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", source))
+
+
+def test_every_run_that_is_missing_failed_or_of_another_format_is_named_with_its_cause(tmp_path: Path) -> None:
+    folder = folders.write_study(tmp_path / "s")
+    folders.lose(folder, "vgg-small-decay-0")
+    folders.fail(folder, "vgg-large-spectral-1", "the loss became nan in epoch 7 <script>")
+    folders.age(folder, "vgg-small-vanilla-2")
+    (folder / "runs" / "vgg-large-decay-2" / store.OUTCOME).unlink()
+    words = text(report.write(folder))
+    assert "24 runs: 20 finished, 2 missing, 1 unfinished, 1 failed" in words
+    for run in ("vgg-small-decay-0", "vgg-large-spectral-1", "vgg-small-vanilla-2", "vgg-large-decay-2"):
+        assert run in words
+    assert "the loss became nan in epoch 7 &lt;script&gt;" in words
+    assert "has format 99" in words
+
+
+def test_the_page_is_one_file_that_asks_for_nothing_from_the_network(tmp_path: Path) -> None:
+    page = report.write(folders.write_study(tmp_path / "s")).read_text()
+    markup = re.sub(r"<script>.*?</script>", "", page, flags=re.S)
+    assert not re.search(r"<(script|img|iframe)[^>]*\ssrc=|<link\b|@import|url\(", markup)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_study_with_nothing_finished_has_a_page_that_says_so(tmp_path: Path, begun: bool) -> None:
+    folder = folders.write_study(tmp_path / "s", seeds=(0,), finish=False)
+    if not begun:
+        for run in (folder / "runs").iterdir():
+            folders.lose(folder, run.name)
+    assert "no run has finished yet" in text(report.write(folder))
+
+
+def test_the_foot_has_command_commit_versions_and_seeds_and_differing_versions_are_named(tmp_path: Path) -> None:
+    folder = folders.write_study(tmp_path / "s")
+    other = folder / "runs" / "vgg-small-decay-0" / store.VERSIONS
+    store.write_json(other, folders.VERSIONS | {"torch": "2.99.0"})
+    words = text(report.write(folder))
+    for said in (
+        "spectreg reproduce by-hand.toml",
+        "0123abc",
+        "2.13.0; 2.99.0",
+        "0, 1, 2",
+        "The runs differ in: torch",
+    ):
+        assert said in words
+
+
+def test_the_files_of_two_reports_of_one_study_are_the_same_but_for_the_hour(tmp_path: Path) -> None:
+    folder = folders.write_study(tmp_path / "s")
+
+    def files() -> dict[str, bytes]:
+        page = report.write(folder)
+        content = {path.name: path.read_bytes() for path in page.parent.iterdir() if path != page}
+        return content | {"page": re.sub(rb"Written [\d-]+ [\d:]+ UTC", b"", page.read_bytes())}
+
+    first = files()
+    assert first == files()
+    assert {"table1.csv", "figure1.csv", "runs.csv", "figure1-vgg.svg", "table1-vgg.svg"} <= first.keys()
+    assert b"<text" in first["figure1-vgg.svg"]
+
+
+def test_a_folder_that_is_no_study_is_refused_with_what_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(store.RunError, match=r"not a study folder.*spectreg reproduce"):
+        report.write(tmp_path)
