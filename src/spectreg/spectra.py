@@ -22,9 +22,9 @@ Source = nn.Module | Mapping[str, Tensor] | str | Path
 class Spectrum:
     """The singular values of one weight, in its units.
 
-    ``shape`` counts blocks, outputs, inputs. ``values``: one row a block (group, head), descending, float64 on the CPU. ``complete`` is False where only the
-    largest were asked for; then ``residual`` bounds the distance of each to a singular value, ``products`` counts the
-    products with WWᵀ, and ``converged`` says whether every residual met the tolerance.
+    ``shape`` counts blocks, outputs, inputs. ``values``: one row a block (group, head), descending, float64, on the
+    CPU. ``complete`` is False where only the largest were asked for; then ``residual`` bounds the distance of each to
+    a singular value, ``products`` counts those with WWᵀ, ``converged``: every residual met the tolerance.
     """
 
     name: str
