@@ -1,49 +1,199 @@
 """A weight as the linear map it is: one or more matrix blocks, seen in the weight's own memory."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 Norm = Literal["max", "each"]
+
+TILE = 1 << 18  # elements of a weight of lower precision that are held in float32 at a time
+
+
+@runtime_checkable
+class LinearMap(Protocol):
+    """What the power iteration needs of a weight: products with it, and the gradient that a pair (u, v) stands for.
+
+    Vectors come and go flat: ``blocks`` × ``inputs`` (or ``outputs``) × ``k`` numbers, for ``k`` pairs at once. Their
+    precision may be higher than the weight's.
+    """
+
+    @property
+    def blocks(self) -> int: ...
+
+    @property
+    def norm(self) -> Norm: ...
+
+    @property
+    def outputs(self) -> int: ...
+
+    @property
+    def inputs(self) -> int: ...
+
+    def forward(self, W: Tensor, v: Float[Tensor, " v"], k: int = 1) -> Float[Tensor, " u"]:
+        """Wv."""
+        ...
+
+    def adjoint(self, W: Tensor, u: Float[Tensor, " u"], k: int = 1) -> Float[Tensor, " v"]:
+        """Wᵀu."""
+        ...
+
+    def add_outer_(
+        self, G: Tensor, u: Float[Tensor, " u"], v: Float[Tensor, " v"], k: int = 1, alpha: float = 1.0
+    ) -> None:
+        """G += alpha·∂(uᵀWv)/∂W, in place."""
+        ...
+
+    def matrices(self, W: Tensor) -> Float[Tensor, "blocks outputs inputs"]:
+        """The blocks as dense matrices, for measures."""
+        ...
 
 
 @dataclass(frozen=True)
 class MatrixMap:
     """A weight cut into ``blocks`` equal matrices of ``outputs`` rows and ``inputs`` columns.
 
-    The first dimension of the weight holds the rows of all blocks, one block after the other; all other dimensions
-    are columns (the paper's b × a·kw·kh for a convolution).
+    As a rule the first dimension of the weight holds the rows of all blocks, one block after the other, and all other
+    dimensions are columns (the paper's b × a·kw·kh for a convolution).
 
     Args:
         shape: Shape of the weight.
         blocks: Number of matrices: groups of a convolution, gates of an LSTM, heads of an attention.
         norm: ``"max"``: the blocks lie on the diagonal of one map, whose norm is the largest of theirs.
             ``"each"``: every block is a map of its own and is penalized by itself.
+        layout: How the weight is stored. ``"rows"``: as above. ``"columns"``: inputs first, two dimensions, as
+            the ``Conv1D`` of transformers has it. ``"transposed"``: a transposed convolution, (inputs, outputs of one
+            group, kernel…).
 
-    >>> import torch
-    >>> MatrixMap((6, 4, 3, 3), blocks=2)
-    MatrixMap(shape=(6, 4, 3, 3), blocks=2, norm='max')
     >>> MatrixMap((6, 4, 3, 3), blocks=2).matrices(torch.zeros(6, 4, 3, 3)).shape
     torch.Size([2, 3, 36])
+    >>> MatrixMap((6, 4, 3, 3), blocks=2, layout="transposed").matrices(torch.zeros(6, 4, 3, 3)).shape
+    torch.Size([2, 4, 27])
     """
 
     shape: tuple[int, ...]
     blocks: int = 1
     norm: Norm = "max"
+    layout: Literal["rows", "columns", "transposed"] = "rows"
 
     @property
     def outputs(self) -> int:
         """Rows of one block."""
-        return self.shape[0] // self.blocks
+        return self.shape[1] if self.layout == "transposed" else self._rows // self.blocks
 
     @property
     def inputs(self) -> int:
         """Columns of one block."""
-        return prod(self.shape[1:])
+        return self._parts * self._columns
 
-    def matrices(self, weight: Tensor) -> Float[Tensor, "blocks outputs inputs"]:
-        """The blocks of ``weight``, as a view of its memory where its strides allow."""
-        return weight.reshape(self.blocks, self.outputs, self.inputs)
+    @property
+    def _rows(self) -> int:
+        return self.shape[1] if self.layout == "columns" else self.shape[0]
+
+    @property
+    def _parts(self) -> int:
+        """A transposed convolution's block is the sum over its inputs of a matrix each: outputs × kernel."""
+        return self.shape[0] // self.blocks if self.layout == "transposed" else 1
+
+    @property
+    def _columns(self) -> int:
+        if self.layout == "columns":
+            return self.shape[0]
+        return prod(self.shape[2:] if self.layout == "transposed" else self.shape[1:])
+
+    def matrices(self, W: Tensor) -> Float[Tensor, "blocks outputs inputs"]:
+        """The blocks of ``W``: a view of its memory where the strides allow, a copy for a transposed convolution."""
+        if self.layout == "transposed":
+            parts = W.reshape(self.blocks, self._parts, self.outputs, self._columns)
+            return parts.transpose(1, 2).reshape(self.blocks, self.outputs, self.inputs)
+        stored = W.t() if self.layout == "columns" else W.flatten(1)
+        return stored.unflatten(0, (self.blocks, self.outputs))
+
+    def forward(self, W: Tensor, v: Float[Tensor, " v"], k: int = 1) -> Float[Tensor, " u"]:
+        """Wv, in the precision of ``v``."""
+        if self._is_plain(W, v, k):
+            return torch.mv(self._plain(W), v)
+        W3, v3 = self._slices(W), self._inputs_as_stored(W, v, k)
+        u3 = v.new_empty(W3.shape[0], W3.shape[1], k)
+        for n, r in _tiles(W3, v):
+            u3[n, r] = torch.bmm(W3[n, r].to(v.dtype), v3[n])
+        return u3.view(self.blocks, self._parts, self.outputs * k).sum(1).flatten()
+
+    def adjoint(self, W: Tensor, u: Float[Tensor, " u"], k: int = 1) -> Float[Tensor, " v"]:
+        """Wᵀu, in the precision of ``u``."""
+        if self._is_plain(W, u, k):
+            return torch.mv(self._plain(W).t(), u)
+        W3, u3 = self._slices(W), self._outputs_as_stored(u, k)
+        v3 = u.new_zeros(W3.shape[0], W3.shape[2], k)
+        for n, r in _tiles(W3, u):
+            v3[n] += torch.bmm(W3[n, r].to(u.dtype).mT, u3[n, r])
+        if self._kernel_first(W):
+            return v3.view(self.blocks, -1, self.shape[1], k).transpose(1, 2).flatten()
+        return v3.flatten()
+
+    def add_outer_(
+        self, G: Tensor, u: Float[Tensor, " u"], v: Float[Tensor, " v"], k: int = 1, alpha: float = 1.0
+    ) -> None:
+        """G += alpha·uvᵀ, rounded once to the precision of ``G``."""
+        if not (G.is_contiguous() or G.ndim == 2 or self._kernel_first(G)):
+            dense = torch.zeros(self.shape, dtype=u.dtype, device=u.device)
+            self.add_outer_(dense, u, v, k)
+            G.add_(dense, alpha=alpha)
+        elif self._is_plain(G, u, k):
+            self._plain(G).addr_(u, v, alpha=alpha)
+        else:
+            G3, u3, v3 = self._slices(G), self._outputs_as_stored(u, k), self._inputs_as_stored(G, v, k)
+            for n, r in _tiles(G3, u):
+                if G.dtype == u.dtype:
+                    G3[n, r].baddbmm_(u3[n, r], v3[n].mT, alpha=alpha)
+                else:
+                    G3[n, r].add_(torch.bmm(u3[n, r], v3[n].mT), alpha=alpha)
+
+    def _is_plain(self, W: Tensor, x: Tensor, k: int) -> bool:
+        """Whether one BLAS call on a matrix does it."""
+        one = k == 1 and self.blocks == 1 and self.layout != "transposed" and W.dtype == x.dtype
+        return one and (W.ndim == 2 or W.is_contiguous())
+
+    def _plain(self, W: Tensor) -> Float[Tensor, "outputs inputs"]:
+        if self.layout == "columns":
+            return W.t()
+        return W if W.ndim == 2 else W.view(self.shape[0], -1)
+
+    def _kernel_first(self, W: Tensor) -> bool:
+        """Whether ``W`` is a kernel in the channels-last memory format, whose columns are kw·kh·a in memory."""
+        return self.layout == "rows" and not W.is_contiguous() and W.ndim > 2 and W.movedim(1, -1).is_contiguous()
+
+    def _slices(self, W: Tensor) -> Float[Tensor, "slices outputs columns"]:
+        """Blocks × parts, in memory order; a view unless the strides are odd."""
+        if self.layout == "transposed":
+            return W.flatten(2).unflatten(0, (self.blocks, self._parts)).flatten(0, 1)
+        if self.layout == "columns":
+            return W.t().unflatten(0, (self.blocks, self.outputs))
+        stored = W.movedim(1, -1) if self._kernel_first(W) else W
+        return stored.reshape(self.blocks, self.outputs, -1)
+
+    def _inputs_as_stored(self, W: Tensor, v: Tensor, k: int) -> Float[Tensor, "slices columns k"]:
+        if self._kernel_first(W):
+            v = v.view(self.blocks, self.shape[1], -1, k).transpose(1, 2).reshape(-1)
+        return v.view(self.blocks * self._parts, self._columns, k)
+
+    def _outputs_as_stored(self, u: Tensor, k: int) -> Float[Tensor, "slices outputs k"]:
+        u4 = u.view(self.blocks, 1, self.outputs, k)
+        return u4.expand(-1, self._parts, -1, -1).reshape(-1, self.outputs, k)
+
+
+def _tiles(W3: Tensor, x: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cut slices × rows so that a piece converted to the precision of ``x`` has about ``TILE`` elements."""
+    slices, rows, columns = W3.shape
+    if W3.dtype == x.dtype:
+        yield slice(None), slice(None)
+        return
+    n = max(1, TILE // max(1, rows * columns))
+    r = max(1, TILE // max(1, n * columns))
+    for i in range(0, slices, n):
+        for j in range(0, rows, r):
+            yield slice(i, i + n), slice(j, j + r)

@@ -1,18 +1,134 @@
-"""Scalar functions of σ and their slopes."""
+"""Scalar functions φ of a singular value, and their slopes."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
-
-class Penalty(NamedTuple):
-    """A scalar function φ of the singular value and its slope φ'; both act elementwise on a tensor of σ."""
-
-    value: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor], Tensor]
+Target = float | int | Literal["start", "shape"]
+Values = Float[Tensor, "*values"]
 
 
-def square() -> Penalty:
-    """φ(σ) = σ²/2, the paper's (Eq. (1) of arXiv:1705.10941)."""
-    return Penalty(lambda sigma: sigma * sigma / 2, lambda sigma: sigma)
+@runtime_checkable
+class Penalty(Protocol):
+    """A function of σ, elementwise. ``target`` reaches it as a number, or one for each σ: see :class:`Square`."""
+
+    @property
+    def target(self) -> Target: ...
+
+    @property
+    def factor(self) -> float | int: ...
+
+    def value(self, sigma: Values, target: Float[Tensor, "..."]) -> Values:
+        """φ(σ)."""
+        ...
+
+    def slope(self, sigma: Values, target: Float[Tensor, "..."]) -> Values:
+        """φ'(σ)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Square:
+    """φ(σ) = (σ − t)²/2; with t = 0 the paper's (Eq. (1) of arXiv:1705.10941).
+
+    Args:
+        target: t: a number; ``"start"``, the σ that each weight began with; or ``"shape"``, √(d_out/d_in) of each
+            weight (arXiv:2601.08393).
+        factor: Multiplies the target.
+
+    >>> Square(target=1.0).slope(torch.tensor([3.0]), torch.tensor([1.0]))
+    tensor([2.])
+    """
+
+    target: Target = 0.0
+    factor: float | int = 1.0
+
+    def value(self, sigma: Values, target: Float[Tensor, "..."]) -> Values:
+        """(σ − t)²/2."""
+        return (sigma - target).square() / 2
+
+    def slope(self, sigma: Values, target: Float[Tensor, "..."]) -> Values:
+        """σ − t."""
+        return sigma - target
+
+
+@dataclass(frozen=True)
+class Hinge:
+    """φ(σ) = max(σ − c, 0)²/2: only what is above ``target`` is pulled down. Arguments as for :class:`Square`.
+
+    >>> Hinge(2.0).slope(torch.tensor([1.0, 3.0]), torch.tensor(2.0))
+    tensor([0., 1.])
+    """
+
+    target: Target = 1.0
+    factor: float | int = 1.0
+
+    def value(self, sigma: Values, target: Float[Tensor, "..."]) -> Values:
+        """max(σ − c, 0)²/2."""
+        return (sigma - target).relu().square() / 2
+
+    def slope(self, sigma: Values, target: Float[Tensor, "..."]) -> Values:
+        """max(σ − c, 0)."""
+        return (sigma - target).relu()
+
+
+@dataclass(frozen=True)
+class Power:
+    """φ(σ) = (σᵏ − 1)², which keeps σ near one from both sides (arXiv:2406.06811).
+
+    >>> Power(2).value(torch.tensor([2.0]), torch.tensor(0.0))
+    tensor([9.])
+    """
+
+    exponent: float | int = 2.0
+    target: Target = 0.0
+    factor: float | int = 1.0
+
+    def value(self, sigma: Values, target: Float[Tensor, "..."]) -> Values:
+        """(σᵏ − 1)²."""
+        return (sigma**self.exponent - 1).square()
+
+    def slope(self, sigma: Values, target: Float[Tensor, "..."]) -> Values:
+        """2k(σᵏ − 1)σᵏ⁻¹."""
+        return 2 * self.exponent * (sigma**self.exponent - 1) * sigma ** (self.exponent - 1)
+
+
+@dataclass(frozen=True)
+class Function:
+    """Any elementwise function of σ; its slope is found by autograd.
+
+    >>> Function(torch.log1p).slope(torch.tensor([1.0]), torch.tensor(0.0))
+    tensor([0.5000])
+    """
+
+    function: Callable[[Tensor], Tensor]
+    target: Target = 0.0
+    factor: float | int = 1.0
+
+    def value(self, sigma: Values, target: Float[Tensor, "..."]) -> Values:
+        """The function itself."""
+        return self.function(sigma)
+
+    def slope(self, sigma: Values, target: Float[Tensor, "..."]) -> Values:
+        """Its derivative."""
+        with torch.enable_grad():
+            at = sigma.detach().requires_grad_()
+            return torch.autograd.grad(self.function(at).sum(), at)[0]
+
+
+NAMED = {"square": Square, "hinge": Hinge, "power": Power}
+
+
+def penalty_of(penalty: str | Penalty | Callable[[Tensor], Tensor]) -> Penalty:
+    """What the user means by ``penalty``: a name, a penalty, or a function of σ."""
+    if isinstance(penalty, str):
+        if penalty not in NAMED:
+            raise ValueError(f"unknown penalty {penalty!r}: it is one of {', '.join(NAMED)}, or a function of σ.")
+        return NAMED[penalty]()
+    if isinstance(penalty, Penalty):
+        return penalty
+    return Function(penalty)

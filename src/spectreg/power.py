@@ -1,49 +1,125 @@
-"""The top singular triplet of a linear map, one warm step at a time."""
+"""The top singular triplets of linear maps, one warm step at a time."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-
-class Triplet(NamedTuple):
-    """Estimates of the largest singular value of each block and of its unit left and right singular vectors."""
-
-    sigma: Float[Tensor, " blocks"]
-    u: Float[Tensor, "blocks outputs"]
-    v: Float[Tensor, "blocks inputs"]
+from spectreg.linear_maps import LinearMap
 
 
-def power_step(W: Float[Tensor, "blocks outputs inputs"], v: Float[Tensor, "blocks inputs"]) -> Triplet:
-    """One step of power iteration towards the top singular triplet of each block of ``W``.
+class Triplets:
+    """Estimates of the ``k`` largest singular values of many maps, and of their singular vectors.
 
-    ``u = Wv/|Wv|``, ``w = Wᵀu``, ``sigma = |w|``, ``v = w/sigma`` (Algorithm 1 of arXiv:1705.10941 with its missing
-    normalisation). ``sigma`` never exceeds the true norm; the shortfall shrinks by ``(σ₂/σ₁)⁴`` a step.
+    The vectors of all maps lie one after the other in two flat buffers, so that a step costs two products a weight
+    and a handful of calls for all of them together.
+
+    One step is ``u = Wv/|Wv|``, ``w = Wᵀu``, ``sigma = |w|``, ``v = w/sigma`` (Algorithm 1 of arXiv:1705.10941 with
+    its missing normalisation). ``sigma`` never exceeds the true norm; the shortfall shrinks by ``(σ₂/σ₁)⁴`` a step.
+    For a zero map sigma is 0, for one that is not finite NaN or infinity; ``v`` then stays as it was and ``u`` is 0.
 
     Args:
-        W: Blocks of a weight. Not modified.
-        v: Guess for the top right singular vectors; any length but zero. Not modified.
+        maps: The maps; the weights themselves are handed to each step, in the same order.
+        u, v: Of each map, ``blocks × outputs × k`` and ``blocks × inputs × k``; copied.
+        sigma: Of each map, ``blocks × k``; copied.
 
-    Returns:
-        ``sigma`` in the units of the weight; unit ``u`` and ``v``. For a zero block, sigma 0 and ``v`` as it came.
-
-    >>> W = torch.tensor([[[3.0, 0.0], [0.0, 1.0]]])
-    >>> v = torch.tensor([[1.0, 1.0]])
-    >>> for _ in range(20):
-    ...     sigma, u, v = power_step(W, v)
-    >>> sigma
+    >>> from spectreg.linear_maps import MatrixMap
+    >>> W = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    >>> triplets = Triplets([MatrixMap((2, 2))], [torch.zeros(1, 2, 1)], [torch.ones(1, 2, 1)], [torch.zeros(1, 1)])
+    >>> triplets.advance([W], halves=40)
+    >>> triplets.sigma
     tensor([3.])
     """
-    u, _ = normalised(torch.bmm(W, v.unsqueeze(2)).squeeze(2), v.new_zeros(()))
-    new_v, sigma = normalised(torch.bmm(u.unsqueeze(1), W).squeeze(1), v)
-    return Triplet(sigma, u, new_v)
+
+    def __init__(
+        self, maps: Sequence[LinearMap], u: Sequence[Tensor], v: Sequence[Tensor], sigma: Sequence[Tensor]
+    ) -> None:
+        self.maps = list(maps)
+        self.k = sigma[0].shape[-1]
+        self.u, self.v, self.sigma = (torch.cat([x.flatten() for x in parts]) for parts in (u, v, sigma))
+        self.us = self.u.split([x.numel() for x in u])
+        self.vs = self.v.split([x.numel() for x in v])
+        self.sigmas = self.sigma.split([x.numel() for x in sigma])
+        self.u_segments = _segments([m.outputs for m in maps], [m.blocks for m in maps], self.k, self.u.device)
+        self.v_segments = _segments([m.inputs for m in maps], [m.blocks for m in maps], self.k, self.u.device)
+
+    def advance(self, weights: Sequence[Tensor], halves: int, from_u: bool = False) -> None:
+        """Take ``halves`` half steps: u from v and v from u in turn, beginning with v from u if ``from_u``."""
+        for half in range(halves):
+            if (half % 2 == 1) != from_u:
+                self._v_from_u(weights)
+            else:
+                self._u_from_v(weights)
+
+    def _u_from_v(self, weights: Sequence[Tensor]) -> None:
+        u = [m.forward(W, v, self.k) for m, W, v in zip(self.maps, weights, self.vs, strict=True)]
+        if self.k > 1:
+            self._rotate(u, self.us, self.vs)
+            return
+        raw = torch.cat(u)
+        self.sigma.copy_(lengths(raw, self.u_segments))
+        self.u.copy_(normalised(raw, self.sigma, self.u_segments, torch.zeros_like(raw)))
+
+    def _v_from_u(self, weights: Sequence[Tensor]) -> None:
+        w = [m.adjoint(W, u, self.k) for m, W, u in zip(self.maps, weights, self.us, strict=True)]
+        if self.k > 1:
+            self._rotate(w, self.vs, self.us)
+            return
+        raw = torch.cat(w)
+        self.sigma.copy_(lengths(raw, self.v_segments))
+        self.v.copy_(normalised(raw, self.sigma, self.v_segments, self.v))
+
+    def _rotate(self, raw: Sequence[Tensor], these: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        """From ``raw`` = W·others: orthonormal ``these``, and both turned so that theseᵀ·W·others is diagonal.
+
+        The turn (Rayleigh and Ritz) separates singular values that lie close together, where orthogonalising alone
+        would need as many steps as they are close.
+        """
+        for m, y, x, other, sigma in zip(self.maps, raw, these, others, self.sigmas, strict=True):
+            Y, other3 = y.view(m.blocks, -1, self.k), other.view(m.blocks, -1, self.k)
+            scale = Y.abs().amax((1, 2), keepdim=True)
+            usable = (scale > 0) & scale.isfinite()
+            Q, R = torch.linalg.qr(torch.where(usable, Y / scale, torch.eye(Y.shape[1], self.k).to(Y)))
+            A, S, Bh = torch.linalg.svd(R)
+            sigma.copy_(torch.where(usable[:, 0], S * scale[:, 0], scale[:, 0]).flatten())
+            x.copy_(torch.where(usable, Q @ A, x.view_as(Y)).flatten())
+            other.copy_(torch.where(usable, other3 @ Bh.mT, other3).flatten())
+
+    def add_outer_(self, targets: Sequence[Tensor], scale: Float[Tensor, " values"], alphas: Sequence[float]) -> None:
+        """Add ``alpha·scale·uvᵀ`` to each target in place; nothing where a value is not finite."""
+        scaled = self.u * scale.to(self.u.dtype)[self.u_segments[0]]
+        us = scaled.split([x.numel() for x in self.us])
+        for m, G, u, v, alpha in zip(self.maps, targets, us, self.vs, alphas, strict=True):
+            m.add_outer_(G, u, v, self.k, alpha)
+
+
+Segments = tuple[Int[Tensor, " elements"], Int[Tensor, " offsets"]]
+
+
+def _segments(sizes: Sequence[int], blocks: Sequence[int], k: int, device: torch.device) -> Segments:
+    """To which value each element of the flat vectors belongs, and where the vectors of each block begin."""
+    index, first, offset = [], 0, [0]
+    for size, count in zip(sizes, blocks, strict=True):
+        values = torch.arange(first, first + count * k).view(count, 1, k)
+        index.append(values.expand(count, size, k).flatten())
+        offset += range(offset[-1] + size * k, offset[-1] + size * k * count + 1, size * k)
+        first += count * k
+    return torch.cat(index).to(device), torch.tensor(offset, device=device)
+
+
+def lengths(x: Float[Tensor, " elements"], segments: Segments) -> Float[Tensor, " values"]:
+    """The Euclidean length of each segment; squares are taken in float64, where float32 cannot overflow."""
+    wide = x if x.device.type == "mps" else x.double()
+    return torch.segment_reduce(wide.square(), "sum", offsets=segments[1], unsafe=True).sqrt().to(x.dtype)
 
 
 def normalised(
-    x: Float[Tensor, "blocks size"], otherwise: Float[Tensor, "*any"]
-) -> tuple[Float[Tensor, "blocks size"], Float[Tensor, " blocks"]]:
-    """Each row of ``x`` over its length, and the lengths; ``otherwise`` where a length is zero or not finite."""
-    length = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).to(x.dtype)
+    x: Float[Tensor, " elements"],
+    length: Float[Tensor, " values"],
+    segments: Segments,
+    otherwise: Float[Tensor, " elements"],
+) -> Float[Tensor, " elements"]:
+    """Each segment of ``x`` over its length; ``otherwise`` where that is zero or not finite."""
     usable = (length > 0) & length.isfinite()
-    return torch.where(usable[:, None], x / length[:, None], otherwise), length
+    return torch.where(usable[segments[0]], x / length[segments[0]], otherwise)

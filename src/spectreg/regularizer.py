@@ -1,27 +1,49 @@
-"""The object in the training loop: it keeps one vector a weight and adds φ'(σ)·uvᵀ to the gradients."""
+"""The object in the training loop: it keeps two vectors a weight and adds λφ'(σ)·uvᵀ to the gradients."""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from spectreg.penalties import square
-from spectreg.power import Triplet, power_step
-from spectreg.weights import Select, Weight, named_weights
+from spectreg.attachment import Attachment
+from spectreg.bundle import Bundle, Memory, is_sharded
+from spectreg.penalties import Penalty, penalty_of
+from spectreg.weights import InputSize, Patterns, Select, Weight, named_weights
+
+VERSION = 1
 
 
 class SpectralNormRegularizer:
-    """Spectral norm regularization: adds λ/2·Σ σ(W)² to a loss, next to free.
+    """Spectral norm regularization: adds λ·Σ φ(σ(W)), by default λ/2·Σ σ(W)², to a loss, next to free.
 
     It leaves the model alone: no buffers, no hooks on modules, no changed keys. Its vectors are drawn from a private
-    generator seeded with ``seed``.
+    generator, so that every rank has the same, are iterated in float32 at least, and no step reads a value back to
+    the host. Algorithm 1 of arXiv:1705.10941, as corrected in docs/paper.md.
 
     Args:
-        model: Its weights are regularized: not biases, not normalization scales.
-        strength: λ of Eq. (1) of arXiv:1705.10941.
-        select: ``(name, parameter) -> bool``: which of the weights to regularize; all by default.
+        model: Its weights are regularized (:func:`spectreg.named_weights` says which).
+        strength: λ of Eq. (1): a number, or a mapping from name patterns (``fnmatch``, the first match counts) to
+            numbers; a weight that no pattern matches has strength 0. May be set anew between steps.
+        penalty: φ: ``"square"`` (σ²/2), ``"hinge"``, ``"power"``, an object of :mod:`spectreg.penalties`, or any
+            elementwise function of σ.
+        map: The linear map that a weight is taken for; see :func:`spectreg.named_weights`.
+        input_size: Of convolutions, for ``map="operator"``.
+        select: ``(name, weight) -> bool``: which weights to regularize; all by default.
+        embeddings: Whether embedding tables count as weights.
+        steps: Power steps a call. With a half, u and v are renewed in turn: each weight is read once a call.
+        k: How many of the largest singular values of each block enter the penalty.
+        every: Act at each ``every``-th call only, with ``strength`` × ``every``.
+        warmup: Power steps at the first call. 15 bring σ of a Gaussian matrix within 3 % of its true norm and cost as
+            much as 15 calls; 0 is the paper.
+        decoupled: W ← W − ηλφ'(σ)·uvᵀ with η of each parameter group, in place of a gradient; needs ``attach``.
         seed: Of the first vectors.
+
+    Raises:
+        ValueError: A setting that is out of range or fits no weight.
 
     >>> model = nn.Linear(3, 3, bias=False)
     >>> _ = nn.init.eye_(model.weight)
@@ -29,72 +51,263 @@ class SpectralNormRegularizer:
     >>> regularizer.add_gradient()
     >>> regularizer.sigma()
     {'weight': tensor(1.)}
+    >>> bool(torch.isclose(model.weight.grad.norm(), torch.tensor(0.01)))
+    True
     """
 
-    def __init__(self, model: nn.Module, strength: float, *, select: Select | None = None, seed: int = 0) -> None:
-        self.weights: list[Weight] = named_weights(model, select)
+    def __init__(
+        self,
+        model: nn.Module,
+        strength: float | int | Mapping[str, float | int],
+        *,
+        penalty: str | Penalty | Callable[[Tensor], Tensor] = "square",
+        map: str | Mapping[str, str] = "matrix",
+        input_size: InputSize | Mapping[str, InputSize] | None = None,
+        select: Select | None = None,
+        embeddings: bool = False,
+        steps: float | int = 1,
+        k: int = 1,
+        every: int = 1,
+        warmup: int = 15,
+        decoupled: bool = False,
+        seed: int = 0,
+    ) -> None:
+        _check("steps", steps, steps > 0 and 2 * steps == int(2 * steps), "a positive multiple of one half")
+        _check("k", k, k >= 1 and k == int(k), "a whole number from 1")
+        _check("every", every, every >= 1 and every == int(every), "a whole number from 1")
+        _check("warmup", warmup, warmup >= 0 and warmup == int(warmup), "a whole number from 0")
+        self.weights: list[Weight] = named_weights(model, select, map, input_size, embeddings)
+        self.penalty_function = penalty_of(penalty)
+        self.halves, self.every, self.warmup, self.decoupled = int(2 * steps), every, warmup, decoupled
         self.strength = strength
-        self._penalty = square()
         generator = torch.Generator().manual_seed(seed)
-        self._triplets = {w.name: _first_guess(w, generator) for w in self.weights}
-        self._handle: Any = None
+        self._memories = {w.name: Memory.first(w, k, generator) for w in self.weights}
+        self._attachment: Attachment | None = None
+        self._bundles: list[Bundle] = []
+        self._layout: Any = None
+
+    @property
+    def strength(self) -> float | int | Mapping[str, float | int]:
+        """λ, as it was set."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, strength: float | int | Mapping[str, float | int]) -> None:
+        patterns = Patterns("strength", strength)
+        numbers = {w.name: patterns.get(w.name, 0.0) for w in self.weights}
+        patterns.check_all_used(list(numbers))
+        for name, number in numbers.items():
+            _check(f"strength of {name!r}", number, isfinite(number) and number >= 0, "a finite number from 0")
+        self._strength, self._strengths = strength, {n: float(x) * self.every for n, x in numbers.items()}
+        self._strength_version = getattr(self, "_strength_version", 0) + 1
 
     @torch.no_grad()
     def add_gradient(self) -> None:
-        """Add λφ'(σ)·uvᵀ to the gradient of every weight (Algorithm 1, lines 6 to 9), after one power step each."""
-        for weight, (sigma, u, v) in self._step():
-            W = weight.tensor
-            if W.grad is None:
-                W.grad = torch.zeros_like(W)
-            slope = self.strength * self._slope(weight, sigma)
-            weight.map.matrices(W.grad).baddbmm_((u * slope[:, None]).unsqueeze(2), v.unsqueeze(1))
+        """Take a power step and add λφ'(σ)·uvᵀ to the gradient of every weight (Algorithm 1, lines 6 to 9).
 
-    def penalty(self) -> Tensor:
-        """The penalty λΣφ(σ) as a term of the loss; its gradient is what ``add_gradient`` adds."""
+        A gradient that is None counts as zero; frozen weights are left alone. Call it after ``backward`` (and after
+        unscaling and clipping), once an optimizer step.
+
+        Raises:
+            ValueError: A weight is under a parametrization, or has a sparse gradient.
+            RuntimeError: The regularizer is ``decoupled``.
+        """
+        if self.decoupled:
+            raise RuntimeError("decoupled=True acts on the weights with the optimizer's learning rate: use attach().")
+        for bundle, weights in self._advance():
+            self._add(bundle, weights)
+
+    def penalty(self) -> Float[Tensor, ""]:
+        """The penalty λΣφ(σ) as a term of the loss, after a power step; its gradient is what ``add_gradient`` adds.
+
+        Raises:
+            RuntimeError: The regularizer is ``decoupled``, or a weight is sharded.
+        """
+        if self.decoupled:
+            raise RuntimeError("decoupled=True does not act through the loss: use attach(), or leave it out.")
         terms = []
-        for weight, (sigma, u, v) in self._step():
-            blocks = weight.map.matrices(weight.tensor)
-            exact = torch.einsum("bi,bij,bj->b", u, blocks, v)
-            chosen = exact if weight.map.norm == "each" else exact[sigma.argmax()]
-            terms.append(self._penalty.value(chosen).sum())
-        return self.strength * torch.stack(terms).sum()
+        for bundle, weights in self._advance(effective=True):
+            if is_sharded(weights[0]):
+                name = bundle.memories[0].weight.name
+                raise RuntimeError(f"weight {name!r} is sharded: use add_gradient() or attach() in place of penalty().")
+            terms.append(bundle.value(self.penalty_function, weights, bundle.strength(*self._lambda)))
+        device = terms[0].device if terms else next(iter(self._memories.values())).sigma.device
+        return torch.stack([t.to(device) for t in terms]).sum() if terms else torch.zeros((), device=device)
 
-    def attach(self, optimizer: Optimizer) -> None:
-        """Call ``add_gradient`` before every ``optimizer.step()``, whoever calls it."""
-        self._handle = optimizer.register_step_pre_hook(lambda *_: self.add_gradient())
+    def attach(self, *optimizers: Optimizer) -> "SpectralNormRegularizer":
+        """Act before every ``optimizer.step()``, whoever calls it, until ``detach``.
+
+        A gradient scaler that skips a step skips this too; fused optimizers that unscale inside the step get the
+        scaled gradient. Several optimizers may hold the weights between them.
+
+        Raises:
+            RuntimeError: It is attached already.
+            ValueError: A weight is in none of the optimizers, or the optimizer evaluates the loss itself (LBFGS).
+        """
+        if self._attachment is not None:
+            raise RuntimeError(
+                "this regularizer is attached already: call detach() first, or pass all optimizers at once."
+            )
+        self._refuse_parametrized()
+        self._attachment = Attachment(optimizers, self.weights, self._before_step)
+        self._layout = None
+        return self
 
     def detach(self) -> None:
-        """Undo ``attach``."""
-        self._handle.remove()
+        """Undo ``attach``; nothing happens if it is not attached."""
+        if self._attachment is not None:
+            self._attachment.remove()
+        self._attachment, self._layout = None, None
 
     def sigma(self) -> dict[str, Tensor]:
-        """The spectral norm of each weight as of the last step, by name; for several blocks the largest."""
-        return {name: triplet.sigma.max() for name, triplet in self._triplets.items()}
+        """The spectral norm of each weight as of the last step, by name; of several blocks the largest.
+
+        Estimates from below, in the units of the weight; before the first step the warmup is done.
+        """
+        with torch.no_grad():
+            self._arrange()
+        return {name: m.sigma.max().clone() for name, m in self._memories.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Its vectors, by the name of the weight."""
-        return {"version": 1, "vectors": {name: t.v.clone() for name, t in self._triplets.items()}}
+        """Its vectors by the name of the weight, alike on every rank. Safe to save; nothing of the model is in it."""
+        vectors = {}
+        for name, m in self._memories.items():
+            vectors[name] = {"u": m.u.clone(), "v": m.v.clone(), "sigma": m.sigma.clone(), "calls": m.calls}
+            if m.start is not None:
+                vectors[name]["start"] = m.start.clone()
+        return {"version": VERSION, "vectors": vectors}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the vectors of ``state``."""
-        for name, triplet in self._triplets.items():
-            triplet.v.copy_(state["vectors"][name])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``, exactly.
 
-    def _step(self) -> list[tuple[Weight, Triplet]]:
-        with torch.no_grad():
-            for weight in self.weights:
-                blocks = weight.map.matrices(weight.tensor)
-                self._triplets[weight.name] = power_step(blocks, self._triplets[weight.name].v)
-        return [(weight, self._triplets[weight.name]) for weight in self.weights]
+        Raises:
+            ValueError: It is of another model or format version; says which names are missing or unexpected and
+                which shapes differ. Nothing is changed then.
+        """
+        if state.get("version") != VERSION:
+            raise ValueError(f"this state has format version {state.get('version')!r}; {VERSION} is understood.")
+        vectors = state["vectors"]
+        _check_same_weights(self._memories, vectors)
+        for name, m in self._memories.items():
+            saved = vectors[name]
+            m.u, m.v, m.sigma = saved["u"].clone(), saved["v"].clone(), saved["sigma"].clone()
+            m.calls, m.start = int(saved["calls"]), saved["start"].clone() if "start" in saved else None
+        self._layout = None
 
-    def _slope(self, weight: Weight, sigma: Tensor) -> Tensor:
-        slope = self._penalty.slope(sigma)
-        if weight.map.norm == "each" or weight.map.blocks == 1:
-            return slope
-        return torch.zeros_like(slope).scatter(0, sigma.argmax(0, keepdim=True), slope.max())
+    def __repr__(self) -> str:
+        blocks = sum(m.sigma.shape[0] for m in self._memories.values())
+        return (
+            f"SpectralNormRegularizer({len(self.weights)} weights with {blocks} blocks, strength={self.strength}, "
+            f"penalty={self.penalty_function}, steps={self.halves / 2:g}, every={self.every}"
+            f"{', decoupled' if self.decoupled else ''}{', attached' if self._attachment else ''})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("_attachment", "_bundles", "_layout", "_memories")}
+        return kept | {"memory": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        memory = state.pop("memory")
+        self.__dict__.update(state, _attachment=None, _bundles=[], _layout=None)
+        self._memories = {
+            w.name: Memory(w, *(memory["vectors"][w.name][x] for x in ("u", "v", "sigma"))) for w in self.weights
+        }
+        self.load_state_dict(memory)
+
+    @property
+    def _lambda(self) -> tuple[dict[str, float], int]:
+        return self._strengths, self._strength_version
+
+    def _advance(self, lane: int | None = None, effective: bool = False) -> Iterator[tuple[Bundle, list[Tensor]]]:
+        """Step the trainable bundles of ``lane`` (all if None) whose turn it is, and hand them out."""
+        if not effective:
+            self._refuse_parametrized()
+        for bundle, weights, key in self._arrange():
+            if not weights[0].requires_grad or (lane is not None and key != lane):
+                continue
+            calls = bundle.memories[0].calls
+            for m in bundle.memories:
+                m.calls += 1
+            if calls % self.every == 0:
+                from_u = calls // self.every * self.halves % 2 == 1
+                with torch.no_grad():
+                    bundle.triplets.advance([W.detach() for W in weights], self.halves, from_u)
+                yield bundle, weights
+
+    def _arrange(self) -> list[tuple[Bundle, list[Tensor], int]]:
+        """The bundles with their weights as they are now; made anew when a weight has moved or was frozen."""
+        lanes = self._attachment.lanes if self._attachment else {}
+        current = [(m, m.weight.tensor, lanes.get(name, 0)) for name, m in self._memories.items()]
+        layout = [(W.device, W.dtype, W.requires_grad, lane, is_sharded(W)) for _, W, lane in current]
+        if layout != self._layout:
+            self._keys = [(*key, m.sigma.shape[1], m.calls) for key, (m, _, _) in zip(layout, current, strict=True)]
+            self._bundles = []
+        groups: dict[Any, list[tuple[Memory, Tensor, int]]] = {}
+        for key, entry in zip(self._keys, current, strict=True):
+            groups.setdefault(key, []).append(entry)
+        if layout != self._layout:
+            self._bundles = [Bundle([m for m, _, _ in g], [W for _, W, _ in g]) for g in groups.values()]
+            self._layout = layout
+            self._warm_up([[W.detach() for _, W, _ in g] for g in groups.values()])
+        return [(b, [W for _, W, _ in g], g[0][2]) for b, g in zip(self._bundles, groups.values(), strict=True)]
+
+    def _warm_up(self, weights: Sequence[list[Tensor]]) -> None:
+        """Bring vectors that were never stepped near the top singular pair; at least half a step, for a first σ."""
+        for bundle, Ws in zip(self._bundles, weights, strict=True):
+            if all(m.calls == 0 and not m.u.any() for m in bundle.memories):
+                with torch.no_grad():
+                    bundle.triplets.advance(Ws, max(2 * self.warmup, 1))
+                for m in bundle.memories:
+                    m.start = m.sigma.clone() if self.penalty_function.target == "start" else None
+
+    def _add(self, bundle: Bundle, weights: list[Tensor], factor: Tensor | float = 1.0) -> None:
+        slopes = bundle.slopes(self.penalty_function) * bundle.strength(*self._lambda) * factor
+        targets = [_gradient_of(W, m.weight.name) for W, m in zip(weights, bundle.memories, strict=True)]
+        bundle.triplets.add_outer_(targets, slopes, [1.0] * len(targets))
+
+    @torch.no_grad()
+    def _before_step(self, lane: int, rates: Mapping[int, Any], factor: Tensor | float, keep: Tensor | float) -> None:
+        """Called by the attachment: with learning rates by parameter, the gradients' scale, and 0 to skip the step."""
+        for bundle, weights in self._advance(lane):
+            if not self.decoupled:
+                self._add(bundle, weights, factor * keep)
+                continue
+            slopes = bundle.slopes(self.penalty_function) * bundle.strength(*self._lambda) * keep
+            bundle.triplets.add_outer_(weights, slopes, [-rates[id(W)] for W in weights])
+
+    def _refuse_parametrized(self) -> None:
+        names = [w.name for w in self.weights if w.parametrized]
+        if names:
+            raise ValueError(
+                f"weight {names[0]!r} is under a parametrization: it is computed and has no gradient of its own. "
+                "Use penalty(), which acts on the effective weight."
+            )
 
 
-def _first_guess(weight: Weight, generator: torch.Generator) -> Triplet:
-    m = weight.map
-    v = torch.randn(m.blocks, m.inputs, generator=generator)
-    return Triplet(torch.zeros(m.blocks), torch.zeros(m.blocks, m.outputs), v)
+def _gradient_of(W: Tensor, name: str) -> Tensor:
+    if W.grad is None:
+        W.grad = torch.zeros_like(W)
+    if W.grad.is_sparse:
+        raise ValueError(f"weight {name!r} has a sparse gradient: use sparse=False, or leave it out with select.")
+    return W.grad
+
+
+def _check(name: str, value: Any, fine: bool, what: str) -> None:
+    if not fine:
+        raise ValueError(f"{name} is {value!r}: it must be {what}.")
+
+
+def _check_same_weights(memories: Mapping[str, Memory], vectors: Mapping[str, Any]) -> None:
+    missing = [name for name in memories if name not in vectors]
+    unexpected = [name for name in vectors if name not in memories]
+    different = [
+        f"{name} {tuple(vectors[name][x].shape)} instead of {tuple(getattr(m, x).shape)}"
+        for name, m in memories.items()
+        for x in ("u", "v")
+        if name in vectors and vectors[name][x].shape != getattr(m, x).shape
+    ]
+    if missing or unexpected or different:
+        raise ValueError(
+            f"this state is of another model or map: missing {missing}, unexpected {unexpected}, "
+            f"shapes that differ {different}. Build the regularizer as it was when the state was saved."
+        )

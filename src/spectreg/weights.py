@@ -1,14 +1,26 @@
 """Which parameters count as weights, and the linear map of each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from spectreg.linear_maps import MatrixMap
+from spectreg.linear_maps import LinearMap, MatrixMap
+from spectreg.operators import OperatorMap
 
 Select = Callable[[str, Tensor], bool]
+InputSize = tuple[int, ...]
+
+MAPS = ("matrix", "joint", "each", "heads", "operator")
+GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3, nn.RNN: 1, nn.RNNCell: 1}
+NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)
@@ -22,39 +34,217 @@ class Weight:
     name: str
     module: nn.Module
     attribute: str
-    map: MatrixMap
+    map: LinearMap
+    parametrized: bool = False
 
     @property
     def tensor(self) -> Tensor:
-        """The weight as it is now; it lives in the module and is not copied."""
+        """The weight as it is now; it lives in the module and is not copied (a parametrized one is computed)."""
         return getattr(self.module, self.attribute)
 
 
-def named_weights(model: nn.Module, select: Select | None = None) -> list[Weight]:
+def named_weights(
+    model: nn.Module,
+    select: Select | None = None,
+    map: str | Mapping[str, str] = "matrix",
+    input_size: InputSize | Mapping[str, InputSize] | None = None,
+    embeddings: bool = False,
+) -> list[Weight]:
     """The weights of ``model`` that have a spectral norm, in the order of ``model.named_modules()``.
 
-    A weight tied between modules appears once, under its first name. Names carry no ``_orig_mod.`` of
-    ``torch.compile``.
+    These are all parameters of two or more dimensions but biases, the scales of normalizations, embeddings, and bare
+    parameters that are a vector in disguise (one dimension longer than 1). A weight tied between modules appears once,
+    under its first name. Names carry neither ``_orig_mod.`` of ``torch.compile`` nor ``module.`` of data parallel
+    wrappers. A weight under a parametrization appears as the weight that the forward pass uses.
+
+    Args:
+        select: ``(name, weight) -> bool``: which of them to keep.
+        map: The linear map that a weight is taken for, or a mapping from name patterns (``fnmatch``) to maps:
+            ``"matrix"``, ``"joint"``, ``"each"``, ``"heads"`` or ``"operator"``; docs/weights.md has the table.
+        input_size: For ``map="operator"``: height and width (one to three numbers) of a convolution's input, or a
+            mapping from name patterns to them.
+        embeddings: Whether embedding tables count.
+
+    Raises:
+        ValueError: No weight is left; a map is unknown or fits none of the weights; a weight is stored in a way that
+            hides its shape.
 
     >>> [(w.name, w.map.blocks, w.map.outputs, w.map.inputs) for w in named_weights(nn.Conv2d(4, 6, 3, groups=2))]
     [('weight', 2, 3, 18)]
     """
-    weights: list[Weight] = []
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            name = f"{path}.{attribute}".lstrip(".").replace("_orig_mod.", "")
-            if not isinstance(module, nn.Linear | _ConvNd) or attribute != "weight":
-                continue
-            if select is not None and not select(name, parameter):
-                continue
-            weights.append(Weight(name, module, attribute, matrix_map(module, parameter)))
+    sizes = Patterns("input_size", input_size)
+    wanted = Patterns("map", map)
+    weights, names = [], []
+    for name, module, attribute, tensor in _candidates(model, embeddings):
+        names.append(name)
+        if select is not None and not select(name, tensor):
+            continue
+        maps = maps_of(module, attribute, tensor, sizes.get(name))
+        chosen = _choose(name, maps, wanted, module)
+        weights.append(Weight(name, module, attribute, chosen, is_parametrized(module, attribute)))
+    _check_not_empty(model, names, weights)
+    for patterns in (wanted, sizes):
+        patterns.check_all_used(names)
+    if isinstance(map, str) and map not in wanted.used_values | {"matrix"}:
+        raise ValueError(
+            f"map={map!r} fits none of the weights ({_some(names)}). Leave it out, or see docs/weights.md."
+        )
     return weights
 
 
-def matrix_map(module: nn.Module, weight: Tensor) -> MatrixMap:
-    """The map of ``weight``, which belongs to ``module``."""
-    return MatrixMap(tuple(weight.shape), blocks=getattr(module, "groups", 1))
+class Patterns:
+    """A setting that is one value for all weights or a mapping from name patterns (the first match counts)."""
+
+    def __init__(self, setting: str, value: Any) -> None:
+        self.setting, self.value = setting, value
+        self.used: set[str] = set()
+        self.used_values: set[Any] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value for the weight ``name``."""
+        if not isinstance(self.value, Mapping):
+            return self.value
+        matching = [pattern for pattern in self.value if fnmatchcase(name, pattern)]
+        self.used.update(matching)
+        return self.value[matching[0]] if matching else default
+
+    def check_all_used(self, names: list[str]) -> None:
+        """Raise if a pattern matched none of the names that were asked for."""
+        unused = set(self.value) - self.used if isinstance(self.value, Mapping) else ()
+        if unused:
+            raise ValueError(
+                f"{self.setting}: no weight matches {', '.join(repr(p) for p in sorted(unused))}. "
+                f"The weights are {_some(names)}; patterns are those of fnmatch, such as '*.weight'."
+            )
+
+
+def maps_of(
+    module: nn.Module, attribute: str, weight: Tensor, input_size: InputSize | None = None
+) -> dict[str, LinearMap]:
+    """Every map that ``weight``, which belongs to ``module``, can be taken for, by name; ``"matrix"`` is always one.
+
+    ``"operator"`` is among them for a convolution whose ``input_size`` is known.
+    """
+    shape = tuple(weight.shape)
+    joint = MatrixMap(shape)
+    if isinstance(module, _ConvNd):
+        maps = _maps_of_convolution(module, shape)
+        if input_size is not None:
+            maps["operator"] = OperatorMap.of(module, input_size)
+        return maps
+    if type(module) in GATES and not attribute.startswith("weight_hr"):
+        return {"matrix": MatrixMap(shape, GATES[type(module)], norm="each"), "joint": joint}
+    if isinstance(module, nn.MultiheadAttention) and weight.ndim == 2:
+        parts = 3 if attribute == "in_proj_weight" else 1
+        heads = MatrixMap(shape, parts * module.num_heads, norm="each")
+        return {"matrix": MatrixMap(shape, parts, norm="each"), "joint": joint, "heads": heads}
+    if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
+        return {"matrix": MatrixMap(shape, layout="columns")}
+    return {"matrix": joint}
+
+
+def _maps_of_convolution(module: _ConvNd, shape: tuple[int, ...]) -> dict[str, LinearMap]:
+    layout: Any = "transposed" if isinstance(module, _ConvTransposeNd) else "rows"
+    maps: dict[str, LinearMap] = {"matrix": MatrixMap(shape, module.groups, layout=layout)}
+    if module.groups > 1:
+        maps["each"] = MatrixMap(shape, module.groups, norm="each", layout=layout)
+        maps["joint"] = MatrixMap(shape, layout=layout)
+    return maps
+
+
+def _choose(name: str, maps: dict[str, LinearMap], wanted: Patterns, module: nn.Module) -> LinearMap:
+    how = wanted.get(name, "matrix")
+    if how not in MAPS:
+        raise ValueError(f"unknown map {how!r} for {name!r}: it is one of {', '.join(MAPS)}.")
+    if how == "operator" and isinstance(module, _ConvNd) and how not in maps:
+        raise ValueError(
+            f"map='operator' needs the size of the input of {name!r}, whose norm depends on it. "
+            "Give input_size=(32, 32), or a mapping from name patterns to sizes (spectreg.input_sizes finds them)."
+        )
+    if how not in maps:
+        if isinstance(wanted.value, Mapping):
+            raise ValueError(f"map {how!r} does not fit {name!r} ({type(module).__name__}): {', '.join(maps)} would.")
+        return maps["matrix"]
+    wanted.used_values.add(how)
+    return maps[how]
+
+
+def _candidates(model: nn.Module, embeddings: bool) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Name, module, attribute and tensor of each weight, tied ones once."""
+    if isinstance(model, DataParallel | DistributedDataParallel):
+        model = model.module
+    owners: dict[int, list[tuple[str, nn.Module, str, Tensor]]] = {}
+    for path, module in model.named_modules():
+        for attribute, tensor, key in _tensors_of(module):
+            name = f"{path}.{attribute}".lstrip(".")
+            for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module."):
+                name = name.replace(wrapper, "")
+            if _counts(name, module, attribute, tensor):
+                owners.setdefault(key, []).append((name, module, attribute, tensor))
+    for tied in owners.values():
+        others = [owner for owner in tied if not isinstance(owner[1], nn.Embedding | nn.EmbeddingBag)]
+        if others or embeddings:
+            yield (tied[0][0], *(others or tied)[0][1:])
+
+
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
+    """The parameters a module calls its own, and what tells tied ones apart; effective ones where parametrized."""
+    if isinstance(module, ParametrizationList):
+        return
+    for attribute, parameter in module._parameters.items():
+        if parameter is not None:
+            yield attribute, parameter, id(parameter)
+    if is_parametrized(module):
+        for attribute, parametrization in module.parametrizations.items():  # type: ignore[union-attr, operator]
+            yield attribute, getattr(module, attribute), id(parametrization)
+
+
+def _counts(name: str, module: nn.Module, attribute: str, tensor: Tensor) -> bool:
+    """Whether the tensor is a weight; raises where it is one that cannot be read."""
+    _refuse_hidden(name, module, attribute, tensor)
+    if tensor.ndim < 2 or isinstance(module, NORMALIZATIONS) or attribute in ("bias_k", "bias_v"):
+        return False
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        return False
+    if tensor.is_complex():
+        raise ValueError(
+            f"weight {name!r} is complex ({tensor.dtype}), which is not supported. "
+            f"Leave it out by regularizing the modules beside it, or store its real and imaginary parts."
+        )
+    known = type(module).__module__.startswith("torch.nn.modules")
+    return tensor.numel() > 0 and (known or sum(size > 1 for size in tensor.shape) > 1)
+
+
+def _refuse_hidden(name: str, module: nn.Module, attribute: str, tensor: Tensor) -> None:
+    if getattr(tensor, "_is_flat_param", False) or type(tensor).__name__ == "FlatParameter":
+        raise ValueError(
+            f"parameter {name!r} is a flat parameter of FSDP1 (FullyShardedDataParallel), which hides the shapes of "
+            "its weights. Use fully_shard (FSDP2) instead."
+        )
+    if hasattr(tensor, "ds_id"):
+        raise ValueError(
+            f"parameter {name!r} is partitioned by DeepSpeed's ZeRO stage 3, which hides its shape and values. "
+            "Use stage 1 or 2, or fully_shard (FSDP2)."
+        )
+    if is_lazy(tensor):
+        raise ValueError(f"parameter {name!r} is uninitialized (a lazy module): run the model forward once before.")
+    base = attribute.removesuffix("_v").removesuffix("_orig")
+    if base != attribute and (f"{base}_g" in module._parameters or attribute.endswith("_orig")):
+        raise ValueError(
+            f"parameter {name!r} is part of a weight that a hook computes in the forward pass (weight_norm, "
+            "spectral_norm or prune of torch.nn.utils). Use torch.nn.utils.parametrizations, and penalty()."
+        )
+
+
+def _check_not_empty(model: nn.Module, names: list[str], weights: list[Weight]) -> None:
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} has no weight to regularize: no parameter with two or more dimensions "
+            "(biases and normalization scales do not count; embeddings=True counts embeddings)."
+        )
+    if not weights:
+        raise ValueError(f"select leaves none of the {len(names)} weights: {_some(names)}.")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -1,13 +1,9 @@
 """Independent float64 oracles: what the library should say, by the slow road."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
-
-
-def svd_gradient(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """σ₁ of each block and uvᵀ of its top singular pair, from a full SVD in float64."""
-    U, S, Vh = torch.linalg.svd(matrices.detach().double(), full_matrices=False)
-    return S[:, 0], U[:, :, :1] @ Vh[:, :1, :]
 
 
 def printed_algorithm(W: Tensor, v: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -17,3 +13,21 @@ def printed_algorithm(W: Tensor, v: Tensor, steps: int) -> tuple[Tensor, Tensor]
         v = W.T @ u
         sigma = u.norm() / v.norm()
     return sigma, v
+
+
+def svd_penalty_gradient(
+    weight: Tensor,
+    matrices: Callable[[Tensor], Sequence[Tensor]],
+    each: bool,
+    phi: Callable[[Tensor], Tensor] = lambda sigma: sigma**2 / 2,
+    k: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """σ (the largest of the blocks) and the gradient of Σφ(σ) by the weight: full SVDs and autograd.
+
+    With ``each`` every block counts, otherwise the ``k`` largest singular values of them all.
+    """
+    W = weight.detach().double().requires_grad_()
+    values = [torch.linalg.svdvals(matrix)[:k] for matrix in matrices(W)]
+    counted = torch.cat(values) if each else torch.cat(values).topk(min(k, len(torch.cat(values)))).values
+    (gradient,) = torch.autograd.grad(phi(counted).sum(), W)
+    return torch.cat(values).max().detach(), gradient

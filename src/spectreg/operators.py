@@ -1,0 +1,153 @@
+"""A convolution as the operator it is on inputs of a given size, and the sizes a network meets."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from spectreg.linear_maps import Norm
+
+
+@dataclass(frozen=True)
+class OperatorMap:
+    """What a convolution does to an input of ``input_shape``, with its stride, padding, dilation and groups.
+
+    Args:
+        input_shape: Channels and size of the input.
+        output_shape: Channels and size of the output.
+        arguments: Those of ``torch.ops.aten.convolution`` after the bias: stride, padding, dilation, transposed,
+            output padding, groups.
+        border: ``F.pad``'s amounts and mode before the convolution, for padding it cannot do itself.
+    """
+
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    border: tuple[tuple[int, ...], str] | None = None
+    blocks: int = field(default=1, init=False)
+    norm: Norm = field(default="max", init=False)
+
+    @classmethod
+    def of(cls, module: _ConvNd, input_size: tuple[int, ...]) -> "OperatorMap":
+        """The operator of ``module`` on inputs of ``input_size`` (without batch and channels).
+
+        >>> OperatorMap.of(nn.Conv2d(3, 8, 3, stride=2, padding=1), (32, 32)).output_shape
+        (8, 16, 16)
+        """
+        dimensions = len(module.kernel_size)
+        if len(input_size) != dimensions or min(input_size) < 1:
+            raise ValueError(f"input_size {tuple(input_size)} is not a size for {module}: it has {dimensions} numbers.")
+        transposed = isinstance(module, _ConvTransposeNd)
+        border, padding = _padding(module)
+        arguments = (
+            list(module.stride), padding, list(module.dilation), transposed, list(module.output_padding), module.groups
+        )  # fmt: skip
+        input_shape = (module.in_channels, *input_size)
+        with torch.device("meta"):
+            W = torch.empty(module.weight.shape)
+            x = _bordered(torch.empty(1, *input_shape), border)
+            shape = torch.ops.aten.convolution(x, W, None, *arguments).shape
+        return cls(input_shape, tuple(shape[1:]), arguments, border)
+
+    @property
+    def outputs(self) -> int:
+        """Numbers in an output."""
+        return prod(self.output_shape)
+
+    @property
+    def inputs(self) -> int:
+        """Numbers in an input."""
+        return prod(self.input_shape)
+
+    def forward(self, W: Tensor, v: Float[Tensor, " v"], k: int = 1) -> Float[Tensor, " u"]:
+        """The convolution of ``v``."""
+        x = _bordered(self._images(v, self.input_shape, k), self.border)
+        return self._flat(torch.ops.aten.convolution(x, W.to(v.dtype), None, *self.arguments), k)
+
+    def adjoint(self, W: Tensor, u: Float[Tensor, " u"], k: int = 1) -> Float[Tensor, " v"]:
+        """The transpose of the convolution, applied to ``u``."""
+        x = u.new_zeros(k, *self.input_shape)
+        if self.border is None:
+            return self._flat(self._backward(u, x, W.to(u.dtype), k, (True, False, False))[0], k)
+        with torch.enable_grad():
+            framed = _bordered(x.requires_grad_(), self.border)
+        inner = self._backward(u, framed.detach(), W.to(u.dtype), k, (True, False, False))[0]
+        return self._flat(torch.autograd.grad(framed, x, inner)[0], k)
+
+    def add_outer_(
+        self, G: Tensor, u: Float[Tensor, " u"], v: Float[Tensor, " v"], k: int = 1, alpha: float = 1.0
+    ) -> None:
+        """G += alpha times the gradient of ⟨u, conv(v)⟩ by the kernel."""
+        x = _bordered(self._images(v, self.input_shape, k), self.border)
+        W = torch.empty_like(G, dtype=u.dtype)
+        G.add_(self._backward(u, x, W, k, (False, True, False))[1], alpha=alpha)
+
+    def matrices(self, W: Tensor) -> Float[Tensor, "1 outputs inputs"]:
+        """The operator as a dense matrix, column by column: for small sizes only."""
+        basis = torch.eye(self.inputs, dtype=W.dtype, device=W.device)
+        return self.forward(W, basis.flatten(), self.inputs).view(1, self.outputs, self.inputs)
+
+    def _backward(self, u: Tensor, x: Tensor, W: Tensor, k: int, mask: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
+        gradient = self._images(u, self.output_shape, k)
+        return torch.ops.aten.convolution_backward(gradient, x, W, None, *self.arguments, mask)
+
+    @staticmethod
+    def _images(x: Tensor, shape: tuple[int, ...], k: int) -> Tensor:
+        return x.view(*shape, k).movedim(-1, 0) if k > 1 else x.view(1, *shape)
+
+    @staticmethod
+    def _flat(images: Tensor, k: int) -> Float[Tensor, " x"]:
+        return images.movedim(0, -1).reshape(-1) if k > 1 else images.reshape(-1)
+
+
+def _padding(module: _ConvNd) -> tuple[tuple[tuple[int, ...], str] | None, list[int]]:
+    """What has to be padded before the convolution, and what the convolution pads itself."""
+    amounts = tuple(module._reversed_padding_repeated_twice)
+    none = [0] * len(module.kernel_size)
+    if module.padding_mode != "zeros":
+        return (amounts, module.padding_mode), none
+    if any(amounts[i] != amounts[i + 1] for i in range(0, len(amounts), 2)):
+        return (amounts, "constant"), none
+    return None, list(amounts[::2])[::-1]
+
+
+def _bordered(x: Tensor, border: tuple[tuple[int, ...], str] | None) -> Tensor:
+    return x if border is None else F.pad(x, border[0], mode=border[1])
+
+
+def input_sizes(model: nn.Module, *example: Any, **keywords: Any) -> dict[str, tuple[int, ...]]:
+    """The input size of every convolution of ``model`` in a forward pass of ``example``, by the name of its weight.
+
+    The pass runs in evaluation mode without gradients; the mode is put back. A convolution used at several sizes is
+    given the largest.
+
+    >>> input_sizes(nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3)), torch.zeros(1, 3, 32, 32))
+    {'0.weight': (32, 32), '2.weight': (15, 15)}
+    """
+    sizes: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            size = tuple(inputs[0].shape[-len(module.kernel_size) :])  # type: ignore[arg-type]
+            sizes[name] = max(sizes.get(name, size), size)
+
+        return hook
+
+    convolutions = [(n, m) for n, m in model.named_modules() if isinstance(m, _ConvNd)]
+    handles = [m.register_forward_pre_hook(note(f"{n}.weight".lstrip("."))) for n, m in convolutions]
+    training = {m: m.training for m in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()(*example, **keywords)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return sizes
