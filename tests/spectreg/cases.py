@@ -1,6 +1,8 @@
 """The variety of models and of the weights in them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ class Kind(NamedTuple):
     weight: str
     matrices: Callable[[Tensor], list[Tensor]]
     each: bool = False
-    settings: dict[str, Any] = {}
+    settings: Mapping[str, Any] = MappingProxyType({})
 
     def __repr__(self) -> str:
         return self.name
@@ -92,19 +94,22 @@ KINDS = [
 
 
 def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    """The module in float64, its parameters drawn from an own generator."""
+    """The module in float64, its parameters drawn from an own generator.
+
+    Their mean is one, so that the top singular value of every block stands clear of the second whatever the map.
+    """
     module = build().double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+            parameter.copy_(1 + torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return module
 
 
 def mlp(*, dtype: torch.dtype = torch.float64, seed: int = 0, widths: tuple[int, ...] = (5, 8, 6, 3)) -> nn.Sequential:
     """Linear layers with tanh between them."""
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), nn.Tanh()]
     return seeded(lambda: nn.Sequential(*layers[:-1]), seed).to(dtype)
 
