@@ -17,18 +17,44 @@ app = typer.Typer(
     help="Spectral norm regularization (Yoshida & Miyato 2017): rerun the paper's comparison, or yours.",
 )
 
-STUDIES = Path("studies")
+DEFAULT = Path("studies/digits.toml")
+Out = Annotated[Path | None, typer.Option(help="study folder [default: runs/NAME]")]
+Processes = Annotated[int | None, typer.Option(min=1, help="runs at a time [default: one a core]")]
+Threads = Annotated[int | None, typer.Option(min=1, help="threads a run [default: 1]")]
 
 
 @app.command(epilog="Example: `spectreg reproduce studies/digits.toml --out runs/digits`")
 def reproduce(
-    study: Annotated[Path, typer.Argument(help="study file: settings × methods × regimes × seeds")] = STUDIES
-    / "digits.toml",
-    out: Annotated[Path | None, typer.Option(help="study folder [default: runs/NAME]")] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="runs at a time [default: one a core]")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="threads a run [default: 1]")] = None,
+    study: Annotated[Path, typer.Argument(help="study file: settings × methods × regimes × seeds")] = DEFAULT,
+    out: Out = None,
+    processes: Processes = None,
+    threads: Threads = None,
 ) -> None:
     """Do every run of a study that is not finished yet, and write its report."""
+    folder, failed = _execute(study, out, processes, threads)
+    _report(folder)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `spectreg search studies/digits-search.toml`")
+def search(
+    study: Annotated[Path, typer.Argument(help="study file with a [search] table")],
+    out: Out = None,
+    processes: Processes = None,
+    threads: Threads = None,
+) -> None:
+    """Try a grid of learning rates and strengths on held-out training images, and say which to use."""
+    folder, _ = _execute(study, out, processes, threads)
+    from spectreg_lab.search import choose
+
+    choice = choose(folder)
+    typer.echo(f"learning rates\n{choice.rates.to_string(index=False)}\n")
+    typer.echo(f"strengths\n{choice.strengths.to_string(index=False)}\n")
+    typer.echo(f"all {len(choice.tried)} combinations: {folder / 'search.csv'}")
+
+
+def _execute(study: Path, out: Path | None, processes: int | None, threads: int | None) -> tuple[Path, list[str]]:
     from rich.console import Console
 
     from spectreg_lab.display import StudyDisplay
@@ -46,9 +72,7 @@ def reproduce(
         except KeyboardInterrupt:
             display.note(f"stopped; what is finished is kept in {folder}. The same command goes on from there.")
             raise typer.Exit(130) from None
-    _report(folder)
-    if display.failed:
-        raise typer.Exit(1)
+    return folder, display.failed
 
 
 @app.command()

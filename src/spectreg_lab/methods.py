@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -75,12 +76,17 @@ class SpectralNorm(Method):
         self.regularizer.add_gradient()
 
     def state(self) -> dict[str, Tensor]:
-        """The vectors of the power iteration."""
-        return dict(self.regularizer.state_dict()["vectors"])
+        """The regularizer's state, as tensors by ``weight/part``."""
+        vectors = self.regularizer.state_dict()["vectors"]
+        return {f"{name}/{part}": torch.as_tensor(x) for name, parts in vectors.items() for part, x in parts.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from saved vectors."""
-        self.regularizer.load_state_dict({**self.regularizer.state_dict(), "vectors": state})
+        """Go on from :meth:`state`."""
+        vectors: dict[str, dict[str, Any]] = {}
+        for key, value in state.items():
+            name, _, part = key.rpartition("/")
+            vectors.setdefault(name, {})[part] = value if value.is_floating_point() else value.item()
+        self.regularizer.load_state_dict({**self.regularizer.state_dict(), "vectors": vectors})
 
 
 def build(config: Config, model: nn.Module) -> Method:

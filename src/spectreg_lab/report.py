@@ -10,7 +10,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from spectreg_lab import store
-from spectreg_lab.exhibits import Exhibit, exhibits, labels, provenance
+from spectreg_lab.exhibits import Exhibit, exhibits, labels, provenance, verdicts
 from spectreg_lab.exhibits.exhibit import Panel
 from spectreg_lab.exhibits.interactive import traces
 from spectreg_lab.exhibits.svg import svg
@@ -75,7 +75,8 @@ def page(study: store.StudyRecord, shown: list[Exhibit]) -> str:
         titles={name: labels.setting(study, name) for name in study.study["settings"]},
         methods={method: colours[method] for method in study.study["methods"]},
         colours=colours,
-        warnings=provenance.warnings(study),
+        warnings=[*provenance.warnings(study), *(warning for exhibit in shown for warning in exhibit.warnings)],
+        tones=verdicts.TONES,
         foot=provenance.foot(study),
         written=pd.Timestamp.now("UTC").strftime("%Y-%m-%d %H:%M UTC"),
         style=Markup((folder / "report.css").read_text()),

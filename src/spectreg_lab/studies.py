@@ -1,7 +1,6 @@
 """A study file: settings × methods × regimes × seeds, each point of it a run."""
 
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import product
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from spectreg_lab.config import Config, Data, Method, Model, Positive, Precision, Setting
+from spectreg_lab.config import Adversarial, Config, Data, Method, Model, Positive, Precision, Setting, Vanilla
 
 
 class StudyError(Exception):
@@ -29,7 +28,7 @@ class Case(Setting):
     title: str | None = None
     model: Model
     data: Data = Data()
-    learning_rate: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    learning_rate: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field({}, description="by regime")
     epochs: Positive | None = Field(None, description="where they differ from the study's")
     alpha: dict[str, float] | None = Field(None, description="thresholds of the generalization gap, by regime")
     paper: str | None = Field(None, description="the rows of the paper's Table 1 to set beside, as model/dataset")
@@ -43,6 +42,20 @@ class Training(Setting):
     precision: Precision = "32-true"
 
 
+class Search(Setting):
+    """What a search tries for every setting and regime: each learning rate with each strength of each method.
+
+    ``strength`` is the field of that name, for adversarial training ``epsilon``; a method that is not listed keeps its
+    own. Runs are tested on the fraction ``validation`` of the training images, never on the test images.
+    """
+
+    learning_rate: dict[str, tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]]
+    strength: dict[str, tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...]] = Field(
+        {}, description="by method"
+    )
+    validation: float = Field(0.2, gt=0, lt=1)
+
+
 class Study(Setting):
     """The content of a study file."""
 
@@ -54,6 +67,7 @@ class Study(Setting):
     settings: dict[str, Case] = Field(min_length=1)
     methods: dict[str, Method] = Field(min_length=1)
     training: Training = Training()
+    search: Search | None = Field(None, description="makes the study one for `spectreg search`")
 
     @model_validator(mode="before")
     @classmethod
@@ -65,34 +79,52 @@ class Study(Setting):
         return study
 
     @model_validator(mode="after")
-    def _every_regime_has_a_learning_rate(self) -> "Study":
-        for name, case in self.settings.items():
-            if set(case.learning_rate) != set(self.regimes):
+    def _names_agree(self) -> "Study":
+        rates = {f"settings.{name}.learning_rate": case.learning_rate for name, case in self.settings.items()}
+        if self.search is not None:
+            rates = {"search.learning_rate": self.search.learning_rate}
+            unknown = sorted(set(self.search.strength) - set(self.methods))
+            if unknown:
+                raise ValueError(f"search.strength is given for {unknown}, but the methods are {sorted(self.methods)}")
+        for where, by_regime in rates.items():
+            if set(by_regime) != set(self.regimes):
                 raise ValueError(
-                    f"settings.{name}.learning_rate is given for {sorted(case.learning_rate)}, "
-                    f"but the regimes are {sorted(self.regimes)}"
+                    f"{where} is given for {sorted(by_regime)}, but the regimes are {sorted(self.regimes)}"
                 )
         return self
 
     def points(self) -> list["Point"]:
         """Every run of the study: all of the first seed first, so that an unfinished study compares all methods."""
-        return list(self._points())
+        grid = product(self.seeds, self.settings.items(), self.regimes.items(), self.methods.items())
+        return [
+            Point(setting, regime, method, seed, self._config(case, method, regime, seed, rate, strength))
+            for seed, (setting, case), (regime, _), (method, _) in grid
+            for rate in (self.search.learning_rate[regime] if self.search else (case.learning_rate[regime],))
+            for strength in (self.search.strength.get(method, (None,)) if self.search else (None,))
+        ]
 
-    def _points(self) -> Iterator["Point"]:
-        for seed, (name, case), (regime, batch), (method, setting) in product(
-            self.seeds, self.settings.items(), self.regimes.items(), self.methods.items()
-        ):
-            config = Config(
-                model=case.model,
-                data=case.data,
-                method=setting,
-                batch_size=batch.batch_size,
-                learning_rate=case.learning_rate[regime],
-                epochs=case.epochs or self.epochs,
-                seed=seed,
-                **self.training.model_dump(),
-            )
-            yield Point(name, regime, method, seed, config)
+    def _config(self, case: Case, method: str, regime: str, seed: int, rate: float, strength: float | None) -> Config:
+        setting = self.methods[method]
+        if strength is not None:
+            setting = setting.model_copy(update={strength_field(setting): strength})
+        data = case.data.model_copy(update={"validation": self.search.validation}) if self.search else case.data
+        return Config(
+            model=case.model,
+            data=data,
+            method=setting,
+            batch_size=self.regimes[regime].batch_size,
+            learning_rate=rate,
+            epochs=case.epochs or self.epochs,
+            seed=seed,
+            **self.training.model_dump(),
+        )
+
+
+def strength_field(method: Method) -> str:
+    """The field that says how strongly a method acts."""
+    if isinstance(method, Vanilla):
+        raise StudyError("search.strength: vanilla has no strength to search")
+    return "epsilon" if isinstance(method, Adversarial) else "strength"
 
 
 @dataclass(frozen=True)

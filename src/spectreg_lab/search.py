@@ -1,0 +1,84 @@
+"""The choice of hyperparameters: a grid over learning rate and strength, judged on held-out training images.
+
+The criterion, the same for every method:
+
+1. For each setting and regime, the learning rate at which the four methods, each at its best strength, have the highest
+   mean validation accuracy; only rates count at which every method fits the training images (accuracy over ``FIT`` in
+   the mean over seeds) at some strength, unless there is none.
+2. For each method one strength for all settings and regimes: the highest mean validation accuracy at the chosen rates
+   among the strengths that fit the training images in all of them, unless there is none.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from spectreg_lab.files import write
+from spectreg_lab.store import read_study
+
+FIT = 0.95
+CELL = ["setting", "regime"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a search found: every combination tried, a learning rate a cell, a strength a method."""
+
+    tried: pd.DataFrame
+    rates: pd.DataFrame
+    strengths: pd.DataFrame
+
+
+def choose(folder: Path) -> Choice:
+    """Judge the finished runs of a search's folder, and write the table of all of them to ``search.csv`` there."""
+    tried = _tried(folder)
+    rates = _best_rates(tried)
+    strengths = _best_strengths(tried.merge(rates[[*CELL, "learning_rate"]], on=[*CELL, "learning_rate"]))
+    write(folder / "search.csv", tried.to_csv(index=False, float_format="%.6g").encode())
+    return Choice(tried, rates, strengths)
+
+
+def _tried(folder: Path) -> pd.DataFrame:
+    rows = []
+    for run in read_study(folder).runs:
+        method = run.config.get("method", {})
+        last = run.metrics[-1] if run.metrics and run.status == "finished" else {}
+        rows.append(
+            {
+                "setting": run.setting,
+                "regime": run.regime,
+                "method": run.method,
+                "learning_rate": run.config.get("learning_rate"),
+                "strength": method.get("epsilon", method.get("strength", 0.0)),
+                "training": last.get("train_accuracy", 0.0),
+                "validation": last.get("test_accuracy", 0.0),
+            }
+        )
+    keys = [*CELL, "method", "learning_rate", "strength"]
+    frame = pd.DataFrame(rows).dropna(subset=["learning_rate"])
+    return frame.groupby(keys, as_index=False, sort=False).agg(
+        n=("training", "size"), training=("training", "mean"), validation=("validation", "mean")
+    )
+
+
+def _best_rates(tried: pd.DataFrame) -> pd.DataFrame:
+    by_method = tried.sort_values("validation").groupby([*CELL, "learning_rate", "method"], as_index=False).last()
+    fitting = tried.groupby([*CELL, "learning_rate", "method"], as_index=False)["training"].max()
+    found = by_method.groupby([*CELL, "learning_rate"], as_index=False)["validation"].mean()
+    least = fitting.groupby([*CELL, "learning_rate"], as_index=False)["training"].min()
+    return _best(found.merge(least, on=[*CELL, "learning_rate"]), CELL)
+
+
+def _best_strengths(at_rates: pd.DataFrame) -> pd.DataFrame:
+    keys = ["method", "strength"]
+    return _best(
+        at_rates.groupby(keys, as_index=False).agg(validation=("validation", "mean"), training=("training", "min")),
+        ["method"],
+    )
+
+
+def _best(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """For each ``by`` the row of the highest validation accuracy, among those that fit where any does."""
+    ordered = frame.assign(fits=frame["training"] > FIT).sort_values(["fits", "validation"])
+    return ordered.groupby(by, as_index=False).last()
