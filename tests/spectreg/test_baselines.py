@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from spectreg.baselines import adversarial_loss
+from spectreg.baselines import adversarial_loss, jacobian_penalty, layerwise_jacobian_penalty
 
 
 @pytest.fixture
@@ -126,3 +126,81 @@ def test_a_wrong_argument_is_named(batch, changes, message):
     arguments = {"model": network(), "loss_fn": F.cross_entropy, "x": x, "y": y, **changes}
     with pytest.raises(ValueError, match=message):
         adversarial_loss(**arguments)
+
+
+def dense_jacobians(model, x):
+    """One matrix an example, by torch.func.jacrev on each alone."""
+    return torch.stack([torch.func.jacrev(lambda z: model(z[None])[0].flatten())(xi).flatten(1) for xi in x])
+
+
+def convolutional() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 2, 2), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3), nn.Softplus()
+    return nn.Sequential(*layers).double()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(4, 1, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def test_the_jacobian_penalty_and_its_gradient_equal_those_of_the_dense_jacobian(images):
+    model = convolutional()
+    penalty = jacobian_penalty(model, images)
+    expected = dense_jacobians(model, images).square().sum((1, 2)).mean()
+    torch.testing.assert_close(penalty, expected)
+    parameters = [p for name, p in model.named_parameters() if name != "4.bias"]
+    torch.testing.assert_close(torch.autograd.grad(penalty, parameters), torch.autograd.grad(expected, parameters))
+
+
+def test_the_layerwise_penalty_and_its_gradient_equal_the_sum_over_dense_layer_jacobians(images):
+    model = convolutional()
+    first, second = model[:4], model[4:]
+    penalty = layerwise_jacobian_penalty(model, images)
+    expected = sum(
+        dense_jacobians(layer, x).square().sum((1, 2)).mean() for layer, x in [(first, images), (second, first(images))]
+    )
+    torch.testing.assert_close(penalty, expected)
+    parameters = list(model.parameters())
+    torch.testing.assert_close(torch.autograd.grad(penalty, parameters), torch.autograd.grad(expected, parameters))
+    torch.testing.assert_close(layerwise_jacobian_penalty([first, second], images), expected)
+
+
+@pytest.mark.parametrize("penalty", [jacobian_penalty, layerwise_jacobian_penalty])
+def test_random_projections_have_the_exact_penalty_as_their_mean(penalty, images):
+    model, generator = convolutional(), torch.Generator().manual_seed(0)
+    draws = torch.stack([penalty(model, images, projections=1, generator=generator).detach() for _ in range(400)])
+    error = draws.std() / 400**0.5
+    assert (draws.mean() - penalty(model, images)).abs() < 4 * error
+    averaged = penalty(model, images, projections=400, generator=generator)
+    assert (averaged - penalty(model, images)).abs() < 4 * error
+
+
+@pytest.mark.parametrize("penalty", [jacobian_penalty, layerwise_jacobian_penalty])
+def test_a_jacobian_penalty_moves_no_running_statistics_and_leaves_no_gradient_on_x(penalty):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).train()
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(5, 3, requires_grad=True)
+    penalty(model, x).backward()
+    assert x.grad is None
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("penalty", [jacobian_penalty, layerwise_jacobian_penalty])
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (nn.Sequential(nn.Linear(5, 2)), {"projections": 1}, "no generator is given"),
+        (nn.Sequential(nn.Linear(5, 2)), {"projections": 0, "generator": torch.Generator()}, "projections is 0"),
+        (nn.Sequential(nn.Flatten(0, 1)), {}, r"the model gave \(20, 5, 5\) for 4 examples"),
+    ],
+)
+def test_a_jacobian_penalty_names_a_wrong_argument(penalty, model, options, message, images):
+    with pytest.raises(ValueError, match=message):
+        penalty(model, images.float().expand(4, 5, 5, 5), **options)
+
+
+def test_an_empty_list_of_layers_is_named():
+    with pytest.raises(ValueError, match="layers is empty"):
+        layerwise_jacobian_penalty([], torch.zeros(1, 2))
