@@ -1,6 +1,7 @@
 """The top singular triplets of linear maps, one warm step at a time."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -47,28 +48,23 @@ class Triplets:
     def advance(self, weights: Sequence[Tensor], halves: int, from_u: bool = False) -> None:
         """Take ``halves`` half steps: u from v and v from u in turn, beginning with v from u if ``from_u``."""
         for half in range(halves):
-            if (half % 2 == 1) != from_u:
-                self._v_from_u(weights)
-            else:
-                self._u_from_v(weights)
+            self._half_step(weights, adjoint=(half % 2 == 1) != from_u)
 
-    def _u_from_v(self, weights: Sequence[Tensor]) -> None:
-        u = [m.forward(W, v, self.k) for m, W, v in zip(self.maps, weights, self.vs, strict=True)]
+    def _half_step(self, weights: Sequence[Tensor], adjoint: bool) -> None:
+        raw = self._products(weights, adjoint)
         if self.k > 1:
-            self._rotate(u, self.us, self.vs)
+            self._rotate(raw, *((self.vs, self.us) if adjoint else (self.us, self.vs)))
             return
-        raw = torch.cat(u)
-        self.sigma.copy_(lengths(raw, self.u_segments))
-        self.u.copy_(normalised(raw, self.sigma, self.u_segments, torch.zeros_like(raw)))
+        x, segments = (self.v, self.v_segments) if adjoint else (self.u, self.u_segments)
+        flat = torch.cat(raw)
+        self.sigma.copy_(lengths(flat, segments))
+        x.copy_(normalised(flat, self.sigma, segments, x if adjoint else torch.zeros_like(x)))
 
-    def _v_from_u(self, weights: Sequence[Tensor]) -> None:
-        w = [m.adjoint(W, u, self.k) for m, W, u in zip(self.maps, weights, self.us, strict=True)]
-        if self.k > 1:
-            self._rotate(w, self.vs, self.us)
-            return
-        raw = torch.cat(w)
-        self.sigma.copy_(lengths(raw, self.v_segments))
-        self.v.copy_(normalised(raw, self.sigma, self.v_segments, self.v))
+    def _products(self, weights: Sequence[Tensor], adjoint: bool) -> list[Tensor]:
+        """Wᵀu or Wv of each weight."""
+        if adjoint:
+            return [m.adjoint(W, u, self.k) for m, W, u in zip(self.maps, weights, self.us, strict=True)]
+        return [m.forward(W, v, self.k) for m, W, v in zip(self.maps, weights, self.vs, strict=True)]
 
     def _rotate(self, raw: Sequence[Tensor], these: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         """From ``raw`` = W·others: orthonormal ``these``, and both turned so that theseᵀ·W·others is diagonal.
@@ -86,7 +82,7 @@ class Triplets:
             x.copy_(torch.where(usable, Q @ A, x.view_as(Y)).flatten())
             other.copy_(torch.where(usable, other3 @ Bh.mT, other3).flatten())
 
-    def add_outer_(self, targets: Sequence[Tensor], scale: Float[Tensor, " values"], alphas: Sequence[float]) -> None:
+    def add_outer_(self, targets: Sequence[Tensor], scale: Float[Tensor, " values"], alphas: Sequence[Any]) -> None:
         """Add ``alpha·scale·uvᵀ`` to each target in place; nothing where a value is not finite."""
         scaled = self.u * scale.to(self.u.dtype)[self.u_segments[0]]
         us = scaled.split([x.numel() for x in self.us])

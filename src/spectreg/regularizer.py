@@ -168,6 +168,17 @@ class SpectralNormRegularizer:
             self._arrange()
         return {name: m.sigma.max().clone() for name, m in self._memories.items()}
 
+    def check_ranks(self, group: Any = None) -> None:
+        """Compare the vectors of all ranks of ``group`` (the default one if None); every rank has to call it.
+
+        Raises:
+            RuntimeError: Names the rank that differs, and where.
+        """
+        from spectreg.sharded import check_ranks
+
+        self.sigma()
+        check_ranks({name: m.v for name, m in self._memories.items()}, group)
+
     def state_dict(self) -> dict[str, Any]:
         """Its vectors by the name of the weight, alike on every rank. Safe to save; nothing of the model is in it."""
         vectors = {}
@@ -238,7 +249,7 @@ class SpectralNormRegularizer:
         """The bundles with their weights as they are now; made anew when a weight has moved or was frozen."""
         lanes = self._attachment.lanes if self._attachment else {}
         current = [(m, m.weight.tensor, lanes.get(name, 0)) for name, m in self._memories.items()]
-        layout = [(W.device, W.dtype, W.requires_grad, lane, is_sharded(W)) for _, W, lane in current]
+        layout = [(W.device, W.dtype, W.requires_grad, lane, getattr(W, "device_mesh", None)) for _, W, lane in current]
         if layout != self._layout:
             self._keys = [(*key, m.sigma.shape[1], m.calls) for key, (m, _, _) in zip(layout, current, strict=True)]
             self._bundles = []
@@ -289,6 +300,8 @@ def _gradient_of(W: Tensor, name: str) -> Tensor:
         W.grad = torch.zeros_like(W)
     if W.grad.is_sparse:
         raise ValueError(f"weight {name!r} has a sparse gradient: use sparse=False, or leave it out with select.")
+    if is_sharded(W) and W.grad.placements != W.placements:  # type: ignore[attr-defined]
+        W.grad = W.grad.redistribute(placements=W.placements)  # type: ignore[attr-defined]
     return W.grad
 
 

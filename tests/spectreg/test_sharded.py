@@ -1,0 +1,142 @@
+"""Sharded weights on two and three processes, against the same model unsharded in each of them."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import mlp, seeded
+from ranks import on_ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from spectreg import SpectralNormRegularizer
+
+pytestmark = pytest.mark.slow
+
+
+def attention_and_convolution() -> nn.Module:
+    return seeded(lambda: nn.Sequential(nn.MultiheadAttention(6, 2), nn.Conv2d(4, 6, 3, groups=2), nn.Linear(7, 1)))
+
+
+def train(model: nn.Module, regularizer: SpectralNormRegularizer, steps: int = 3) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    regularizer.attach(optimizer)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def assert_equal_to_unsharded(plain: nn.Module, sharded: nn.Module) -> None:
+    for (name, p), q in zip(plain.named_parameters(), sharded.parameters(), strict=True):
+        torch.testing.assert_close(getattr(q, "full_tensor", lambda q=q: q)(), p, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def fsdp_training(variants: list[dict]) -> None:
+    for settings in variants:
+        plain = mlp()
+        sharded = copy.deepcopy(plain)
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in sharded:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        ours, truth = (SpectralNormRegularizer(m, 0.1, warmup=2, **settings) for m in (sharded, plain))
+        train(plain, truth)
+        train(sharded, ours)
+        assert_equal_to_unsharded(plain, sharded)
+        for name, sigma in truth.sigma().items():
+            torch.testing.assert_close(ours.sigma()[name], sigma)
+        ours.check_ranks()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_training_under_fully_shard_with_uneven_and_empty_shards_equals_the_unsharded_training(ranks):
+    on_ranks(ranks, fsdp_training, [{}, {"steps": 0.5}, {"k": 2}, {"decoupled": True}, {"penalty": "hinge"}])
+
+
+def tensor_parallel_training(variants: list[dict]) -> None:
+    for settings in variants:
+        plain = mlp(widths=(5, 8, 6, 6))
+        sharded = copy.deepcopy(plain)
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        parallelize_module(sharded, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        ours, truth = (SpectralNormRegularizer(m, 0.1, warmup=2, **settings) for m in (sharded, plain))
+        train(plain, truth)
+        train(sharded, ours)
+        assert_equal_to_unsharded(plain, sharded)
+
+
+def test_tensor_parallel_training_equals_the_unsharded_training():
+    on_ranks(2, tensor_parallel_training, [{}, {"steps": 0.5}, {"k": 2}])
+
+
+def hybrid_training() -> None:
+    plain = mlp(widths=(5, 8, 6, 6))
+    sharded = copy.deepcopy(plain)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    parallelize_module(sharded, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(sharded, mesh=mesh["data"])
+    ours, truth = (SpectralNormRegularizer(m, 0.1, warmup=2) for m in (sharded, plain))
+    train(plain, truth)
+    train(sharded, ours)
+    assert_equal_to_unsharded(plain, sharded)
+
+
+def test_training_on_a_hybrid_mesh_of_data_and_tensor_parallel_equals_the_unsharded_training():
+    on_ranks(4, hybrid_training)
+
+
+def replicated_and_sharded_training() -> None:
+    plain = mlp()
+    sharded = copy.deepcopy(plain)
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    ours, truth = (SpectralNormRegularizer(m, 0.1, warmup=2) for m in (sharded, plain))
+    train(plain, truth)
+    train(sharded, ours)
+    assert_equal_to_unsharded(plain, sharded)
+
+
+def test_training_with_shards_replicated_over_a_second_dimension_equals_the_unsharded_training():
+    on_ranks(4, replicated_and_sharded_training)
+
+
+def blocks_across_shards() -> None:
+    plain, sharded = attention_and_convolution(), attention_and_convolution()
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    ours, truth = (SpectralNormRegularizer(m, 0.1, map={"0.in*": "heads"}) for m in (sharded, plain))
+    for _ in range(3):
+        truth.add_gradient()
+        ours.add_gradient()
+    for (name, p), q in zip(plain.named_parameters(), sharded.parameters(), strict=True):
+        if p.grad is not None:
+            torch.testing.assert_close(q.grad.full_tensor(), p.grad, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_heads_and_groups_that_straddle_shards_give_the_unsharded_gradient(ranks):
+    on_ranks(ranks, blocks_across_shards)
+
+
+def counted_collectives() -> None:
+    sharded = mlp()
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    regularizer = SpectralNormRegularizer(sharded, 0.1)
+    regularizer.add_gradient()
+    calls, all_reduce = [], dist.all_reduce
+
+    def counting(*arguments, **keywords):
+        calls.append(arguments)
+        return all_reduce(*arguments, **keywords)
+
+    dist.all_reduce = counting
+    regularizer.add_gradient()
+    assert len(calls) == 1
+
+
+def test_all_layers_share_one_all_reduce_in_a_step():
+    on_ranks(2, counted_collectives)
