@@ -16,12 +16,16 @@ from spectreg.weights import Weight
 
 @dataclass
 class Memory:
-    """What is remembered of one weight: its vectors, its σ, what its penalty aims at, and how often it was called."""
+    """What is remembered of one weight: its vectors, its σ, what its penalty aims at, and how often it was called.
+
+    ``counted`` is the number of singular values asked for; a block may have fewer.
+    """
 
     weight: Weight
     u: Float[Tensor, "blocks outputs k"]
     v: Float[Tensor, "blocks inputs k"]
     sigma: Float[Tensor, "blocks k"]
+    counted: int
     start: Float[Tensor, "blocks k"] | None = None
     calls: int = 0
 
@@ -29,9 +33,9 @@ class Memory:
     def first(cls, weight: Weight, k: int, generator: torch.Generator) -> "Memory":
         """Gaussian v: rotation-invariant, so that it almost surely has a part along the top singular vector."""
         m = weight.map
-        k = min(k, m.outputs, m.inputs)
-        v = torch.randn(m.blocks, m.inputs, k, generator=generator)
-        return cls(weight, torch.zeros(m.blocks, m.outputs, k), v, torch.zeros(m.blocks, k))
+        kept = min(k, m.outputs, m.inputs)
+        v = torch.randn(m.blocks, m.inputs, kept, generator=generator)
+        return cls(weight, torch.zeros(m.blocks, m.outputs, kept), v, torch.zeros(m.blocks, kept), k)
 
 
 class Bundle:
@@ -79,7 +83,7 @@ class Bundle:
         counted = sigma.isfinite().to(sigma.dtype)
         for m, part, chosen in zip(self.memories, self.triplets.sigmas, counted.split(self.sizes), strict=True):
             if m.weight.map.norm == "max" and m.weight.map.blocks > 1:
-                largest = torch.zeros_like(part).scatter_(0, part.topk(m.sigma.shape[1]).indices, 1.0)
+                largest = torch.zeros_like(part).scatter_(0, part.topk(min(m.counted, len(part))).indices, 1.0)
                 chosen.mul_(largest)
         return counted
 

@@ -82,12 +82,18 @@ class Triplets:
             x.copy_(torch.where(usable, Q @ A, x.view_as(Y)).flatten())
             other.copy_(torch.where(usable, other3 @ Bh.mT, other3).flatten())
 
-    def add_outer_(self, targets: Sequence[Tensor], scale: Float[Tensor, " values"], alphas: Sequence[Any]) -> None:
-        """Add ``alpha·scale·uvᵀ`` to each target in place; nothing where a value is not finite."""
+    def add_outer_(self, targets: Sequence[Tensor], scale: Float[Tensor, " values"], rates: Sequence[Any]) -> None:
+        """Add ``rate·scale·uvᵀ`` to each target in place; rates are numbers or tensors."""
+        for i, (G, u, rate) in enumerate(zip(targets, self._scaled_u(scale), rates, strict=True)):
+            u, alpha = (u * rate, 1.0) if isinstance(rate, Tensor) else (u, rate)
+            self._add_one(i, G, u, alpha)
+
+    def _scaled_u(self, scale: Float[Tensor, " values"]) -> Sequence[Tensor]:
         scaled = self.u * scale.to(self.u.dtype)[self.u_segments[0]]
-        us = scaled.split([x.numel() for x in self.us])
-        for m, G, u, v, alpha in zip(self.maps, targets, us, self.vs, alphas, strict=True):
-            m.add_outer_(G, u, v, self.k, alpha)
+        return scaled.split([x.numel() for x in self.us])
+
+    def _add_one(self, i: int, G: Tensor, u: Tensor, alpha: float) -> None:
+        self.maps[i].add_outer_(G, u, self.vs[i], self.k, alpha)
 
 
 Segments = tuple[Int[Tensor, " elements"], Int[Tensor, " offsets"]]

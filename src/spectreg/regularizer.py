@@ -76,6 +76,7 @@ class SpectralNormRegularizer:
         _check("k", k, k >= 1 and k == int(k), "a whole number from 1")
         _check("every", every, every >= 1 and every == int(every), "a whole number from 1")
         _check("warmup", warmup, warmup >= 0 and warmup == int(warmup), "a whole number from 0")
+        self.k = k
         self.weights: list[Weight] = named_weights(model, select, map, input_size, embeddings)
         self.penalty_function = penalty_of(penalty)
         self.halves, self.every, self.warmup, self.decoupled = int(2 * steps), every, warmup, decoupled
@@ -221,7 +222,8 @@ class SpectralNormRegularizer:
         memory = state.pop("memory")
         self.__dict__.update(state, _attachment=None, _bundles=[], _layout=None)
         self._memories = {
-            w.name: Memory(w, *(memory["vectors"][w.name][x] for x in ("u", "v", "sigma"))) for w in self.weights
+            w.name: Memory(w, *(memory["vectors"][w.name][x] for x in ("u", "v", "sigma")), self.k)
+            for w in self.weights
         }
         self.load_state_dict(memory)
 

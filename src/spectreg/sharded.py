@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -61,14 +60,12 @@ class ShardedTriplets(Triplets):
                 super().advance(weights, 1, from_u)
                 halves, from_u = halves - 1, not from_u
 
-    def add_outer_(self, targets: Sequence[Tensor], scale: Float[Tensor, " values"], alphas: Sequence[Any]) -> None:
-        """As for unsharded weights, each rank on its own shards."""
-        scaled = (self.u * scale.to(self.u.dtype)[self.u_segments[0]]).split([x.numel() for x in self.us])
-        for m, pieces, G, u, v, alpha in zip(self.maps, self.pieces, targets, scaled, self.vs, alphas, strict=True):
-            u3, v3, local = u.view(m.blocks, -1, self.k), v.view(m.blocks, -1, self.k), _local(G)
-            for p in pieces:
-                piece_u, piece_v = u3[p.block, p.rows].flatten(), v3[p.block, p.columns].flatten()
-                p.map.add_outer_(local[p.local], piece_u, piece_v, self.k, alpha)
+    def _add_one(self, i: int, G: Tensor, u: Tensor, alpha: float) -> None:
+        m, local = self.maps[i], _local(G)
+        u3, v3 = u.view(m.blocks, -1, self.k), self.vs[i].view(m.blocks, -1, self.k)
+        for p in self.pieces[i]:
+            piece_u, piece_v = u3[p.block, p.rows].flatten(), v3[p.block, p.columns].flatten()
+            p.map.add_outer_(local[p.local], piece_u, piece_v, self.k, alpha)
 
     def _whole_step(self, weights: Sequence[Tensor]) -> None:
         """u from v and v from u without normalising between, so that one sum over the ranks serves both."""

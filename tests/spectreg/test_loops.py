@@ -1,0 +1,456 @@
+"""Every kind of training loop: what happens to the weights is what the formula says, and nothing else happens."""
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from cases import mlp, seeded
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spectreg import SpectralNormRegularizer
+from spectreg.penalties import Square
+
+
+def batch(dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(6, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+
+
+def train(model, regularizer, optimizer, steps=3, act=True):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(batch(next(model.parameters()).dtype)).square().mean().backward()
+        if act:
+            regularizer.add_gradient()
+        optimizer.step()
+
+
+def assert_same_weights(a, b, **tolerances):
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=lambda m, n=name: f"{n}: {m}", **tolerances)
+
+
+def sgd(model, lr=0.1):
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def test_500_steps_of_sgd_equal_the_same_loop_in_numpy():
+    layer = nn.Linear(5, 4, bias=False)
+    generator = torch.Generator().manual_seed(0)
+    layer.weight.data = torch.randn(4, 5, generator=generator)
+    regularizer = SpectralNormRegularizer(layer, 0.05, warmup=0)
+    x = torch.randn(8, 5, generator=generator)
+    W, v = layer.weight.detach().double().numpy().copy(), regularizer.state_dict()["vectors"]["weight"]["v"]
+    v, X, optimizer = v.double().numpy().ravel(), x.double().numpy(), sgd(layer)
+    for _ in range(500):
+        optimizer.zero_grad()
+        ((layer(x) - 1) ** 2).mean().backward()
+        regularizer.add_gradient()
+        optimizer.step()
+        gradient = 2 * (X @ W.T - 1).T @ X / (8 * 4)
+        u = W @ v / np.linalg.norm(W @ v)
+        w = W.T @ u
+        v = w / np.linalg.norm(w)
+        W -= 0.1 * (gradient + 0.05 * np.linalg.norm(w) * np.outer(u, v))
+    np.testing.assert_allclose(layer.weight.detach().numpy(), W, rtol=1e-5, atol=1e-5)
+
+
+def test_attach_does_before_each_step_what_add_gradient_does_until_detached():
+    a, b = mlp(), mlp()
+    ra, rb = SpectralNormRegularizer(a, 0.1), SpectralNormRegularizer(b, 0.1)
+    oa, ob = sgd(a), sgd(b)
+    rb.attach(ob)
+    train(a, ra, oa)
+    train(b, rb, ob, act=False)
+    assert_same_weights(a, b)
+    rb.detach()
+    rb.detach()
+    train(a, ra, oa, act=False)
+    train(b, rb, ob, act=False)
+    assert_same_weights(a, b)
+
+
+def test_two_optimizers_share_the_weights_and_each_step_acts_on_its_own():
+    a, b = mlp(), mlp()
+    ra, rb = SpectralNormRegularizer(a, 0.1), SpectralNormRegularizer(b, 0.1)
+    first, second = sgd(b[0]), torch.optim.SGD([*b[2].parameters(), *b[4].parameters()], lr=0.1)
+    rb.attach(first, second)
+    train(a, ra, sgd(a))
+    for _ in range(3):
+        b.zero_grad()
+        b(batch()).square().mean().backward()
+        first.step()
+        second.step()
+    assert_same_weights(a, b)
+
+
+def test_decoupled_moves_the_weights_by_the_learning_rate_of_their_group_and_leaves_adam_alone():
+    plain, ours, gradients = mlp(), mlp(), mlp()
+    groups = [{"params": ours[0].parameters(), "lr": 0.1}, {"params": ours[2:].parameters(), "lr": torch.tensor(0.01)}]
+    optimizer = torch.optim.Adam(groups, lr=0.5)
+    regularizer = SpectralNormRegularizer(ours, 0.3, decoupled=True).attach(optimizer)
+    reference = SpectralNormRegularizer(gradients, 0.3)
+    for parameter in ours.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    reference.add_gradient()
+    for i, lr in ((0, 0.1), (2, 0.01), (4, 0.01)):
+        torch.testing.assert_close(ours[i].weight, plain[i].weight - lr * gradients[i].weight.grad)
+        torch.testing.assert_close(ours[i].bias, plain[i].bias)
+    for call in (regularizer.add_gradient, regularizer.penalty):
+        with pytest.raises(RuntimeError, match=r"decoupled=True .* attach"):
+            call()
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_every_kth_call_acts_with_k_times_the_strength(k):
+    model, once = mlp(), mlp()
+    SpectralNormRegularizer(once, 0.1 * k).add_gradient()
+    regularizer = SpectralNormRegularizer(model, 0.1, every=k)
+    acted = []
+    for _ in range(2 * k):
+        model.zero_grad()
+        regularizer.add_gradient()
+        acted.append(model[0].weight.grad is not None)
+        if len(acted) == 1:
+            torch.testing.assert_close(model[0].weight.grad, once[0].weight.grad)
+    assert acted == ([True] + [False] * (k - 1)) * 2
+
+
+def test_strength_by_pattern_and_changed_between_steps_scales_each_gradient():
+    model = mlp()
+    regularizer = SpectralNormRegularizer(model, {"0.*": 0.5, "2.*": 0.25})
+    regularizer.add_gradient()
+    sigma = regularizer.sigma()
+    torch.testing.assert_close(model[0].weight.grad.norm(), 0.5 * sigma["0.weight"])
+    torch.testing.assert_close(model[2].weight.grad.norm(), 0.25 * sigma["2.weight"])
+    assert not model[4].weight.grad.any()
+    regularizer.strength = 2
+    model.zero_grad()
+    regularizer.add_gradient()
+    for name, s in regularizer.sigma().items():
+        torch.testing.assert_close(model.get_parameter(name).grad.norm(), 2 * s)
+
+
+@pytest.mark.parametrize("steps", [0.5, 1])
+def test_half_steps_follow_the_norm_along_with_training_as_whole_steps_do(steps):
+    model = mlp()
+    regularizer = SpectralNormRegularizer(model, 0.01, steps=steps, warmup=0)
+    train(model, regularizer, sgd(model, 0.05), steps=150)
+    for w in regularizer.weights:
+        truth = torch.linalg.matrix_norm(w.tensor.detach(), 2)
+        torch.testing.assert_close(regularizer.sigma()[w.name], truth, rtol=5e-3, atol=0)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the values that are read back to the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.count += name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [{}, {"steps": 0.5}, {"k": 2}, {"penalty": Square("start")}, {"every": 2},
+                                      {"decoupled": True}, {"strength": {"0.*": 1.0}}], ids=str)  # fmt: skip
+def test_no_value_is_read_back_to_the_host_in_a_step(settings):
+    model = seeded(lambda: nn.Sequential(nn.Linear(5, 4), nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose1d(2, 3, 3)))
+    regularizer = SpectralNormRegularizer(model, **{"strength": 0.1} | settings)
+    optimizer = torch.optim.AdamW(model.parameters())
+    regularizer.sigma()
+    regularizer.attach(optimizer)
+    optimizer.step()
+    with Reads() as reads:
+        if not regularizer.decoupled:
+            regularizer.add_gradient()
+            regularizer.penalty()
+        regularizer._before_step(0, {id(p): 0.1 for p in model.parameters()}, torch.ones(()), torch.ones(()))
+        regularizer.sigma()
+    assert reads.count == 0
+    with Reads() as reads:
+        regularizer.sigma()["0.weight"].item()
+    assert reads.count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("build", [lambda: nn.Linear(40, 30), lambda: nn.Conv2d(4, 6, 3, groups=2),
+                                   lambda: nn.ConvTranspose2d(4, 6, 3)])  # fmt: skip
+def test_low_precision_weights_iterate_in_float32_and_get_the_gradient_rounded_once(dtype, build):
+    low = seeded(build).to(dtype)
+    high = copy.deepcopy(low).float()
+    rl, rh = SpectralNormRegularizer(low, 0.1), SpectralNormRegularizer(high, 0.1)
+    rl.add_gradient()
+    rh.add_gradient()
+    assert rl.sigma()["weight"].dtype == torch.float32
+    torch.testing.assert_close(rl.sigma(), rh.sigma())
+    torch.testing.assert_close(low.weight.grad, high.weight.grad.to(dtype), rtol=1e-2, atol=1e-6)
+    low.zero_grad()
+    high.zero_grad()
+    rl.penalty().backward()
+    rh.penalty().backward()
+    torch.testing.assert_close(low.weight.grad, high.weight.grad.to(dtype), rtol=1e-2, atol=1e-6)
+
+
+def test_no_float32_copy_of_a_whole_bfloat16_weight_is_made():
+    layer = nn.Linear(2048, 1024, bias=False, dtype=torch.bfloat16)
+    regularizer = SpectralNormRegularizer(layer, 0.1, warmup=0)
+    regularizer.add_gradient()
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype != torch.bfloat16:
+                self.size = max(self.size, out.numel())
+            return out
+
+    with Largest() as largest:
+        regularizer.add_gradient()
+    assert 0 < largest.size <= layer.weight.numel() // 8
+
+
+def test_moving_a_model_to_another_precision_takes_the_vectors_along():
+    model = mlp(dtype=torch.float32)
+    regularizer = SpectralNormRegularizer(model, 0.1)
+    before = regularizer.sigma()
+    model.double()
+    regularizer.add_gradient()
+    assert regularizer.sigma()["0.weight"].dtype == torch.float64
+    torch.testing.assert_close({k: s.float() for k, s in regularizer.sigma().items()}, before, rtol=1e-3, atol=0)
+    model.half()
+    model.zero_grad()
+    regularizer.add_gradient()
+    assert model[0].weight.grad.dtype == torch.float16
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("unscale_first", [False, True])
+def test_with_a_gradient_scaler_the_weights_are_those_of_a_loop_without_one(fused, unscale_first):
+    scaled, plain = mlp(dtype=torch.float32), mlp(dtype=torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    os, op = torch.optim.SGD(scaled.parameters(), lr=0.1, fused=fused), sgd(plain)
+    SpectralNormRegularizer(scaled, 0.1).attach(os)
+    SpectralNormRegularizer(plain, 0.1).attach(op)
+    for _ in range(3):
+        for model, optimizer in ((scaled, os), (plain, op)):
+            optimizer.zero_grad()
+            loss = model(batch(torch.float32)).square().mean()
+            (scaler.scale(loss) if optimizer is os else loss).backward()
+            if unscale_first and optimizer is os:
+                scaler.unscale_(optimizer)
+            if unscale_first:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        scaler.step(os)
+        scaler.update()
+        op.step()
+    assert_same_weights(scaled, plain)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_a_step_that_the_scaler_skips_changes_no_weight(fused, decoupled):
+    model = mlp(dtype=torch.float32)
+    before = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+    SpectralNormRegularizer(model, 0.1, decoupled=decoupled).attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(model(batch(torch.float32)).sum() * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert_same_weights(model, before)
+
+
+def test_under_autocast_the_penalty_is_computed_in_the_precision_of_the_weights():
+    model, plain = mlp(dtype=torch.float32), mlp(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = SpectralNormRegularizer(model, 0.1).penalty()
+    loss.backward()
+    SpectralNormRegularizer(plain, 0.1).add_gradient()
+    torch.testing.assert_close(model[0].weight.grad, plain[0].weight.grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.zero_grad()
+        SpectralNormRegularizer(model, 0.1).add_gradient()
+    torch.testing.assert_close(model[0].weight.grad, plain[0].weight.grad)
+
+
+def test_with_accumulated_gradients_the_penalty_is_added_once_an_optimizer_step():
+    a, b = mlp(), mlp()
+    oa, ob = sgd(a), sgd(b)
+    ra = SpectralNormRegularizer(a, 0.1).attach(oa)
+    SpectralNormRegularizer(b, 0.1).attach(ob)
+    for part in batch().split(2):
+        (a(part).square().mean() / 3).backward()
+    b(batch()).square().mean().backward()
+    oa.step()
+    ob.step()
+    assert_same_weights(a, b)
+    assert ra.state_dict()["vectors"]["0.weight"]["calls"] == 1
+
+
+def test_an_optimizer_step_with_a_closure_adds_the_penalty_to_the_gradient_the_closure_computes():
+    a, b = mlp(), mlp()
+    oa, ob = sgd(a), sgd(b)
+    SpectralNormRegularizer(a, 0.1).attach(oa)
+    rb = SpectralNormRegularizer(b, 0.1)
+
+    def closure():
+        oa.zero_grad()
+        loss = a(batch()).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        oa.step(closure)
+        oa.step(closure=closure)
+    train(b, rb, ob, steps=4)
+    assert_same_weights(a, b)
+
+
+def test_frozen_weights_are_left_alone_and_join_in_when_they_thaw():
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    regularizer = SpectralNormRegularizer(model, 0.1)
+    regularizer.attach(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    regularizer.add_gradient()
+    regularizer.penalty().backward()
+    assert model[0].weight.grad is None
+    assert model[2].weight.grad is not None
+    model[0].weight.requires_grad_(True)
+    regularizer.add_gradient()
+    assert model[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_unused_weights_are_regularized_whichever_way_gradients_are_zeroed(set_to_none):
+    model = mlp()
+    regularizer = SpectralNormRegularizer(model, 0.1)
+    for _ in range(2):
+        model[4](torch.ones(1, 6, dtype=torch.float64)).sum().backward()
+        model.zero_grad(set_to_none=set_to_none)
+        regularizer.add_gradient()
+        torch.testing.assert_close(model[0].weight.grad.norm(), 0.1 * regularizer.sigma()["0.weight"])
+
+
+def test_a_weight_tied_between_modules_counts_once_under_its_first_name():
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 6, bias=False), nn.Linear(4, 4)).double()
+    model[2].weight = model[0].weight
+    model[3].weight = model[1].weight
+    regularizer = SpectralNormRegularizer(model, 1.0)
+    assert list(regularizer.sigma()) == ["0.weight", "1.weight"]
+    regularizer.add_gradient()
+    torch.testing.assert_close(model[1].weight.grad.norm(), regularizer.sigma()["1.weight"])
+
+
+def test_compiled_and_data_parallel_models_have_the_names_of_the_plain_one():
+    expected = ["0.weight", "2.weight", "4.weight"]
+    model = mlp()
+    assert list(SpectralNormRegularizer(torch.compile(model), 0.1).sigma()) == expected
+    model[2] = torch.compile(model[2])
+    assert list(SpectralNormRegularizer(model, 0.1).sigma()) == expected
+    assert list(SpectralNormRegularizer(nn.DataParallel(mlp()), 0.1).sigma()) == expected
+
+
+def test_several_forwards_and_evaluations_before_a_backward_do_not_touch_the_vectors():
+    a, b = mlp(), mlp()
+    ra, rb = SpectralNormRegularizer(a, 0.1), SpectralNormRegularizer(b, 0.1)
+    for _ in range(3):
+        a.zero_grad()
+        b.zero_grad()
+        loss = a(batch()).sum() + a.eval()(batch()).sum() + a.train()(batch()).sum()
+        loss.backward()
+        (3 * b(batch()).sum()).backward()
+        ra.add_gradient()
+        rb.add_gradient()
+        torch.testing.assert_close(a[0].weight.grad, b[0].weight.grad)
+
+
+def test_the_alternating_steps_of_a_gan_regularize_each_network_at_its_own_step_only():
+    generator, critic = mlp(widths=(5, 4, 5)), mlp(widths=(5, 4, 1))
+    og, oc = sgd(generator), sgd(critic)
+    rg = SpectralNormRegularizer(generator, 0.1).attach(og)
+    rc = SpectralNormRegularizer(critic, 0.1).attach(oc)
+    for _ in range(2):
+        for optimizer in (oc, oc, og):
+            critic(generator(batch())).sum().backward()
+            optimizer.step()
+            generator.zero_grad()
+            critic.zero_grad()
+    assert [r.state_dict()["vectors"]["0.weight"]["calls"] for r in (rg, rc)] == [2, 4]
+
+
+def test_an_optimizer_for_each_parameter_that_steps_in_the_backward_pass_gets_the_penalty():
+    a, b = mlp(), mlp()
+    ra, ob = SpectralNormRegularizer(a, 0.1), sgd(b)
+    SpectralNormRegularizer(b, 0.1).attach(ob)
+    optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in a.parameters()}
+    ra.attach(*optimizers.values())
+
+    def step(parameter):
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in a.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    for _ in range(3):
+        a(batch()).square().mean().backward()
+        ob.zero_grad()
+        b(batch()).square().mean().backward()
+        ob.step()
+    assert_same_weights(a, b)
+
+
+def copied(pair):
+    return copy.deepcopy(pair)
+
+
+def pickled(pair):
+    return pickle.loads(pickle.dumps(pair))
+
+
+def saved(pair):
+    stream = io.BytesIO()
+    torch.save(pair[1].state_dict(), stream)
+    stream.seek(0)
+    model = copy.deepcopy(pair[0])
+    regularizer = SpectralNormRegularizer(model, 0.1, every=2, steps=0.5, seed=99)
+    regularizer.load_state_dict(torch.load(stream, weights_only=True))
+    return model, regularizer
+
+
+@pytest.mark.parametrize("travel", [copied, pickled, saved])
+def test_a_copy_goes_on_exactly_as_the_original_and_neither_touches_the_other(travel):
+    model = mlp()
+    regularizer = SpectralNormRegularizer(model, 0.1, every=2, steps=0.5)
+    train(model, regularizer, sgd(model), steps=5)
+    other, its = travel((model, regularizer))
+    train(model, regularizer, sgd(model), steps=5)
+    train(other, its, sgd(other), steps=5)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert all(torch.equal(a, b) for a, b in zip(regularizer.sigma().values(), its.sigma().values(), strict=True))
+
+
+def test_the_same_seed_gives_the_same_vectors_and_another_seed_others():
+    def v(seed):
+        return SpectralNormRegularizer(mlp(), 0.1, seed=seed).state_dict()["vectors"]["0.weight"]["v"]
+
+    assert torch.equal(v(1), v(1))
+    assert not torch.equal(v(1), v(2))
+
+
+@pytest.mark.slow
+def test_a_compiled_add_gradient_adds_what_the_plain_one_adds():
+    a, b = mlp(), mlp()
+    ra, rb = SpectralNormRegularizer(a, 0.1), SpectralNormRegularizer(b, 0.1)
+    compiled = torch.compile(ra.add_gradient)
+    for _ in range(3):
+        compiled()
+        rb.add_gradient()
+    for w in ra.weights:
+        torch.testing.assert_close(w.tensor.grad, b.get_parameter(w.name).grad)
