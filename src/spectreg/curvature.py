@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from spectreg.directions import own_generator
+from spectreg.directions import gaussian_like, own_generator
 from spectreg.eigenvalues import Eigenvalues, Operator, lanczos, shifted_power
 from spectreg.evaluation import Batches, as_found, batches_on, device_of
 from spectreg.gradients import LossFunction, example_losses
@@ -65,7 +65,8 @@ def hessian_top_eigenvalues(
     # The fused attention kernels have no second derivative.
     with as_found(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         product = hessian_product(model, loss_fn, batches, parameters)
-        return solvers[method](product, like, k, tolerance, max_products, own_generator(generator))
+        generator = own_generator(generator)
+        return solvers[method](product, gaussian_like(like, generator), k, tolerance, max_products, generator)
 
 
 def hessian_product(

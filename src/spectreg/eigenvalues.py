@@ -28,29 +28,29 @@ class Eigenvalues:
 
 def lanczos(
     A: Operator,
-    like: Float[Tensor, " n"],
+    start: Float[Tensor, " n"],
     k: int,
     tolerance: float,
     max_products: int,
     generator: torch.Generator,
     basis_size: int | None = None,
 ) -> Eigenvalues:
-    """The ``k`` largest eigenvalues of ``A`` by Lanczos with full reorthogonalization and thick restarts.
+    """The ``k`` largest eigenvalues of ``A`` by Lanczos from ``start`` with full reorthogonalization and thick restarts.
 
     Stops at the first product after which every residual is at most ``tolerance·|θ|``. An eigenvalue that occurs more
     than once may be found once. Ctrl-C returns the best so far. Holds ``basis_size + 1`` vectors (thick restart: Wu
     & Simon, SIAM J. Matrix Anal. Appl. 22, 2000).
 
     >>> A = torch.diag(torch.tensor([-9.0, 1.0, 2.0, 4.0]))
-    >>> found = lanczos(A.mv, torch.zeros(4), 2, 1e-6, 100, torch.Generator().manual_seed(0))
+    >>> found = lanczos(A.mv, torch.ones(4), 2, 1e-6, 100, torch.Generator().manual_seed(0))
     >>> [round(value, 5) for value in found.values]
     [4.0, 2.0]
     """
-    n = like.numel()
+    n = start.numel()
     size = min(n, basis_size or max(2 * k + 2, 32))
-    Q = like.new_empty(size + 1, n)
+    Q = start.new_empty(size + 1, n)
     T = torch.zeros(size, size, dtype=torch.float64)
-    Q[0] = normalised(gaussian_like(like, generator))
+    Q[0] = normalised(start)
     best, j = Eigenvalues((), (), 0, False), 0
     for product in range(1, max_products + 1):
         try:
@@ -73,7 +73,7 @@ def lanczos(
             r <= max(tolerance * abs(t), floor) for t, r in zip(best.values, best.residuals, strict=True)
         ):
             return Eigenvalues(best.values, best.residuals, product, True)
-        following = w / beta if beta else fresh_direction(like, Q[: j + 1], generator)
+        following = w / beta if beta else fresh_direction(start, Q[: j + 1], generator)
         j += 1
         if j == size:
             j = restart(Q, T, theta, S, keep=k + (size - k) // 2)
@@ -123,7 +123,7 @@ def restart(Q: Tensor, T: Tensor, theta: Tensor, S: Tensor, keep: int) -> int:
 
 def shifted_power(
     A: Operator,
-    like: Float[Tensor, " n"],
+    start: Float[Tensor, " n"],
     k: int,
     tolerance: float,
     max_products: int,
@@ -135,14 +135,14 @@ def shifted_power(
     iteration goes on with ``A + s`` for s its magnitude, whose dominant eigenvalue is the largest algebraic one of A.
 
     >>> A = torch.diag(torch.tensor([-9.0, 1.0, 2.0, 4.0]))
-    >>> found = shifted_power(A.mv, torch.zeros(4), 1, 1e-6, 1000, torch.Generator().manual_seed(0))
+    >>> found = shifted_power(A.mv, torch.ones(4), 1, 1e-6, 1000, torch.Generator().manual_seed(0))
     >>> [round(value, 5) for value in found.values]
     [4.0]
     """
     values: list[float] = []
     residuals: list[float] = []
-    found = like.new_zeros(0, like.numel())
-    products, shift, growth, v = 0, 0.0, 0.0, fresh_direction(like, found, generator)
+    found = start.new_zeros(0, start.numel())
+    products, shift, growth, v = 0, 0.0, 0.0, normalised(start)
     theta = residual = float("nan")
     try:
         while products < max_products:
@@ -161,9 +161,9 @@ def shifted_power(
                 if len(values) == k:
                     return Eigenvalues(tuple(values), tuple(residuals), products, True)
                 found = torch.cat([found, v[None]])
-                shift, growth, v = 0.0, 0.0, fresh_direction(like, found, generator)
+                shift, growth, v = 0.0, 0.0, fresh_direction(start, found, generator)
             elif settled and not shift:  # on a negative eigenvalue, or torn between two of equal size
-                shift, growth, v = length, 0.0, fresh_direction(like, found, generator)
+                shift, growth, v = length, 0.0, fresh_direction(start, found, generator)
             else:
                 v = w / length if length else v
     except KeyboardInterrupt:

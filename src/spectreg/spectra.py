@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectreg.checkpoints import read_tensors
-from spectreg.directions import own_generator
+from spectreg.directions import gaussian_like, own_generator
 from spectreg.eigenvalues import Eigenvalues, lanczos
 from spectreg.linear_maps import MatrixMap
 from spectreg.weights import Select, named_weights
@@ -163,7 +163,7 @@ def top_eigenvalues_of_gram(
     W: Float[Tensor, "outputs inputs"], top: int, tolerance: float, generator: torch.Generator
 ) -> Eigenvalues:
     W = W if W.shape[0] <= W.shape[1] else W.T
-    return lanczos(lambda v: W @ (W.T @ v), W[:, 0], top, tolerance, 100 * top, generator)
+    return lanczos(lambda v: W @ (W.T @ v), gaussian_like(W[:, 0], generator), top, tolerance, 100 * top, generator)
 
 
 def all_values(W: Float[Tensor, "outputs inputs"]) -> Float[Tensor, " count"]:

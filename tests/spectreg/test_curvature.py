@@ -141,7 +141,7 @@ def test_the_reported_residual_is_the_true_one():
         calls.append(v.clone())
         return A @ v
 
-    measured = lanczos(product, A[0], 1, 1e-12, 12, torch.Generator().manual_seed(0))
+    measured = lanczos(product, A[0] + 1, 1, 1e-12, 12, torch.Generator().manual_seed(0))
     Q = torch.stack(calls, 1)
     theta, S = torch.linalg.eigh(Q.T @ A @ Q)
     y = Q @ S[:, -1]

@@ -209,7 +209,7 @@ def test_without_the_safetensors_package_the_error_says_how_to_install_it(tmp_pa
     [
         ({"w": torch.tensor([[1.0, float("nan")]])}, {}, "weight 'w' has 1 entries that are NaN"),
         ({"w": torch.ones(2)}, {}, "dict has no weight to measure"),
-        (nn.ReLU(), {}, "ReLU has no weight to measure"),
+        (nn.ReLU(), {}, "ReLU has no weight"),
         ({"w": torch.eye(2)}, {"select": lambda name, w: False}, "dict has no weight to measure"),
         ({"w": torch.eye(2)}, {"top": 0}, "top is 0"),
     ],

@@ -1,0 +1,291 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from spectreg.jacobians import jacobian_norm
+from spectreg.lipschitz import lipschitz_bound
+
+
+def settled(model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
+    """float64, with batch statistics of random data."""
+    generator = torch.Generator().manual_seed(0)
+    model = model.double().train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(8, *shape, dtype=torch.float64, generator=generator))
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.weight.uniform_(-2, 2, generator=generator)
+                module.bias.normal_(generator=generator)
+    return model
+
+
+def local_norms(model, shape, n=8):
+    x = torch.randn(n, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return jacobian_norm(model, x, exact=True).value
+
+
+class Functional(nn.Module):
+    """A graph of functions and methods: branches, a residual, a product with a constant, views."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.register_buffer("scale", torch.tensor([0.5, -2.0, 1.0, 3.0]).view(4, 1, 1))
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        y = torch.tanh(self.second(x)) + x * self.scale
+        y = y - 0.5 * x
+        y = torch.cat([F.max_pool2d(y, 2), F.avg_pool2d(x, 2, 2)], dim=1) / 2
+        y = F.adaptive_avg_pool2d(F.dropout(y, 0.5, self.training), 2)
+        return y.view(y.size(0), -1).sigmoid().mean(1, keepdim=True) + y.flatten(1)[:, 3:]
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.GELU()), (5,)),
+        (
+            nn.Sequential(
+                nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1),
+                nn.Conv2d(4, 4, 3), nn.ELU(), nn.AvgPool2d(3, 2, ceil_mode=True), nn.Dropout(),
+                nn.Flatten(), nn.Linear(4, 3),
+            ),
+            (2, 9, 9),
+        ),
+        (Functional(), (2, 8, 8)),
+    ],
+)  # fmt: skip
+def test_no_local_jacobian_exceeds_the_bound(model, shape):
+    model = settled(model, shape)
+    bound = lipschitz_bound(model, shape)
+    local = local_norms(model, shape)
+    assert local.max().item() <= bound.value < math.inf
+    assert local.max() > 0
+
+
+def lab_networks():
+    from spectreg_lab.config import NIN, VGG, DenseNet
+    from spectreg_lab.models.densenet import densenet
+    from spectreg_lab.models.nin import nin
+    from spectreg_lab.models.vgg import vgg
+
+    yield "vgg", lambda shape: vgg(VGG(width=4, stages=(1, 2), hidden=8, batch_norm=True), shape, 3)
+    yield (
+        "vgg without batch normalization",
+        lambda shape: vgg(VGG(width=4, stages=(1, 2), hidden=8, batch_norm=False), shape, 3),
+    )
+    yield "nin", lambda shape: nin(NIN(width=6), shape, 3)
+    yield "nin with batch normalization", lambda shape: nin(NIN(width=6, batch_norm=True), shape, 3)
+    yield "densenet", lambda shape: densenet(DenseNet(depth=10, growth=3), shape, 3)
+
+
+@pytest.mark.parametrize(("name", "build"), list(lab_networks()))
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 11)])
+def test_it_covers_every_network_of_the_lab(name, build, shape):
+    torch.manual_seed(0)
+    model = settled(build(shape), shape)
+    bound = lipschitz_bound(model, shape)
+    assert local_norms(model, shape).max().item() <= bound.value
+    assert sum("Conv" in factor.operation for factor in bound.factors) == sum(
+        isinstance(m, nn.Conv2d) for m in model.modules()
+    )
+
+
+def test_a_network_of_orthogonal_layers_has_the_constant_one():
+    model = nn.Sequential(
+        *[nn.utils.parametrizations.orthogonal(nn.Linear(6, 6, dtype=torch.float64)) for _ in range(4)]
+    )
+    assert lipschitz_bound(model, (6,)).value == pytest.approx(1.0, rel=1e-8)
+    assert local_norms(model, (6,)).max().item() == pytest.approx(1.0, rel=1e-8)
+
+
+def dense_norm(function, shape):
+    """The norm of a linear map from its matrix."""
+    eye = torch.eye(math.prod(shape), dtype=torch.float64).unflatten(1, shape)
+    return torch.linalg.matrix_norm(function(eye).flatten(1).T, 2).item()
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.AvgPool2d(2), (1, 6, 6)),
+        (nn.AvgPool2d(3, 2, 1), (1, 7, 8)),
+        (nn.AvgPool2d(3, 2, 1, count_include_pad=False), (1, 7, 8)),
+        (nn.AvgPool2d(3, 2, ceil_mode=True), (1, 8, 8)),
+        (nn.AvgPool2d((3, 2), (1, 2)), (1, 6, 6)),
+        (nn.AvgPool1d(3, 1), (2, 7)),
+        (nn.AdaptiveAvgPool2d(1), (2, 5, 4)),
+        (nn.AdaptiveAvgPool2d((3, 2)), (1, 7, 5)),
+        (nn.AdaptiveAvgPool2d((None, 2)), (1, 4, 5)),
+        (nn.BatchNorm2d(3, eps=0.1).eval(), (3, 2, 2)),
+        (nn.Flatten(), (3, 2)),
+    ],
+)
+def test_the_constant_of_a_linear_operation_is_the_norm_of_its_matrix(layer, shape):
+    layer = settled(layer, shape).eval()
+    zero = layer(torch.zeros(1, *shape, dtype=torch.float64))
+    assert lipschitz_bound(layer, shape).value == pytest.approx(dense_norm(lambda x: layer(x) - zero, shape), rel=1e-9)
+
+
+class Apply(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.mean((2, 3)),
+        lambda x: torch.mean(x, dim=1),
+        lambda x: x.sum(3),
+        lambda x: torch.cat([x, 2 * x], 1),
+        lambda x: x + x.mean((2, 3), keepdim=True),
+        lambda x: 3 * x - x,
+        lambda x: torch.add(x, x, alpha=3),
+        lambda x: x * torch.tensor([1.0, -4.0], dtype=torch.float64).view(2, 1, 1),
+        lambda x: x / 4,
+        lambda x: x.permute(0, 2, 3, 1).reshape(x.shape[0], -1),
+        lambda x: x[:, 1:, ::2],
+        lambda x: torch.stack([x, -x], 1),
+        lambda x: torch.cat(x.chunk(2, dim=1), 2),
+    ],
+)
+def test_a_function_of_the_graph_is_bounded_from_above(function):
+    truth = dense_norm(function, (2, 4, 4))
+    assert truth <= lipschitz_bound(Apply(function), (2, 4, 4)).value * (1 + 1e-9) <= 3 * truth
+
+
+@pytest.mark.parametrize("kernel", [(2, 2), (3, 2), (3, 1), ((2, 3), (1, 2)), (3, 2, 1, 2)])
+def test_max_pooling_reaches_its_constant_where_windows_overlap(kernel):
+    layer = nn.MaxPool2d(*kernel)
+    bound = lipschitz_bound(layer, (1, 9, 9)).value
+    bump = torch.zeros(81, 1, 9, 9, dtype=torch.float64)
+    bump.view(81, 81).fill_diagonal_(1.0)  # one positive entry: every window that holds it gives 1
+    assert layer(bump).flatten(1).norm(dim=1).max().item() == pytest.approx(bound, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("layer", "constant"),
+    [
+        (nn.Sigmoid(), 0.25), (nn.Tanh(), 1), (nn.GELU(), 1.1289), (nn.GELU("tanh"), 1.129), (nn.SiLU(), 1.0998),
+        (nn.Mish(), 1.0885), (nn.SELU(), 1.7581), (nn.ELU(2.0), 2), (nn.ELU(0.3), 1), (nn.LeakyReLU(-3.0), 3),
+        (nn.LeakyReLU(0.1), 1), (nn.Softplus(), 1), (nn.Softplus(beta=5), 1), (nn.PReLU(init=1.5), 1.5),
+        (nn.Hardtanh(-2, 2), 1), (nn.Softsign(), 1), (nn.LogSigmoid(), 1), (nn.Softshrink(), 1),
+        (nn.Tanhshrink(), 1), (nn.ReLU6(), 1), (nn.Softmax(1), 1),
+    ],
+)  # fmt: skip
+def test_no_slope_of_an_activation_exceeds_its_constant(layer, constant):
+    bound = lipschitz_bound(layer, (1,)).value
+    x = torch.linspace(-30, 30, 240001, dtype=torch.float64)[:, None].requires_grad_()
+    (slope,) = torch.autograd.grad(layer.double()(x).sum(), x)
+    assert slope.abs().max().item() <= bound
+    assert bound == pytest.approx(constant, rel=1e-3)
+
+
+def test_batch_normalization_is_fused_into_the_layer_before_it():
+    model = settled(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3)), (2, 5, 5)).eval()
+    bound = lipschitz_bound(model, (2, 5, 5))
+    zero = model(torch.zeros(1, 2, 5, 5, dtype=torch.float64))
+    truth = dense_norm(lambda x: model(x) - zero, (2, 5, 5))
+    assert truth <= bound.value <= 1.1 * truth
+    assert [factor.name for factor in bound.factors] == ["0", "1"]
+    assert bound.factors[1].constant == 1.0
+
+
+def test_the_factors_of_a_chain_multiply_to_the_bound():
+    bound = lipschitz_bound(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2), nn.Sigmoid()), (3,))
+    assert math.prod(factor.constant for factor in bound.factors) == pytest.approx(bound.value, rel=1e-12)
+    assert [factor.operation for factor in bound.factors] == ["Linear", "ReLU", "Linear", "Sigmoid"]
+
+
+def test_an_expanding_change_in_place_of_a_value_used_elsewhere_is_refused():
+    class Aliased(nn.Module):
+        def __init__(self, activation):
+            super().__init__()
+            self.first, self.activation = nn.ReLU(), activation
+
+        def forward(self, x):
+            y = self.first(x)
+            return torch.cat([self.activation(y), y], 1)
+
+    with pytest.raises(ValueError, match="it changes in place a value that is used elsewhere"):
+        lipschitz_bound(Aliased(nn.SELU(inplace=True)), (4,))
+    assert lipschitz_bound(Aliased(nn.ReLU(inplace=True)), (4,)).value == pytest.approx(2**0.5)
+
+
+class Doubling(nn.Module):
+    def forward(self, x):
+        return x.sin() * 2
+
+
+def test_an_unknown_operation_can_be_given_its_constant():
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), Doubling())
+    with pytest.raises(ValueError, match=r"'1' \(LayerNorm\): no constant is known.*constants=\{LayerNorm: L\}"):
+        lipschitz_bound(model, (3,))
+    with pytest.raises(ValueError, match=r"'sin' \(sin\): no constant is known"):
+        lipschitz_bound(model, (3,), constants={nn.LayerNorm: 5.0})
+    plain = lipschitz_bound(model[:1], (3,)).value
+    given = {nn.LayerNorm: 5.0, Doubling: lambda call: float(call.output.shape[-1])}
+    assert lipschitz_bound(model, (3,), constants=given).value == pytest.approx(plain * 5 * 3)
+    assert lipschitz_bound(model, (3,), constants={nn.LayerNorm: 5.0, "sin": 1}).value == pytest.approx(plain * 10)
+
+
+def branch(x):
+    return x if x.sum() > 0 else -x
+
+
+def in_place(x):
+    y = F.relu(x)
+    z = y
+    z += x
+    return torch.cat([y, z])
+
+
+def hooked():
+    layer = nn.ReLU()
+    layer.register_forward_hook(lambda module, inputs, output: 10 * output)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Apply(branch), "Apply cannot be traced by torch.fx"),
+        (Apply(lambda x: x * x), r"'mul' \(mul\): both factors depend on the input"),
+        (Apply(lambda x: 1 / (1 + x)), r"\(truediv\): the divisor depends on the input"),
+        (Apply(lambda x: x @ x.T), r"\(matmul\): no constant is known"),
+        (Apply(lambda x: F.dropout(x, 0.5)), r"\(dropout\): it is called with training=True"),
+        (Apply(lambda x: x[:, [0, 0]]), r"\(getitem\): an index by a tensor or list may repeat"),
+        (Apply(in_place), "traced computes something else: look for in-place changes"),
+        (Apply(lambda x: (x, x)), "the model returns"),
+        (nn.BatchNorm1d(4, track_running_stats=False), "keeps no running statistics"),
+        (hooked(), "it has forward hooks"),
+        (
+            nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.AvgPool2d(2, divisor_override=3)),
+            "divisor_override is not covered",
+        ),
+    ],
+)
+def test_what_cannot_be_bounded_is_named(model, message):
+    with pytest.raises(ValueError, match=message):
+        lipschitz_bound(model, (4,))
+
+
+def test_a_weight_that_is_not_finite_is_named():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    nn.init.constant_(model[1].weight, float("inf"))
+    with pytest.raises(ValueError, match=r"'1' \(Linear\): a weight or statistic of it is NaN or infinite"):
+        lipschitz_bound(model, (3,))
+
+
+def test_an_input_that_is_ignored_gives_zero():
+    assert lipschitz_bound(Apply(lambda x: torch.zeros(2, 3)), (4,)).value == 0.0

@@ -1,0 +1,160 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from spectreg.convolutions import norm_bound, quick_norm_bound
+from spectreg.operator_norms import operator_norm
+
+CONVOLUTIONS = {
+    1: (nn.Conv1d, nn.ConvTranspose1d),
+    2: (nn.Conv2d, nn.ConvTranspose2d),
+    3: (nn.Conv3d, nn.ConvTranspose3d),
+}
+
+
+def dense(layer: nn.Module, input_shape: tuple[int, ...]) -> torch.Tensor:
+    """The layer as a matrix, column by column from the unit inputs."""
+    eye = torch.eye(math.prod(input_shape), dtype=torch.float64).unflatten(1, input_shape)
+    with torch.no_grad():
+        return (layer(eye) - layer(torch.zeros_like(eye[:1]))).flatten(1).T
+
+
+def singular_values(layer, input_shape):
+    return np.linalg.svd(dense(layer, input_shape).numpy(), compute_uv=False)
+
+
+def layer_of(kind, inputs, outputs, kernel, *, seed=0, dtype=torch.float64, **options):
+    torch.manual_seed(seed)
+    return kind(inputs, outputs, kernel, dtype=dtype, **options)
+
+
+CASES = [
+    (nn.Conv1d, (3, 9), 4, 3, {}),
+    (nn.Conv1d, (2, 8), 3, 2, {"padding": "same"}),
+    (nn.Conv2d, (2, 6, 5), 3, 3, {"padding": 1}),
+    (nn.Conv2d, (2, 6, 6), 3, (3, 1), {"padding": (1, 0)}),
+    (nn.Conv2d, (2, 7, 7), 3, 3, {"stride": 2, "padding": 1}),
+    (nn.Conv2d, (2, 7, 7), 3, 2, {"stride": 3}),
+    (nn.Conv2d, (2, 8, 8), 3, 3, {"dilation": 2, "padding": 2}),
+    (nn.Conv2d, (2, 8, 8), 3, 3, {"dilation": 2, "padding": 1, "stride": 2}),
+    (nn.Conv2d, (4, 6, 6), 6, 3, {"groups": 2, "padding": 1}),
+    (nn.Conv2d, (4, 6, 6), 4, 3, {"groups": 4}),
+    (nn.Conv2d, (2, 6, 6), 3, 3, {"padding": 1, "padding_mode": "circular"}),
+    (nn.Conv2d, (2, 6, 6), 3, 3, {"padding": 2, "padding_mode": "circular"}),
+    (nn.Conv2d, (2, 6, 6), 3, 3, {"padding": 1, "padding_mode": "reflect"}),
+    (nn.Conv2d, (2, 6, 6), 3, 3, {"padding": 2, "padding_mode": "replicate", "stride": 2}),
+    (nn.Conv3d, (2, 4, 3, 4), 2, 2, {"padding": 1, "stride": (1, 2, 1)}),
+    (nn.ConvTranspose1d, (3, 5), 2, 4, {"stride": 2, "padding": 1}),
+    (nn.ConvTranspose2d, (2, 4, 4), 3, 3, {"stride": 2, "padding": 1, "output_padding": 1}),
+    (nn.ConvTranspose2d, (4, 4, 4), 6, 3, {"groups": 2, "dilation": 2}),
+    (nn.ConvTranspose3d, (2, 2, 3, 2), 2, 2, {"stride": 2}),
+    (nn.Linear, (5,), 7, None, {}),
+    (nn.Linear, (3, 5), 7, None, {}),
+]
+
+
+def build(kind, input_shape, outputs, kernel, options, **more):
+    if kind is nn.Linear:
+        return nn.Linear(input_shape[-1], outputs, dtype=torch.float64)
+    return layer_of(kind, input_shape[0], outputs, kernel, **options, **more)
+
+
+@pytest.mark.parametrize("tight", [False, True])
+@pytest.mark.parametrize(("kind", "input_shape", "outputs", "kernel", "options"), CASES)
+def test_the_value_is_the_norm_of_the_dense_matrix_and_the_bound_is_above(
+    kind, input_shape, outputs, kernel, options, tight
+):
+    layer = build(kind, input_shape, outputs, kernel, options)
+    truth = singular_values(layer, input_shape)[0]
+    norm = operator_norm(layer, input_shape, tolerance=1e-7, max_products=1000, tight=tight)
+    assert norm.converged
+    assert norm.value == pytest.approx(truth, rel=1e-12)
+    assert norm.upper >= truth
+    assert norm.residual <= 1e-7 * norm.value
+
+
+@st.composite
+def convolutions(draw):
+    dimensions = draw(st.sampled_from([1, 1, 2, 2, 2, 3]))
+    largest_side = {1: 12, 2: 6, 3: 3}[dimensions]
+    transposed = draw(st.booleans())
+    groups = draw(st.integers(1, 2))
+    inputs, outputs = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2))
+
+    def each(low, high):
+        return tuple(draw(st.integers(low, high)) for _ in range(dimensions))
+
+    kernel, stride, dilation = each(1, 4 if dimensions < 3 else 2), each(1, 3), each(1, 2)
+    size, padding = each(1, largest_side), each(0, 2)
+    modes = ["zeros"] if transposed else ["zeros", "zeros", "circular", "replicate", "reflect"]
+    mode = draw(st.sampled_from(modes))
+    options = {"stride": stride, "dilation": dilation, "padding": padding, "groups": groups, "padding_mode": mode}
+    return CONVOLUTIONS[dimensions][transposed], (inputs, *size), outputs, kernel, options, draw(st.integers(0, 9999))
+
+
+@given(case=convolutions(), grid=st.sampled_from([4, 8, 40]))
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+def test_the_certified_bounds_are_never_below_the_truth(case, grid):
+    kind, input_shape, outputs, kernel, options, seed = case
+    try:
+        layer = layer_of(kind, input_shape[0], outputs, kernel, seed=seed, **options)
+        truth = singular_values(layer, input_shape)[0]
+    except RuntimeError:  # a kernel or border larger than the input: torch refuses the layer
+        reject()
+    assert norm_bound(layer, input_shape[1:], grid=grid) >= truth
+    assert quick_norm_bound(layer, input_shape[1:]) >= truth
+
+
+def test_the_tight_bound_comes_close_where_the_border_matters_little():
+    layer = layer_of(nn.Conv2d, 3, 4, 3, padding=1)
+    truth = singular_values(layer, (3, 16, 16))[0]
+    tight = operator_norm(layer, (3, 16, 16), tight=True).upper
+    assert truth <= tight <= 1.03 * truth
+    assert tight <= operator_norm(layer, (3, 16, 16)).upper
+
+
+def test_a_circular_convolution_is_bounded_by_its_norm_exactly():
+    layer = layer_of(nn.Conv2d, 3, 4, 3, padding=1, padding_mode="circular")
+    truth = singular_values(layer, (3, 8, 8))[0]
+    assert operator_norm(layer, (3, 8, 8), tight=True).upper == pytest.approx(truth, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_default_tolerance_gives_three_digits_in_low_precision_too(dtype):
+    layer = layer_of(nn.Conv2d, 8, 8, 3, padding=1, dtype=dtype)
+    norm = operator_norm(layer, (8, 10, 10))
+    assert norm.converged
+    assert norm.value == pytest.approx(singular_values(layer.double(), (8, 10, 10))[0], rel=1e-3)
+
+
+def test_a_zero_kernel_has_norm_zero():
+    layer = layer_of(nn.Conv2d, 2, 2, 3)
+    nn.init.zeros_(layer.weight)
+    norm = operator_norm(layer, (2, 5, 5))
+    assert (norm.value, norm.upper, norm.converged) == (0.0, 0.0, True)
+
+
+def nan_conv():
+    layer = nn.Conv2d(2, 2, 1)
+    nn.init.constant_(layer.weight, float("nan"))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "input_shape", "message"),
+    [
+        (nn.ReLU(), (3,), "ReLU is neither nn.Linear nor a convolution"),
+        (nn.Linear(3, 2), (4,), r"input_shape \(4,\) does not fit .* it takes \(…, 3\)"),
+        (nn.Conv2d(3, 2, 3), (2, 8, 8), r"input_shape \(2, 8, 8\) does not fit .* it takes \(3, n, n\)"),
+        (nn.Conv2d(3, 2, 3), (3, 8), r"input_shape \(3, 8\) does not fit"),
+        (nan_conv(), (2, 4, 4), "NaN or infinite"),
+    ],
+)
+def test_a_wrong_argument_is_named(layer, input_shape, message):
+    with pytest.raises(ValueError, match=message):
+        operator_norm(layer, input_shape)
