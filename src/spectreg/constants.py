@@ -211,7 +211,7 @@ def varying(call: Call, bounds: Any, position: int) -> float:
 
 
 def magnitude(value: Any) -> float:
-    return finite(value).abs().max().item() if isinstance(value, Tensor) else abs(value)
+    return finite(value).abs().max().item() if isinstance(value, Tensor) else float(abs(value))
 
 
 Combination = Callable[[Call, Any], float]

@@ -1,7 +1,6 @@
 """Measure: the largest eigenvalues of the loss Hessian (Figure 3 of arXiv:1705.10941)."""
 
 from collections.abc import Iterator, Sized
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -22,7 +21,7 @@ def hessian_top_eigenvalues(
     *,
     tolerance: float = 1e-3,
     max_products: int = 500,
-    method: Literal["lanczos", "power"] = "lanczos",
+    method: str = "lanczos",
     generator: torch.Generator | None = None,
 ) -> Eigenvalues:
     """The ``k`` largest algebraic eigenvalues of the Hessian of the mean loss by the parameters.
@@ -35,7 +34,7 @@ def hessian_top_eigenvalues(
         batches: Pairs (inputs, targets), read once a product: a list or a loader that gives the same examples again.
         tolerance: Each residual ‖Hv − θv‖₂ is to be at most this share of |θ|.
         max_products: Passes over the batches at most.
-        method: ``"power"`` is the paper's iteration, shifted where the dominant eigenvalue is negative.
+        method: ``"lanczos"``, or ``"power"``, the paper's iteration, shifted where the dominant eigenvalue is negative.
         generator: Draws the first vector; by default a private one with seed 0.
 
     Returns:

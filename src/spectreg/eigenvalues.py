@@ -35,7 +35,7 @@ def lanczos(
     generator: torch.Generator,
     basis_size: int | None = None,
 ) -> Eigenvalues:
-    """The ``k`` largest eigenvalues of ``A`` by Lanczos from ``start`` with full reorthogonalization and thick restarts.
+    """The ``k`` largest eigenvalues of ``A`` by Lanczos from ``start``, reorthogonalized, with thick restarts.
 
     Stops at the first product after which every residual is at most ``tolerance·|θ|``. An eigenvalue that occurs more
     than once may be found once. Ctrl-C returns the best so far. Holds ``basis_size + 1`` vectors (thick restart: Wu

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[Any]  # of pairs (inputs, targets), as tuples or as the lists that a DataLoader gives
 
 
 @contextmanager

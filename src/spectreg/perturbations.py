@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,6 @@ from spectreg.directions import along, gaussian_like, lengths, own_generator, un
 from spectreg.evaluation import Batches, as_found, batches_on, device_of
 from spectreg.gradients import LossFunction, differentiable_input, example_losses, gradient_by_input
 
-Kind = Literal["random", "gradient", "pgd"]
 KINDS = ("random", "gradient", "pgd")
 
 
@@ -37,7 +35,7 @@ def perturbation_curve(
     loss_fn: LossFunction,
     batches: Batches,
     radii: Sequence[float],
-    kind: Kind = "random",
+    kind: str = "random",
     *,
     steps: int = 10,
     restarts: int = 1,

@@ -97,6 +97,7 @@ def convolutions(draw):
     return CONVOLUTIONS[dimensions][transposed], (inputs, *size), outputs, kernel, options, draw(st.integers(0, 9999))
 
 
+@pytest.mark.slow
 @given(case=convolutions(), grid=st.sampled_from([4, 8, 40]))
 @settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 def test_the_certified_bounds_are_never_below_the_truth(case, grid):

@@ -1,0 +1,111 @@
+"""What holds for every measure."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import spectreg
+
+
+class Restless(nn.Module):
+    """Draws from the global generator and counts its calls in a buffer, in evaluation mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        torch.rand(1)
+        if not isinstance(x, torch.fx.Proxy):
+            self.calls += 1
+        return x
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), Restless(), nn.Dropout(), nn.Flatten(), nn.Linear(48, 20)
+    )
+    model[0].weight.requires_grad_(False)
+    model[1].eval()
+    model[6].weight.grad = torch.ones(20, 48)
+    return model
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(4, 1, 6, 6, generator=generator), torch.randint(20, (4,), generator=generator)
+
+
+x, y = batch()
+MEASURES = {
+    "singular_values": lambda model: spectreg.singular_values(model),
+    "operator_norm": lambda model: spectreg.operator_norm(model[0], (1, 6, 6)),
+    "lipschitz_bound": lambda model: spectreg.lipschitz_bound(model, (1, 6, 6)),
+    "jacobian_norm": lambda model: spectreg.jacobian_norm(model, x),
+    "jacobian_frobenius_norm": lambda model: spectreg.jacobian_frobenius_norm(model, x, projections=2),
+    "input_gradient_norm": lambda model: spectreg.input_gradient_norm(model, F.cross_entropy, [(x, y)]),
+    "perturbation_curve": lambda model: spectreg.perturbation_curve(model, F.cross_entropy, [(x, y)], [1.0], "pgd"),
+    "hessian_top_eigenvalues": lambda model: spectreg.hessian_top_eigenvalues(model, F.cross_entropy, [(x, y)]),
+}
+
+
+def traits(model):
+    """All that a measure might disturb."""
+    return {
+        "state": copy.deepcopy(model.state_dict()),
+        "modes": [module.training for module in model.modules()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "parameters": [id(p) for p in model.parameters()],
+        "generator": torch.get_rng_state(),
+        "grad mode": torch.is_grad_enabled(),
+        "input": [x.clone(), x.requires_grad, x.grad],
+    }
+
+
+@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_measure_leaves_the_model_and_the_generator_as_found(name, grad):
+    model = network()
+    with torch.set_grad_enabled(grad):
+        before = traits(model)
+        MEASURES[name](model)
+        after = traits(model)
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_measure_that_fails_leaves_the_model_as_found_too(name):
+    model = network()
+    model[6].register_forward_hook(lambda module, inputs, output: output.no_such_attribute)
+    before = traits(model)
+    if name in ("singular_values", "operator_norm"):  # these run no forward pass
+        MEASURES[name](model)
+    else:
+        with pytest.raises((AttributeError, ValueError)):
+            MEASURES[name](model)
+    torch.testing.assert_close(traits(model), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_measure_gives_the_same_again(name):
+    assert repr(plain(MEASURES[name](network()))) == repr(plain(MEASURES[name](network())))
+
+
+def plain(result):
+    return {key: vars(value) for key, value in result.items()} if isinstance(result, dict) else result
+
+
+def test_a_graph_in_flight_survives_a_measure_in_the_middle_of_a_step():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).train()
+    inputs, targets = torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 0])
+    loss = F.cross_entropy(model(inputs), targets)
+    spectreg.input_gradient_norm(model, F.cross_entropy, [(inputs, targets)])
+    spectreg.hessian_top_eigenvalues(model, F.cross_entropy, [(inputs, targets)])
+    loss.backward()
+    assert model[0].weight.grad.abs().sum() > 0
