@@ -1,12 +1,13 @@
 """A study folder as one page that opens from disk, with the CSV and the SVG of every exhibit beside it."""
 
 import json
+import re
 from importlib.resources import files
 from pathlib import Path
 
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from spectreg_lab import store
@@ -55,6 +56,11 @@ def _write_files(report: Path, exhibit: Exhibit, colours: dict[str, str]) -> Non
         store.write(report / svg_name(exhibit, group), svg(panels, colours, exhibit.dashes).encode())
 
 
+def _code(text: str) -> Markup:
+    """Text as HTML, with `backticks` as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
 def _script(text: str) -> Markup:
     return Markup(text.replace("</", "<\\/"))
 
@@ -62,9 +68,9 @@ def _script(text: str) -> Markup:
 def page(study: store.StudyRecord, shown: list[Exhibit]) -> str:
     """The page as HTML: nothing in it needs the network."""
     folder = files("spectreg_lab") / "page"
-    template = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string((folder / "report.html.jinja").read_text())
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["code"] = _code
+    template = environment.from_string((folder / "report.html.jinja").read_text())
     colours = labels.colours(study)
     drawn = [traces(panel, colours) for exhibit in shown for panels in _groups(exhibit).values() for panel in panels]
     return template.render(

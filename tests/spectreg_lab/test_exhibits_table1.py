@@ -100,8 +100,15 @@ def test_one_seed_gives_a_difference_without_interval_and_none_gives_neither() -
 
 def test_differences_without_spread_have_an_interval_of_no_width_and_values_not_finite_are_left_out() -> None:
     alike = interval(pd.Series([0.1, 0.1, math.inf, math.nan]))
-    assert (alike.low, alike.high, alike.n, alike.p) == (0.1, 0.1, 2, 0.0)
+    assert (alike.low, alike.high, alike.n, math.isnan(alike.p)) == (0.1, 0.1, 2, True)
     assert interval(pd.Series([0.0, 0.0])).p == 1.0
+
+
+def test_differences_by_rounding_alone_are_no_differences() -> None:
+    noise = interval(pd.Series([0.3 - 0.1 - 0.2, 0.0, 1e-17]))
+    assert (noise.mean, noise.low, noise.high, noise.p) == (0.0, 0.0, 0.0, 1.0)
+    shared = interval(pd.Series([0.3 - 0.1, 0.2, 0.5 - 0.3]))
+    assert math.isnan(shared.p)
 
 
 def test_holm_multiplies_by_the_number_of_hypotheses_left_and_never_falls() -> None:

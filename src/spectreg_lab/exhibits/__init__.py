@@ -1,6 +1,21 @@
 """Table 1 and every figure: which runs, which reduction, the paper's value beside it."""
 
-from spectreg_lab.exhibits import curves, frames, runs, table1
+from spectreg_lab.exhibits import (
+    claims,
+    cost,
+    curvature,
+    curves,
+    fit,
+    frames,
+    jacobian,
+    perturbation,
+    runs,
+    sensitivity,
+    sigma,
+    spectra,
+    table1,
+    verdicts,
+)
 from spectreg_lab.exhibits.exhibit import Exhibit
 from spectreg_lab.store import StudyRecord
 
@@ -8,9 +23,20 @@ from spectreg_lab.store import StudyRecord
 def exhibits(study: StudyRecord) -> list[Exhibit]:
     """Every exhibit of a study, in the order of the page."""
     epochs, points = frames.epochs(study), frames.runs(study)
-    values = table1.values(study, epochs, points)
+    values, singular = table1.values(study, epochs, points), spectra.values(study)
+    table = table1.frame(study, values)
+    numbers = claims.numbers(study.study, values, epochs, spectra.shapes(singular))
     return [
-        table1.exhibit(study, table1.frame(study, values), values),
+        verdicts.exhibit(study, numbers, table),
+        table1.exhibit(study, table, values),
+        fit.exhibit(study, points),
         curves.exhibit(study, epochs),
+        sensitivity.exhibit(study, epochs, points),
+        curvature.exhibit(study, epochs, points),
+        spectra.exhibit(study, singular),
+        sigma.exhibit(study, sigma.values(study)),
+        perturbation.exhibit(study, perturbation.values(study)),
+        jacobian.exhibit(study, jacobian.values(study)),
+        cost.exhibit(study, points),
         runs.exhibit(study, points),
     ]

@@ -3,7 +3,8 @@
 import pandas as pd
 
 from spectreg_lab.exhibits import labels
-from spectreg_lab.exhibits.exhibit import Exhibit, Line, Panel, over_seeds
+from spectreg_lab.exhibits.drawing import over_seeds
+from spectreg_lab.exhibits.exhibit import Exhibit, Line, Panel
 from spectreg_lab.exhibits.frames import regimes, select
 from spectreg_lab.store import StudyRecord
 
@@ -11,11 +12,12 @@ COLUMNS = {"test_accuracy": ("test", "solid"), "train_accuracy": ("training", "d
 
 
 def _lines(study: StudyRecord, here: pd.DataFrame) -> list[Line]:
+    found = {column: over_seeds(here, ["method"], "epoch", column) for column in COLUMNS}
     return [
-        over_seeds(here[here.method == method], "epoch", column, f"{method}, {name}", method, dash)
+        Line(f"{method}, {name}", method, **found[column][(method,)], dash=dash)
         for method in study.study["methods"]
         for column, (name, dash) in COLUMNS.items()
-        if (here.method == method).any()
+        if (method,) in found[column]
     ]
 
 

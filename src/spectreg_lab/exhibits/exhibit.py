@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 
@@ -24,7 +23,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes. Panels of one ``group`` share an SVG; ``folded`` ones are shown on the page on request."""
+    """One pair of axes. Panels of one ``group`` share an SVG; ``folded`` ones are shown on the page on request;
+    ``ticks`` names the places of an x axis that has no numbers."""
 
     group: str
     title: str
@@ -33,6 +33,7 @@ class Panel:
     lines: Sequence[Line]
     log: bool = False
     folded: bool = False
+    ticks: Mapping[float, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,17 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """A claim of the paper: where, in whose words, what came of it, and the comparisons behind that."""
+
+    section: str
+    sentence: str
+    outcome: str
+    counts: str
+    table: Table
+
+
+@dataclass(frozen=True)
 class Exhibit:
     """One table or figure: its numbers, how they are drawn, and which claim of the paper they test.
 
@@ -63,6 +75,8 @@ class Exhibit:
         frame: The tidy numbers, written as CSV.
         dashes: What solid, dashed and dotted lines stand for.
         missing: Why there is nothing to show and which command makes it; empty otherwise.
+        warnings: What a reader must know before anything else; shown at the top of the page.
+        summary: Sentences before the tables.
     """
 
     name: str
@@ -74,15 +88,18 @@ class Exhibit:
     dashes: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
     missing: str = ""
+    warnings: Sequence[str] = ()
+    summary: Sequence[str] = ()
+    verdicts: Sequence[Verdict] = ()
 
 
-def over_seeds(frame: pd.DataFrame, x: str, y: str, name: str, method: str, dash: str = "solid") -> Line:
-    """The mean of ``y`` over seeds at each ``x``, with a band of one standard deviation, over the finite values."""
-    finite = frame[np.isfinite(frame[y].astype(float))]
-    grouped = finite.groupby(x)[y]
-    mean, spread = grouped.mean(), grouped.std(ddof=1).fillna(0.0)
-    band = (mean - spread, mean + spread)
-    return Line(name, method, list(mean.index), list(mean), list(band[0]), list(band[1]), dash)
+def signed(value: float, places: str = ".3g") -> str:
+    """A number with its sign, as typeset.
+
+    >>> signed(-0.0123), signed(0.5)
+    ('−0.0123', '+0.5')
+    """
+    return f"{value:+{places}}".replace("-", "−")
 
 
 def plus_minus(values: pd.Series, digits: int = 3) -> str:

@@ -4,7 +4,7 @@ import math
 
 import pandas as pd
 
-from spectreg_lab.exhibits.frames import POINT, finished, records, regimes, select
+from spectreg_lab.exhibits.frames import POINT, finished, regimes, select
 from spectreg_lab.store import StudyRecord
 
 
@@ -47,9 +47,8 @@ def alphas(study: StudyRecord, curves: pd.DataFrame) -> dict[tuple[str, str], fl
 def gaps(curves: pd.DataFrame, thresholds: dict[tuple[str, str], float | None]) -> pd.DataFrame:
     """One row for each finished run: ``alpha`` and ``gap_at_alpha``, NaN where the run never reaches it."""
     rows = []
-    done = finished(curves)
-    for point in records(done[POINT].drop_duplicates()):
-        alpha = thresholds[point["setting"], point["regime"]]
-        gap = None if alpha is None else gap_at(select(done, **point), alpha)
-        rows.append(point | {"alpha": alpha, "gap_at_alpha": math.nan if gap is None else gap})
+    for point, curve in finished(curves).groupby(POINT):
+        alpha = thresholds[str(point[0]), str(point[1])]
+        gap = None if alpha is None else gap_at(curve, alpha)
+        rows.append((*point, alpha, math.nan if gap is None else gap))
     return pd.DataFrame(rows, columns=[*POINT, "alpha", "gap_at_alpha"])

@@ -9,7 +9,7 @@ import numpy as np
 from spectreg_lab.exhibits.exhibit import Line, Panel
 
 DASHES = {"solid": "solid", "dashed": "dash", "dotted": "dot"}
-SYMBOLS = {"circle": "circle", "diamond": "diamond-open", "line": "line-ew-open"}
+SYMBOLS = {"circle": "circle", "diamond": "diamond-open", "square": "square-open", "line": "line-ew-open"}
 DIGITS = 5  # significant: more than a screen can show
 
 
@@ -48,5 +48,6 @@ def traces(panel: Panel, colours: Mapping[str, str]) -> dict[str, Any]:
         "x": panel.x,
         "y": panel.y,
         "log": panel.log,
+        "ticks": [list(panel.ticks), list(panel.ticks.values())] if panel.ticks else None,
         "traces": [*bands, *(_trace(line, colours[line.method]) for line in panel.lines)],
     }

@@ -29,11 +29,13 @@ def exhibit(study: StudyRecord, runs: pd.DataFrame) -> Exhibit:
     rows = [_row(study, run) for run in study.runs if run.status != "finished"]
     counts = runs.status.value_counts()
     count = ", ".join(f"{counts[status]} {status}" for status in ("finished", *CAUSES) if status in counts)
+    warning = f"{len(rows)} of {len(study.runs)} runs have not finished ({count}): they are named at the end."
     return Exhibit(
         name="runs",
         title="Runs that are missing or failed" if rows else "Runs",
         claim="",
         frame=runs,
         tables=[Table(["status", "setting", "regime", "method", "seed", "cause"], rows)] if rows else [],
+        warnings=[warning] if rows else [],
         notes=[f"{len(study.runs)} runs: {count}." if study.runs else "The study names no runs."],
     )

@@ -5,8 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from spectreg_lab.exhibits import gap, labels, paper
-from spectreg_lab.exhibits.exhibit import Cell, Exhibit, Line, Panel, Table, plus_minus
+from spectreg_lab.exhibits import drawing, gap, labels, paper
+from spectreg_lab.exhibits.exhibit import Cell, Exhibit, Table, plus_minus, signed
 from spectreg_lab.exhibits.frames import POINT, finished, records, regimes, select
 from spectreg_lab.exhibits.paired import Difference, holm, paired
 from spectreg_lab.store import StudyRecord
@@ -98,7 +98,8 @@ def _cell(row: dict[str, Any], found: pd.Series) -> Cell:
     if 0 < row["reached"] < row["runs"]:
         small.append(f"reached in {row['reached']} of {row['runs']} seeds")
     if row["pairs"] >= 2:
-        small.append(f"Δ {row['spectral_minus_this']:+.{DIGITS}f}, p = {row['p_holm']:.2g}")
+        tested = "in each seed" if math.isnan(row["p_holm"]) else f"p = {row['p_holm']:.2g}"
+        small.append(f"Δ {signed(row['spectral_minus_this'], f'.{DIGITS}f')}, {tested}")
     if not math.isnan(row["paper"]):
         small.append(f"paper {row['paper']:.3f}{'†' if row['not_comparable_in'] else ''}")
     if not row["reached"]:
@@ -124,24 +125,19 @@ def _table(study: StudyRecord, table: pd.DataFrame, values: pd.DataFrame, metric
     return Table(columns, rows, METRICS[metric])
 
 
-def _panel(study: StudyRecord, values: pd.DataFrame, setting: str, metric: str) -> Panel:
-    lines = []
-    for method in study.study["methods"]:
-        found = select(values, setting=setting, method=method).dropna(subset=[metric])
-        x = [labels.batch(study, str(regime)) for regime in found.regime]
-        lines.append(Line(method, method, x, list(found[metric]), marker="circle"))
-    return Panel(setting, f"{METRICS[metric]}, every seed", "", "", [line for line in lines if len(line.y)])
-
-
 def exhibit(study: StudyRecord, table: pd.DataFrame, values: pd.DataFrame) -> Exhibit:
     """Both halves of Table 1, with a paired test of spectral against every other method."""
-    panels = [_panel(study, values, setting, metric) for setting in study.study["settings"] for metric in METRICS]
+    panels = [
+        drawing.strip(study, select(values, setting=setting), metric, group=setting, title=title)
+        for setting in study.study["settings"]
+        for metric, title in METRICS.items()
+    ]
     return Exhibit(
         name="table1",
         title="Table 1. Test accuracy and generalization gap",
         claim="Section 4.1: spectral has the best test accuracy in the large-batch regime, and the smallest gap.",
         frame=table,
-        panels=[panel for panel in panels if panel.lines],
+        panels=drawing.drawn(panels),
         tables=[_table(study, table, values, metric) for metric in METRICS],
         notes=[*ABOUT, *paper.notes(study)],
         missing="no run has finished yet: `spectreg reproduce` goes on where it stopped" if values.empty else "",

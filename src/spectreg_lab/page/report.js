@@ -11,12 +11,15 @@ function theme() {
 function layout(panel) {
   const { ink, grid, paper, line } = theme();
   const axis = { gridcolor: grid, linecolor: line, zeroline: false, automargin: true, title: { standoff: 6 } };
+  const places = panel.ticks && {
+    tickvals: panel.ticks[0], ticktext: panel.ticks[1], range: [-0.5, panel.ticks[0].length - 0.5], showgrid: false,
+  };
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "closest",
-    margin: { l: 44, r: 8, t: 8, b: 40 }, font: { family: "inherit", size: 12, color: ink },
+    margin: { l: 44, r: 8, t: 8, b: 40 }, font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: ink },
     hoverlabel: { bgcolor: paper, namelength: -1 },
-    xaxis: { ...axis, title: { ...axis.title, text: panel.x } },
-    yaxis: { ...axis, title: { ...axis.title, text: panel.y }, type: panel.log ? "log" : "-", exponentformat: "power" },
+    xaxis: { ...axis, title: { ...axis.title, text: panel.x }, ...places },
+    yaxis: { ...axis, title: { ...axis.title, text: panel.y }, type: panel.log ? "log" : "-", tickformat: panel.log ? "~g" : "" },
   };
 }
 

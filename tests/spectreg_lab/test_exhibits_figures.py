@@ -1,0 +1,154 @@
+"""Figures from runs with every measure, with none, and with numbers that are not finite."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import folders
+import pytest
+
+from spectreg_lab import report, store
+from spectreg_lab.exhibits import Exhibit, cost, exhibits, frames, jacobian, sigma
+from spectreg_lab.exhibits.exhibit import Line, Panel
+from spectreg_lab.exhibits.interactive import traces
+from spectreg_lab.exhibits.svg import svg
+
+COLOURS = {"decay": "#0c7fc4"}
+
+
+def line(regime: str, method: str, seed: int, epoch: int) -> dict[str, Any]:
+    return {
+        "sigma": {"a.weight": 2.0 + seed, "b.weight": 8.0 * (2.0 + seed)},
+        "input_gradient": {"train": 0.1 * epoch, "test": 0.2 * epoch},
+        "hessian": {side: {"value": 3.0, "converged": seed != 1} for side in ("train", "test")},
+        "seconds": {"adversarial": 2.5}.get(method, 1.0) * (1 + seed),
+    }
+
+
+def measures(regime: str, method: str, seed: int) -> dict[str, Any]:
+    points = [{"radius": r, "accuracy": 0.8 - r / 2, "loss": 1.0, "ratio": 2.0} for r in (0.0, 0.5)]
+    return {
+        "spectra": {f"{name}.weight": [3.0, 2.0, 1.0] for name in "abcd"},
+        "input_gradient": {"train": 0.1, "test": 0.2},
+        "hessian": {side: {"value": 3.0, "converged": True} for side in ("train", "test")},
+        "jacobian": {"norms": [1.0, 2.0, 6.0], "bound": 50.0, "converged": seed != 1},
+        "perturbation": dict.fromkeys(("random", "gradient", "pgd"), points),
+    }
+
+
+def shown(folder: Path) -> dict[str, Exhibit]:
+    return {exhibit.name: exhibit for exhibit in exhibits(store.read_study(folder))}
+
+
+FIGURES = ("figure1", "figure2", "figure3", "figure4", "sigma", "perturbation", "jacobian", "cost")
+
+
+def test_every_figure_is_drawn_where_every_measure_is_there(tmp_path: Path) -> None:
+    found = shown(folders.write_study(tmp_path / "s", line=line, measures=measures))
+    for name in FIGURES:
+        assert not found[name].missing, name
+        assert all(panel.lines for panel in found[name].panels), name
+        assert found[name].panels, name
+    assert [panel.folded for panel in found["figure4"].panels] == [False, True, False, False]
+    assert len(found["perturbation"].panels) == 6
+
+
+@pytest.mark.parametrize("name", ["figure2", "figure3", "figure4", "perturbation", "jacobian"])
+def test_a_figure_without_its_measure_says_so_and_names_the_command_that_makes_it(tmp_path: Path, name: str) -> None:
+    found = shown(folders.write_study(tmp_path / "s", seeds=(0,)))
+    assert not found[name].panels
+    assert "`spectreg measure RUN`" in found[name].missing
+
+
+def test_a_page_of_runs_without_measures_is_written_and_shows_the_command(tmp_path: Path) -> None:
+    page = report.write(folders.write_study(tmp_path / "s", seeds=(0,))).read_text()
+    assert "<code>spectreg measure RUN</code>" in page
+
+
+def test_numbers_that_are_not_finite_are_kept_in_the_csv_and_left_out_of_the_drawing(tmp_path: Path) -> None:
+    def wild(regime: str, method: str, seed: int, epoch: int) -> dict[str, Any]:
+        value = math.inf if method == "decay" else math.nan if method == "vanilla" else 1.0
+        return {"input_gradient": {"train": value, "test": value}, "sigma": {"a.weight": value}}
+
+    folder = folders.write_study(tmp_path / "s", line=wild, seeds=(0, 1))
+    report.write(folder)
+    assert "inf" in (folder / "report" / "figure2.csv").read_text()
+    drawn = {line.method for panel in shown(folder)["figure2"].panels for line in panel.lines}
+    assert drawn == {"adversarial", "spectral"}
+
+
+def test_values_that_are_null_or_missing_in_a_line_are_read_as_not_measured(tmp_path: Path) -> None:
+    folder = folders.write_study(
+        tmp_path / "s",
+        line=lambda *_: {"test_accuracy": None, "hessian": {"train": None}, "input_gradient": None, "sigma": None},
+    )
+    assert shown(folder)["figure3"].missing
+    report.write(folder)
+
+
+def test_the_cost_is_relative_to_vanilla_with_the_same_seed(tmp_path: Path) -> None:
+    study = store.read_study(folders.write_study(tmp_path / "s", line=line))
+    ratios = cost.ratios(frames.runs(study)).groupby("method").relative.unique()
+    assert {method: list(found) for method, found in ratios.items()} == {
+        "vanilla": [1.0],
+        "decay": [1.0],
+        "adversarial": [2.5],
+        "spectral": [1.0],
+    }
+
+
+def test_the_typical_norm_is_the_geometric_mean_over_the_weights(tmp_path: Path) -> None:
+    study = store.read_study(folders.write_study(tmp_path / "s", line=line, seeds=(0,)))
+    first = sigma.values(study).iloc[0]
+    assert (first.typical, first.largest, first.weights) == (pytest.approx(math.sqrt(2 * 16)), 16.0, 2)
+
+
+def test_local_norms_are_summed_up_by_their_median_and_largest_and_unconverged_ones_are_warned_of(
+    tmp_path: Path,
+) -> None:
+    folder = folders.write_study(tmp_path / "s", line=line, measures=measures)
+    first = jacobian.values(store.read_study(folder)).iloc[0]
+    assert (first["median"], first.largest, first.bound, first.examples) == (2.0, 6.0, 50.0, 3)
+    found = shown(folder)
+    assert found["jacobian"].warnings == ["Local Jacobian: the norms of 8 runs had not converged."]
+    assert "had not converged" in found["figure3"].warnings[0]
+
+
+def test_the_first_regime_is_solid_and_the_second_dashed(tmp_path: Path) -> None:
+    found = shown(folders.write_study(tmp_path / "s", line=line, measures=measures))
+    for name in ("figure2", "figure3", "figure4"):
+        dashes = {
+            (line.name.split(", ")[1], line.dash)
+            for panel in found[name].panels
+            for line in panel.lines
+            if not line.marker
+        }
+        assert dashes == {("small batch", "solid"), ("large batch", "dashed")}
+    figure1 = {(line.name.split(", ")[1], line.dash) for panel in found["figure1"].panels for line in panel.lines}
+    assert figure1 == {("test", "solid"), ("training", "dashed"), ("gap", "dotted")}
+
+
+def test_the_curves_are_the_mean_over_seeds_with_a_band_of_one_standard_deviation(tmp_path: Path) -> None:
+    tests = (0.6, 0.7, 0.8)
+    folder = folders.write_study(tmp_path / "s", lambda regime, method, seed: [(0.9, tests[seed])])
+    curve = shown(folder)["figure1"].panels[0].lines[0]
+    assert (curve.x, curve.y) == ([1], [pytest.approx(0.7)])
+    assert (curve.low, curve.high) == ([pytest.approx(0.6)], [pytest.approx(0.8)])
+
+
+def test_the_svg_of_a_panel_is_the_same_twice_with_its_text_as_text_and_no_date() -> None:
+    panel = Panel("g", "singular values", "index", "σ", [Line("a", "decay", [1, 2], [0.01, 1.0])], log=True)
+    drawn = svg([panel], COLOURS, {"solid": "small batch"})
+    assert drawn == svg([panel], COLOURS, {"solid": "small batch"})
+    assert ">singular values<" in drawn
+    assert ">small batch<" in drawn
+    assert "<dc:date>" not in drawn
+
+
+def test_the_pages_traces_are_json_whatever_the_numbers_and_keep_five_digits() -> None:
+    curve = Line("a", "decay", [1, 2, 3], [math.nan, math.inf, 0.123456789], [0, 0, 0], [1, 1, 1])
+    found = traces(Panel("g", "t", "x", "y", [curve]), COLOURS)
+    band, trace = json.loads(json.dumps(found, allow_nan=False))["traces"]
+    assert trace["y"] == [None, None, 0.12346]
+    assert (band["meta"], len(band["x"])) == ("decay", 6)

@@ -1,0 +1,190 @@
+"""The paper's claims, on studies in which it is known whether they hold."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import folders
+import pandas as pd
+import pytest
+
+from spectreg_lab import store
+from spectreg_lab.exhibits import claims, exhibits, fit, frames, spectra, table1, verdicts
+from spectreg_lab.exhibits.exhibit import Exhibit
+from spectreg_lab.exhibits.paired import Difference
+
+ACCURACY = {"vanilla": 0.70, "decay": 0.75, "adversarial": 0.71, "spectral": 0.80}
+LOSS_AT_LARGE_BATCH = {"vanilla": 0.10, "decay": 0.08, "adversarial": 0.09, "spectral": 0.02}
+JITTER = (0.0, 0.001, -0.001)
+
+
+def as_the_paper_says(regime: str, method: str, seed: int) -> list[tuple[float, float]]:
+    test = ACCURACY[method] - (LOSS_AT_LARGE_BATCH[method] if regime == "large" else 0.0)
+    jitter = JITTER[(seed + len(method)) % 3]
+    return [(0.6, 0.59), (0.8, test - 0.02), (0.99, test + jitter)]
+
+
+def opposite(regime: str, method: str, seed: int) -> list[tuple[float, float]]:
+    return [(train, 1 - test) for train, test in as_the_paper_says(regime, method, seed)]
+
+
+def all_exhibits(folder: Path, **options: Any) -> dict[str, Exhibit]:
+    study = store.read_study(folders.write_study(folder, **options))
+    return {exhibit.name: exhibit for exhibit in exhibits(study)}
+
+
+def outcomes(shown: dict[str, Exhibit]) -> dict[str, str]:
+    return {verdict.sentence: verdict.outcome for verdict in shown["verdicts"].verdicts}
+
+
+def outcome_of(shown: dict[str, Exhibit], start: str) -> str:
+    (found,) = (outcome for sentence, outcome in outcomes(shown).items() if sentence.startswith(start))
+    return found
+
+
+SECTION_4_1 = (
+    "Small batch: decay and spectral",
+    "Large batch: spectral has the best",
+    "Test accuracy falls",
+    "It falls less for spectral",
+    "The gap of decay grows",
+    "It grows more for decay",
+)
+
+
+@pytest.mark.parametrize(("curve", "expected"), [(as_the_paper_says, "held"), (opposite, "did not hold")])
+def test_section_4_1_holds_on_runs_that_do_as_it_says_and_not_on_their_mirror_image(
+    tmp_path: Path, curve: folders.Curve, expected: str
+) -> None:
+    shown = all_exhibits(tmp_path / "s", curve=curve)
+    assert {start: outcome_of(shown, start) for start in SECTION_4_1} == dict.fromkeys(SECTION_4_1, expected)
+    assert outcome_of(shown, "Every method exceeds 95 %") == "held"
+
+
+def test_one_seed_decides_nothing(tmp_path: Path) -> None:
+    shown = all_exhibits(tmp_path / "s", curve=as_the_paper_says, seeds=(0,))
+    assert set(outcomes(shown).values()) == {"not decided"}
+
+
+def test_a_claim_whose_measure_is_missing_is_not_decided_and_says_that_there_is_nothing_to_compare(
+    tmp_path: Path,
+) -> None:
+    shown = all_exhibits(tmp_path / "s", curve=as_the_paper_says)
+    counts = {verdict.sentence: verdict.counts for verdict in shown["verdicts"].verdicts}
+    assert counts["Spectral has the largest eigenvalue (training data)."] == "nothing to compare yet"
+    assert outcome_of(shown, "Spectral has the largest eigenvalue") == "not decided"
+
+
+def test_the_page_says_where_spectral_does_not_win_and_which_method_does(tmp_path: Path) -> None:
+    shown = all_exhibits(tmp_path / "s", curve=opposite)
+    sentence = shown["verdicts"].summary[1]
+    assert sentence.startswith(
+        "Test accuracy: spectral has the best mean in 0 of 2 rows of Table 1. It does not win in:"
+    )
+    assert "small batch (vanilla)" in sentence
+
+
+def measured(regime: str, method: str, seed: int) -> dict[str, Any]:
+    sharpness = {"vanilla": 1.0, "decay": 2.0, "adversarial": 3.0, "spectral": 4.0}[method] + 0.01 * seed
+    scale = 2.0 if regime == "large" else 1.0
+    spectrum = {
+        "vanilla": [4.0, 1.0, 1.0],
+        "decay": [2.0, 0.5, 0.5],
+        "adversarial": [3.0, 1.0, 0.5],
+        "spectral": [1.0, 1.0, 0.9],
+    }[method]
+    return {
+        "hessian": {side: {"value": sharpness * scale, "converged": True} for side in ("train", "test")},
+        "input_gradient": {"train": 0.1, "test": (5 - sharpness) * scale},
+        "spectra": {"features.0.weight": [value * (1 + 0.01 * seed) for value in spectrum]},
+    }
+
+
+def test_sections_4_3_and_4_4_hold_on_measures_that_do_as_they_say(tmp_path: Path) -> None:
+    shown = all_exhibits(tmp_path / "s", curve=as_the_paper_says, measures=measured)
+    for start in (
+        "Vanilla: the largest eigenvalue",
+        "So does that on test data",
+        "Regularized models have larger eigenvalues",
+        "Spectral has the largest eigenvalue",
+        "Spectral has the smallest gradient norm on test data",
+        "The spectra of spectral are flatter",
+        "Adversarial and decay shrink",
+        "Spectral has the lowest largest singular values",
+    ):
+        assert outcome_of(shown, start) == "held", start
+
+
+def test_a_spectrum_is_flat_with_skew_one_and_of_rank_one_with_the_root_of_its_length() -> None:
+    point = {"setting": "vgg", "regime": "small", "method": "decay", "seed": 0}
+    rows = [point | {"weight": "flat", "index": i, "value": 2.0} for i in (1, 2, 3, 4)]
+    rows += [point | {"weight": "rank one", "index": i, "value": 3.0 if i == 1 else 0.0} for i in (1, 2, 3, 4)]
+    shapes = spectra.shapes(pd.DataFrame(rows)).set_index("weight")
+    assert shapes.loc["flat", ["largest", "frobenius", "skew"]].tolist() == [2.0, 4.0, 1.0]
+    assert shapes.loc["rank one", ["largest", "frobenius", "skew"]].tolist() == [3.0, 3.0, 2.0]
+
+
+def line_with(test_norm: Callable[[int], float], train_norm: Callable[[int], float]) -> Callable[..., dict[str, Any]]:
+    return lambda regime, method, seed, epoch: {
+        "input_gradient": {"test": test_norm(epoch), "train": train_norm(epoch)}
+    }
+
+
+def growing(regime: str, method: str, seed: int) -> list[tuple[float, float]]:
+    return [(0.5 + 0.1 * e, 0.5 + 0.05 * e) for e in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("test_norm", "train_norm", "expected"),
+    [
+        (lambda e: e, lambda e: -e, ("held", "held")),
+        (lambda e: -e, lambda e: e, ("did not hold", "did not hold")),
+        (lambda e: 1.0, lambda e: 1.0, ("not decided", "not decided")),
+    ],
+)
+def test_the_gradient_norm_goes_with_the_gap_where_it_rises_with_it_and_a_constant_one_decides_nothing(
+    tmp_path: Path, test_norm: Any, train_norm: Any, expected: tuple[str, str]
+) -> None:
+    shown = all_exhibits(tmp_path / "s", curve=growing, line=line_with(test_norm, train_norm))
+    found = (outcome_of(shown, "Through training"), outcome_of(shown, "It goes with the gap better"))
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.1, 0.2, "held"), (-0.2, -0.1, "did not hold"), (-0.1, 0.1, "not decided"), (math.nan, math.nan, "not decided")],
+)
+def test_a_comparison_is_judged_by_which_side_of_zero_its_interval_lies(low: float, high: float, verdict: str) -> None:
+    assert verdicts.judge(Difference((low + high) / 2, low, high, 0.5, 3)) == verdict
+
+
+def test_a_claim_holds_only_where_every_comparison_does_and_fails_where_one_does() -> None:
+    held, failed, undecided = "held", "did not hold", "not decided"
+    assert verdicts.outcome([held, held]) == held
+    assert verdicts.outcome([held, undecided]) == undecided
+    assert verdicts.outcome([held, undecided, failed]) == failed
+    assert verdicts.outcome([]) == undecided
+
+
+def test_a_method_that_did_not_fit_its_training_data_is_warned_of_at_the_top(tmp_path: Path) -> None:
+    folder = folders.write_study(
+        tmp_path / "s", lambda regime, method, seed: [(0.94 if (method, seed) == ("decay", 1) else 0.99, 0.8)]
+    )
+    shown = fit.exhibit(study := store.read_study(folder), frames.runs(study))
+    assert len(shown.warnings) == 2
+    assert all("decay did not reach a training accuracy over 0.95" in warning for warning in shown.warnings)
+    assert shown.tables[0].rows[0][2].small == ["1 of 3 seeds did not fit"]
+
+
+def test_the_correlation_of_ranks_is_one_for_any_rising_relation_and_none_for_two_points() -> None:
+    rows = pd.DataFrame({"gap": [0.1, 0.2, 0.3, 0.4], "norm": [1.0, 10.0, 100.0, math.inf]})
+    assert claims.rank_correlation(rows, "norm") == 1.0
+    assert math.isnan(claims.rank_correlation(rows.head(2), "norm"))
+
+
+def test_a_study_without_spectral_has_its_tables_and_decides_nothing_about_it(tmp_path: Path) -> None:
+    shown = all_exhibits(tmp_path / "s", curve=as_the_paper_says, methods=("vanilla", "decay"))
+    assert outcome_of(shown, "Large batch: spectral") == "not decided"
+    assert shown["table1"].frame.p.isna().all()
+    assert set(table1.METRICS) == set(shown["table1"].frame.metric)
