@@ -1,7 +1,6 @@
 """The weights of one device, one precision and one optimizer, whose vectors are iterated together."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,33 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spectreg.linear_maps import LinearMap
+from spectreg.memory import Memory
 from spectreg.penalties import Penalty
 from spectreg.power import Triplets
-from spectreg.weights import Weight
-
-
-@dataclass
-class Memory:
-    """What is remembered of one weight: its vectors, its σ, what its penalty aims at, and how often it was called.
-
-    ``counted`` is the number of singular values asked for; a block may have fewer.
-    """
-
-    weight: Weight
-    u: Float[Tensor, "blocks outputs k"]
-    v: Float[Tensor, "blocks inputs k"]
-    sigma: Float[Tensor, "blocks k"]
-    counted: int
-    start: Float[Tensor, "blocks k"] | None = None
-    calls: int = 0
-
-    @classmethod
-    def first(cls, weight: Weight, k: int, generator: torch.Generator) -> "Memory":
-        """Gaussian v: rotation-invariant, so that it almost surely has a part along the top singular vector."""
-        m = weight.map
-        kept = min(k, m.outputs, m.inputs)
-        v = torch.randn(m.blocks, m.inputs, kept, generator=generator)
-        return cls(weight, torch.zeros(m.blocks, m.outputs, kept), v, torch.zeros(m.blocks, kept), k)
 
 
 class Bundle:
@@ -106,9 +81,10 @@ class Bundle:
                 self.memories, weights, self.triplets.us, self.triplets.vs, self.triplets.sigmas, strict=True
             )
         ]
-        sigma, counted = torch.cat(parts), self.counted()
-        values = strength * penalty.value(sigma, self.target(penalty))
-        return torch.where(counted > 0, values, torch.zeros_like(values)).sum()
+        sigma, counted = torch.cat(parts), self.counted() > 0
+        # σ that do not count are put out of the way first: 0 × NaN in the backward pass would bring them back.
+        values = strength * penalty.value(torch.where(counted, sigma, torch.ones_like(sigma)), self.target(penalty))
+        return torch.where(counted, values, torch.zeros_like(values)).sum()
 
 
 class PairValue(torch.autograd.Function):

@@ -52,6 +52,10 @@ class LinearMap(Protocol):
         """The blocks as dense matrices, for measures."""
         ...
 
+    def squares(self, W: Tensor) -> Float[Tensor, " blocks"]:
+        """‖W‖_F² of each block."""
+        ...
+
 
 @dataclass(frozen=True)
 class MatrixMap:
@@ -112,6 +116,12 @@ class MatrixMap:
             return parts.transpose(1, 2).reshape(self.blocks, self.outputs, self.inputs)
         stored = W.t() if self.layout == "columns" else W.flatten(1)
         return stored.unflatten(0, (self.blocks, self.outputs))
+
+    def squares(self, W: Tensor) -> Float[Tensor, " blocks"]:
+        """‖W‖_F² of each block, in float64."""
+        parts = self._slices(W)
+        norms = torch.linalg.vector_norm(parts, dim=(1, 2), dtype=torch.promote_types(W.dtype, torch.float32))
+        return norms.double().square().view(self.blocks, -1).sum(1)
 
     def forward(self, W: Tensor, v: Float[Tensor, " v"], k: int = 1) -> Float[Tensor, " u"]:
         """Wv, in the precision of ``v``."""

@@ -93,6 +93,10 @@ class OperatorMap:
         basis = torch.eye(self.inputs, dtype=W.dtype, device=W.device)
         return self.forward(W, basis.flatten(), self.inputs).view(1, self.outputs, self.inputs)
 
+    def squares(self, W: Tensor) -> Float[Tensor, " blocks"]:
+        """Not known without the dense operator: NaN."""
+        return W.new_full((1,), float("nan"), dtype=torch.float64)
+
     def _backward(self, u: Tensor, x: Tensor, W: Tensor, k: int, mask: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
         gradient = self._images(u, self.output_shape, k)
         return torch.ops.aten.convolution_backward(gradient, x, W, None, *self.arguments, mask)

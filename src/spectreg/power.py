@@ -1,5 +1,6 @@
 """The top singular triplets of linear maps, one warm step at a time."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ class Triplets:
         self.maps = list(maps)
         self.k = sigma[0].shape[-1]
         self.u, self.v, self.sigma = (torch.cat([x.flatten() for x in parts]) for parts in (u, v, sigma))
-        self.us = self.u.split([x.numel() for x in u])
+        self.us: Sequence[Tensor] = self.u.split([x.numel() for x in u])
         self.vs = self.v.split([x.numel() for x in v])
         self.sigmas = self.sigma.split([x.numel() for x in sigma])
         self.u_segments = _segments([m.outputs for m in maps], [m.blocks for m in maps], self.k, self.u.device)
@@ -81,6 +82,32 @@ class Triplets:
             sigma.copy_(torch.where(usable[:, 0], S * scale[:, 0], scale[:, 0]).flatten())
             x.copy_(torch.where(usable, Q @ A, x.view_as(Y)).flatten())
             other.copy_(torch.where(usable, other3 @ Bh.mT, other3).flatten())
+
+    def residuals(self, weights: Sequence[Tensor]) -> list[Float[Tensor, ""]]:
+        """‖Wᵀu − σv‖ of each map, the largest of its pairs, for u = Wv/|Wv| and σ = |Wv|. Nothing is changed."""
+        probe = copy.copy(self)
+        u = [
+            x.view(m.blocks, -1, self.k) for m, x in zip(self.maps, self._products(weights, adjoint=False), strict=True)
+        ]
+        sigma = [torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in u]
+        probe.us = [torch.where(s > 0, x / s, x).flatten() for x, s in zip(u, sigma, strict=True)]
+        w = [
+            x.view(m.blocks, -1, self.k) for m, x in zip(self.maps, probe._products(weights, adjoint=True), strict=True)
+        ]
+        gaps = [x - s * v.view_as(x) for x, s, v in zip(w, sigma, self.vs, strict=True)]
+        return [torch.linalg.vector_norm(x, dim=1).amax() for x in gaps]
+
+    def stable_ranks(self, weights: Sequence[Tensor]) -> list[Float[Tensor, ""]]:
+        """‖W‖_F²/σ² of each map; the least of blocks that are maps of their own."""
+        ranks = []
+        for m, squares, sigma in zip(self.maps, self._squares(weights), self.sigmas, strict=True):
+            largest = sigma.view(m.blocks, self.k).amax(1).double().square()
+            ranks.append(squares.sum() / largest.max() if m.norm == "max" else (squares / largest).min())
+        return ranks
+
+    def _squares(self, weights: Sequence[Tensor]) -> list[Float[Tensor, " blocks"]]:
+        """‖W‖_F² of each block."""
+        return [m.squares(W) for m, W in zip(self.maps, weights, strict=True)]
 
     def add_outer_(self, targets: Sequence[Tensor], scale: Float[Tensor, " values"], rates: Sequence[Any]) -> None:
         """Add ``rate·scale·uvᵀ`` to each target in place; rates are numbers or tensors."""

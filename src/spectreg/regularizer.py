@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spectreg.attachment import Attachment
-from spectreg.bundle import Bundle, Memory, is_sharded
+from spectreg.bundle import Bundle, is_sharded
+from spectreg.memory import Memory, check_same_weights
 from spectreg.penalties import Penalty, penalty_of
+from spectreg.summary import table
 from spectreg.weights import InputSize, Patterns, Select, Weight, named_weights
 
 VERSION = 1
@@ -180,14 +182,36 @@ class SpectralNormRegularizer:
         self.sigma()
         check_ranks({name: m.v for name, m in self._memories.items()}, group)
 
+    @torch.no_grad()
+    def residual(self) -> dict[str, Tensor]:
+        """How far each weight's vectors are from a singular pair of it now: ‖Wᵀu − σv‖ for u = Wv/|Wv|, σ = |Wv|.
+
+        In the units of the weight; the largest over blocks. Costs as much as a step and changes nothing.
+        """
+        return self._look(lambda bundle, weights: bundle.triplets.residuals(weights))
+
+    @torch.no_grad()
+    def stable_rank(self) -> dict[str, Tensor]:
+        """‖W‖_F²/σ² of each weight, from 1 (rank one) to the rank; of maps that are blocks apart the least.
+
+        Costs a read of every weight. NaN for ``map="operator"``, whose Frobenius norm depends on the position.
+        """
+        return self._look(lambda bundle, weights: bundle.triplets.stable_ranks(weights))
+
+    def summary(self) -> str:
+        """A table of what is regularized and how it stands; reads its numbers back to the host.
+
+        >>> layer = nn.Linear(3, 2)
+        >>> layer.weight.data = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+        >>> print(SpectralNormRegularizer(layer, strength=0.01).summary())
+        weight  shape  map        strength  σ  residual  stable rank
+        weight  2 × 3  1 × 2 × 3  0.01      2  ...       1.25
+        """
+        return table(self._strengths, self.every, self.weights, self.sigma(), self.residual(), self.stable_rank())
+
     def state_dict(self) -> dict[str, Any]:
         """Its vectors by the name of the weight, alike on every rank. Safe to save; nothing of the model is in it."""
-        vectors = {}
-        for name, m in self._memories.items():
-            vectors[name] = {"u": m.u.clone(), "v": m.v.clone(), "sigma": m.sigma.clone(), "calls": m.calls}
-            if m.start is not None:
-                vectors[name]["start"] = m.start.clone()
-        return {"version": VERSION, "vectors": vectors}
+        return {"version": VERSION, "vectors": {name: m.saved() for name, m in self._memories.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``, exactly.
@@ -199,11 +223,9 @@ class SpectralNormRegularizer:
         if state.get("version") != VERSION:
             raise ValueError(f"this state has format version {state.get('version')!r}; {VERSION} is understood.")
         vectors = state["vectors"]
-        _check_same_weights(self._memories, vectors)
+        check_same_weights(self._memories, vectors)
         for name, m in self._memories.items():
-            saved = vectors[name]
-            m.u, m.v, m.sigma = saved["u"].clone(), saved["v"].clone(), saved["sigma"].clone()
-            m.calls, m.start = int(saved["calls"]), saved["start"].clone() if "start" in saved else None
+            m.load(vectors[name])
         self._layout = None
 
     def __repr__(self) -> str:
@@ -215,16 +237,14 @@ class SpectralNormRegularizer:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("_attachment", "_bundles", "_layout", "_memories")}
+        passing = ("_attachment", "_bundles", "_keys", "_layout", "_memories")
+        kept = {name: value for name, value in self.__dict__.items() if name not in passing}
         return kept | {"memory": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         memory = state.pop("memory")
         self.__dict__.update(state, _attachment=None, _bundles=[], _layout=None)
-        self._memories = {
-            w.name: Memory(w, *(memory["vectors"][w.name][x] for x in ("u", "v", "sigma")), self.k)
-            for w in self.weights
-        }
+        self._memories = {w.name: Memory.first(w, self.k, torch.Generator()) for w in self.weights}
         self.load_state_dict(memory)
 
     @property
@@ -288,6 +308,13 @@ class SpectralNormRegularizer:
             slopes = bundle.slopes(self.penalty_function) * bundle.strength(*self._lambda) * keep
             bundle.triplets.add_outer_(weights, slopes, [-rates[id(W)] for W in weights])
 
+    def _look(self, at: Callable[[Bundle, list[Tensor]], list[Tensor]]) -> dict[str, Tensor]:
+        found = {}
+        for bundle, weights, _ in self._arrange():
+            values = at(bundle, [W.detach() for W in weights])
+            found.update({m.weight.name: x for m, x in zip(bundle.memories, values, strict=True)})
+        return {name: found[name] for name in self._memories}
+
     def _refuse_parametrized(self) -> None:
         names = [w.name for w in self.weights if w.parametrized]
         if names:
@@ -310,19 +337,3 @@ def _gradient_of(W: Tensor, name: str) -> Tensor:
 def _check(name: str, value: Any, fine: bool, what: str) -> None:
     if not fine:
         raise ValueError(f"{name} is {value!r}: it must be {what}.")
-
-
-def _check_same_weights(memories: Mapping[str, Memory], vectors: Mapping[str, Any]) -> None:
-    missing = [name for name in memories if name not in vectors]
-    unexpected = [name for name in vectors if name not in memories]
-    different = [
-        f"{name} {tuple(vectors[name][x].shape)} instead of {tuple(getattr(m, x).shape)}"
-        for name, m in memories.items()
-        for x in ("u", "v")
-        if name in vectors and vectors[name][x].shape != getattr(m, x).shape
-    ]
-    if missing or unexpected or different:
-        raise ValueError(
-            f"this state is of another model or map: missing {missing}, unexpected {unexpected}, "
-            f"shapes that differ {different}. Build the regularizer as it was when the state was saved."
-        )

@@ -96,6 +96,13 @@ class ShardedTriplets(Triplets):
         parts = [product(i, W, x) for i, (W, x) in enumerate(zip(weights, given, strict=True))]
         return [x.to(self.u.dtype) for x in self._summed(parts)]
 
+    def _squares(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        shares = [torch.zeros(m.blocks, dtype=torch.float64, device=self.u.device) for m in self.maps]
+        for i, (W, share) in enumerate(zip(weights, shares, strict=True)):
+            for p in self.pieces[i] if self.counts[i] else ():
+                share[p.block] += p.map.squares(_local(W)[p.local])[0]
+        return self._summed(shares)
+
     def _forward(self, i: int, W: Tensor, v: Tensor) -> Tensor:
         """This rank's share of Wv."""
         m, local = self.maps[i], _local(W)

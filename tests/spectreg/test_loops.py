@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -444,13 +446,27 @@ def test_the_same_seed_gives_the_same_vectors_and_another_seed_others():
     assert not torch.equal(v(1), v(2))
 
 
+COMPILED = """
+import torch
+from torch import nn
+from spectreg import SpectralNormRegularizer
+plain = nn.Sequential(nn.Linear(5, 4), nn.Conv2d(4, 4, 3, groups=2)).double()
+fast = nn.Sequential(nn.Linear(5, 4), nn.Conv2d(4, 4, 3, groups=2)).double()
+fast.load_state_dict(plain.state_dict())
+a, b = SpectralNormRegularizer(plain, 0.1), SpectralNormRegularizer(fast, 0.1)
+compiled = torch.compile(b.add_gradient)
+for strength in (0.1, 0.1, 0.2):
+    a.strength = b.strength = strength
+    a.add_gradient()
+    compiled()
+for p, q in zip(plain.parameters(), fast.parameters()):
+    if p.grad is not None:
+        torch.testing.assert_close(p.grad, q.grad)
+assert torch.equal(plain[0].weight.grad.norm() > 0, torch.tensor(True))
+"""
+
+
 @pytest.mark.slow
 def test_a_compiled_add_gradient_adds_what_the_plain_one_adds():
-    a, b = mlp(), mlp()
-    ra, rb = SpectralNormRegularizer(a, 0.1), SpectralNormRegularizer(b, 0.1)
-    compiled = torch.compile(ra.add_gradient)
-    for _ in range(3):
-        compiled()
-        rb.add_gradient()
-    for w in ra.weights:
-        torch.testing.assert_close(w.tensor.grad, b.get_parameter(w.name).grad)
+    # In a process of its own: dynamo cannot trace the wrappers that check shapes in these tests.
+    subprocess.run([sys.executable, "-c", COMPILED], check=True)

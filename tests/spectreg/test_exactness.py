@@ -1,0 +1,154 @@
+"""Laws that hold for all weights: against float64 oracles over shapes, scales and degenerate matrices."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from cases import KINDS, seeded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from spectreg import SpectralNormRegularizer
+
+SIZES = st.integers(1, 9)
+
+
+def linear(W: torch.Tensor) -> nn.Linear:
+    layer = nn.Linear(W.shape[1], W.shape[0], bias=False, dtype=W.dtype)
+    layer.weight.data = W
+    return layer
+
+
+def gaussian(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@given(
+    rows=SIZES, columns=SIZES, exponent=st.integers(-30, 30), seed=st.integers(0, 99), steps=st.sampled_from([0.5, 1])
+)
+@settings(max_examples=40, deadline=None)
+def test_sigma_in_float32_is_below_the_true_norm_and_near_it_at_every_scale(rows, columns, exponent, seed, steps):
+    W = (gaussian(rows, columns, seed=seed) * 10.0**exponent).float()
+    layer = linear(W.clone())
+    regularizer = SpectralNormRegularizer(layer, 1.0, steps=steps, warmup=30)
+    regularizer.add_gradient()
+    truth = torch.linalg.matrix_norm(W.double(), 2)
+    sigma = regularizer.sigma()["weight"].double()
+    assert 0.7 * truth <= sigma <= truth * (1 + 1e-5)
+    torch.testing.assert_close(layer.weight.grad.double().norm() / truth, sigma / truth, rtol=1e-4, atol=0)
+
+
+@given(rows=SIZES, columns=SIZES, seed=st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+def test_sigma_rises_with_every_step_and_never_passes_the_true_norm(rows, columns, seed):
+    W = gaussian(rows, columns, seed=seed)
+    regularizer = SpectralNormRegularizer(linear(W.clone()), 0.0, warmup=0)
+    estimates = []
+    for _ in range(6):
+        regularizer.add_gradient()
+        estimates.append(regularizer.sigma()["weight"].item())
+    assert all(a <= b * (1 + 1e-12) for a, b in pairwise(estimates))
+    assert estimates[-1] <= torch.linalg.matrix_norm(W, 2) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=repr)
+@pytest.mark.parametrize("steps", [0.5, 1])
+def test_the_gradient_is_the_finite_difference_of_the_penalty_with_the_vectors_held(kind, steps):
+    module = seeded(kind.build)
+    W = module.get_parameter(kind.weight)
+    regularizer = SpectralNormRegularizer(
+        module, 0.7, select=lambda n, _: n == kind.weight, steps=steps, warmup=100, **kind.settings
+    )
+    regularizer.add_gradient()
+    direction, state = gaussian(*W.shape, seed=1), regularizer.state_dict()
+    values = []
+    for h in (1e-5, -1e-5):
+        regularizer.load_state_dict(state)
+        with torch.no_grad():
+            W.add_(direction, alpha=h)
+            values.append(regularizer.penalty())
+            W.sub_(direction, alpha=h)
+    difference = (values[0] - values[1]) / 2e-5
+    torch.testing.assert_close((W.grad * direction).sum(), difference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings_", [{}, {"steps": 0.5}, {"k": 2}, {"penalty": "power"}], ids=str)
+def test_a_zero_weight_has_sigma_zero_no_gradient_and_keeps_its_vector_until_it_comes_alive(settings_):
+    layer = linear(torch.zeros(4, 6))
+    regularizer = SpectralNormRegularizer(layer, 1.0, **settings_)
+    v = regularizer.state_dict()["vectors"]["weight"]["v"]
+    for _ in range(2):
+        regularizer.add_gradient()
+        regularizer.penalty().backward()
+    assert regularizer.sigma()["weight"] == 0
+    assert not layer.weight.grad.any()
+    if "k" not in settings_:
+        assert torch.equal(regularizer.state_dict()["vectors"]["weight"]["v"], v)
+    layer.weight.data = gaussian(4, 6, seed=0).float()
+    for _ in range(200):
+        regularizer.add_gradient()
+    torch.testing.assert_close(regularizer.sigma()["weight"], torch.linalg.matrix_norm(layer.weight.detach(), 2))
+
+
+def test_a_rank_one_weight_is_found_in_one_step():
+    W = torch.outer(gaussian(4, seed=0), gaussian(6, seed=1))
+    layer = linear(W)
+    regularizer = SpectralNormRegularizer(layer, 1.0, warmup=0)
+    regularizer.add_gradient()
+    torch.testing.assert_close(regularizer.sigma()["weight"], torch.linalg.matrix_norm(W, 2))
+    torch.testing.assert_close(layer.weight.grad, W)
+
+
+def test_with_a_repeated_top_singular_value_the_gradient_is_a_unit_pair_of_its_subspace():
+    W = torch.diag(torch.tensor([3.0, 3.0, 1.0]).double())
+    layer = linear(W)
+    regularizer = SpectralNormRegularizer(layer, 1.0, warmup=50)
+    regularizer.add_gradient()
+    G = layer.weight.grad
+    torch.testing.assert_close(regularizer.sigma()["weight"].item(), 3.0)
+    torch.testing.assert_close(G.norm().item(), 3.0)
+    assert torch.linalg.matrix_rank(G) == 1
+    torch.testing.assert_close(G[:2, :2].norm().item(), 3.0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("settings_", [{}, {"steps": 0.5}, {"k": 2}], ids=str)
+def test_a_weight_that_is_not_finite_shows_in_sigma_and_spreads_neither_into_the_vectors_nor_the_gradient(
+    bad, settings_
+):
+    layer = linear(gaussian(4, 6, seed=0))
+    regularizer = SpectralNormRegularizer(layer, 1.0, **settings_)
+    regularizer.sigma()
+    kept = layer.weight.data[0, 0].item()
+    layer.weight.data[0, 0] = bad
+    for _ in range(3):
+        regularizer.add_gradient()
+        regularizer.penalty().backward()
+        assert not regularizer.sigma()["weight"].isfinite()
+    assert not layer.weight.grad.any()
+    layer.weight.data[0, 0] = kept
+    for _ in range(300):
+        layer.zero_grad()
+        regularizer.add_gradient()
+    torch.testing.assert_close(regularizer.sigma()["weight"], torch.linalg.matrix_norm(layer.weight.detach(), 2))
+    assert layer.weight.grad.isfinite().all()
+
+
+def test_residual_and_stable_rank_are_those_of_a_dense_computation_and_change_nothing():
+    W = gaussian(5, 7, seed=3)
+    regularizer = SpectralNormRegularizer(linear(W), 1.0, warmup=2)
+    sigma, state = regularizer.sigma()["weight"], regularizer.state_dict()["vectors"]["weight"]
+    v = state["v"].flatten()
+    u = W @ v / (W @ v).norm()
+    torch.testing.assert_close(regularizer.residual()["weight"], (W.T @ u - (W @ v).norm() * v).norm())
+    torch.testing.assert_close(regularizer.stable_rank()["weight"], W.square().sum() / sigma.square())
+    assert torch.equal(regularizer.state_dict()["vectors"]["weight"]["v"], state["v"])
+
+
+def test_the_stable_rank_of_blocks_apart_is_the_least_of_theirs():
+    lstm = seeded(lambda: nn.LSTM(3, 5))
+    regularizer = SpectralNormRegularizer(lstm, 1.0, warmup=200)
+    blocks = [torch.linalg.svdvals(part.detach()) for part in lstm.weight_hh_l0.chunk(4)]
+    expected = min(s.square().sum() / s[0].square() for s in blocks)
+    torch.testing.assert_close(regularizer.stable_rank()["weight_hh_l0"], expected)
