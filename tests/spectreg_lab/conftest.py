@@ -1,0 +1,57 @@
+"""A cache of its own for the tests, small runs, and the place of the photographs."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a hub name fails at once
+
+import pytest
+from lightning_fabric import Fabric
+
+from spectreg_lab.config import VGG, Config, Data, Method, Spectral
+
+METHODS = ("vanilla", "decay", "adversarial", "spectral")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Nothing that a test reads or writes lies in the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECTREG_CACHE", str(folder))
+        patch.setenv("HF_HOME", str(folder / "huggingface"))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def fabric() -> Fabric:
+    """One process on the CPU."""
+    return Fabric(accelerator="cpu", devices=1)
+
+
+@pytest.fixture
+def tiny() -> Callable[..., Config]:
+    """A run of a second: ``tiny(method=…, epochs=…)``."""
+
+    def make(method: Method | None = None, **settings: object) -> Config:
+        defaults = {
+            "model": VGG(width=4, stages=(1, 1), hidden=8),
+            "data": Data(train_size=96, test_size=40),
+            "method": method or Spectral(),
+            "batch_size": 32,
+            "learning_rate": 0.05,
+            "epochs": 3,
+        }
+        return Config.model_validate({**defaults, **settings})
+
+    return make
+
+
+@pytest.fixture
+def photographs() -> Path:
+    """The folder of photographs; a test that needs it skips where it is absent."""
+    place = os.environ.get("SPECTREG_TEST_DATA")
+    if not place or not Path(place).is_dir():
+        pytest.skip("SPECTREG_TEST_DATA does not name a folder of photographs")
+    return Path(place)

@@ -1,0 +1,133 @@
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from test_studies import STUDY
+
+from spectreg_lab import execution, store
+from spectreg_lab.execution import DiskFullError, check, execute
+from spectreg_lab.pool import Event, Pool
+from spectreg_lab.studies import StudyError, read_study
+
+
+class Record:
+    """A display that remembers."""
+
+    def __init__(self):
+        self.notes, self.todo, self.done, self.epochs, self.ends = [], None, None, [], []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def begin(self, points, done):
+        self.todo, self.done = len(points), done
+
+    def epoch(self, point, metrics):
+        self.epochs.append((str(point), metrics["epoch"]))
+
+    def end(self, point, outcome):
+        self.ends.append((str(point), outcome["status"], outcome.get("error")))
+
+
+@pytest.fixture
+def study(tmp_path):
+    def make(*changes):
+        text = STUDY
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new)
+        (tmp_path / "study.toml").write_text(text)
+        return read_study(tmp_path / "study.toml")
+
+    return make
+
+
+def carry_out(study, folder, processes=2):
+    record = Record()
+    execute(study, folder, "spectreg reproduce", processes, 1, record)
+    return record
+
+
+@pytest.mark.slow
+def test_a_study_is_done_once_and_finished_runs_are_skipped_on_a_second_call(study, tmp_path):
+    content = study(("seeds = [0, 1]", "seeds = [0]"))
+    first = carry_out(content, tmp_path / "out")
+    assert (first.todo, first.done) == (6, 0)
+    assert sorted(status for _, status, _ in first.ends) == ["finished"] * 6
+    assert len(first.epochs) == 6 * 2
+    again = carry_out(content, tmp_path / "out")
+    assert (again.todo, again.done, again.epochs) == (0, 6, [])
+    assert [run.status for run in store.read_study(tmp_path / "out").runs] == ["finished"] * 6
+
+
+@pytest.mark.slow
+def test_a_failed_run_is_recorded_and_the_study_goes_on(study, tmp_path):
+    content = study(("large = 0.1", "large = 1e30"), ("seeds = [0, 1]", "seeds = [0]"))
+    record = carry_out(content, tmp_path / "out")
+    failed = [error for _, status, error in record.ends if status == "failed"]
+    assert len(failed) == 3
+    assert all("NonFiniteLossError: epoch 1" in error for error in failed)
+    runs = store.read_study(tmp_path / "out").runs
+    assert {run.regime: run.status for run in runs} == {"small": "finished", "large": "failed"}
+
+
+@pytest.mark.slow
+def test_a_run_whose_process_is_killed_goes_on_in_a_new_one(study, tmp_path):
+    content = study(("seeds = [0, 1]", "seeds = [0]"), ("epochs = 2", "epochs = 6"), ("[methods.decay]\n", ""))
+
+    class Killer(Record):
+        def epoch(self, point, metrics):
+            super().epoch(point, metrics)
+            if len(self.epochs) == 2:
+                for worker in pools[0]._workers:
+                    os.kill(worker.process.pid, signal.SIGKILL)
+
+    pools = []
+    enter = Pool.__enter__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pool, "__enter__", lambda pool: pools.append(pool) or enter(pool))
+        record = Killer()
+        execute(content, tmp_path / "out", "spectreg reproduce", 1, 1, record)
+    assert [note for note in record.notes if "SIGKILL (out of memory?); trying once more" in note]
+    assert [status for _, status, _ in record.ends] == ["finished"] * 4
+
+
+def test_a_run_whose_process_is_killed_twice_is_recorded_as_failed(study, tmp_path, monkeypatch):
+    content = study(("seeds = [0, 1]", "seeds = [0]"))
+
+    def run(pool, jobs):
+        for job in jobs:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            yield Event("died", job, {"retry": False, "error": "its process ended with SIGKILL (out of memory?)"})
+
+    monkeypatch.setattr(Pool, "run", run)
+    record = carry_out(content, tmp_path / "out")
+    assert {error for _, _, error in record.ends} == {"its process ended with SIGKILL (out of memory?)"}
+    outcome = store.RunFolder(next((tmp_path / "out" / "runs").iterdir())).outcome()
+    assert outcome["status"] == "failed"
+
+
+def test_a_full_disk_ends_the_study_with_its_cause(study, tmp_path, monkeypatch):
+    full = {"full": True, "error": "OSError: [Errno 28] No space left on device"}
+    monkeypatch.setattr(Pool, "run", lambda pool, jobs: (Event("error", job, full) for job in jobs))
+    with pytest.raises(DiskFullError, match="No space left on device"):
+        carry_out(study(), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("stages = [1, 1]", "stages = [1, 1, 1, 1]", r"settings.vgg: an image of 8×8 is too small for the 4 poolings"),
+        ('"digits"', '"digitz"', r"settings.vgg: data 'digitz': .* did you mean 'digits'"),
+        ("train_size = 96", "train_size = 9600", r"settings.vgg: train_size = 9600, but there are 1400"),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_first_run(study, old, new, message):
+    with pytest.raises(StudyError, match=message):
+        check(study((old, new)), Record())
+
+
+def test_a_broken_outcome_counts_as_unfinished(tmp_path):
+    (tmp_path / store.OUTCOME).write_text("{")
+    assert not execution._finished(Path(tmp_path))

@@ -1,0 +1,112 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from spectreg_lab.config import Data
+from spectreg_lab.runs import run
+from spectreg_lab.store import RunError, RunFolder
+
+METHODS = ("vanilla", "decay", "adversarial", "spectral")
+
+
+def train(out, method, cache):
+    """The command of a run of eight short epochs, in a process of its own."""
+    words = ["--method", method, "--model", "vgg", "--width", "4", "--stages", "1,1", "--train-size", "320"]
+    words += ["--test-size", "60", "--batch-size", "16", "--epochs", "8", "--out", str(out)]
+    code = "import sys; from spectreg_lab.cli import main; sys.argv[0] = 'spectreg'; main()"
+    environment = {**os.environ, "SPECTREG_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", code, "train", *words], env=environment, stdout=subprocess.DEVNULL)
+
+
+def lines(folder):
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in RunFolder(folder).metrics()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_killed_at_a_random_moment_ends_with_the_numbers_and_weights_of_one_that_was_not(tmp_path, cache, method):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert train(whole, method, cache).wait() == 0
+    random.seed(method)
+    kills = 0
+    for _ in range(3):
+        process = train(killed, method, cache)
+        seen = len(lines(killed)) if killed.exists() else 0
+        while process.poll() is None and len(lines(killed)) == seen:
+            time.sleep(0.002)
+        time.sleep(random.random() * 0.3)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert kills, "the run was over before it could be killed"
+    assert train(killed, method, cache).wait() == 0
+    assert lines(killed) == lines(whole)
+    ends = [RunFolder(folder).resume() for folder in (whole, killed)]
+    assert ends[0].tensors.keys() == ends[1].tensors.keys()
+    assert all(torch.equal(ends[0].tensors[key], ends[1].tensors[key]) for key in ends[0].tensors)
+    assert RunFolder(killed).outcome() == {"status": "finished"}
+
+
+def test_a_finished_run_is_not_repeated(tmp_path, tiny):
+    config = tiny(epochs=2)
+    assert run(config, tmp_path) == {"status": "finished"}
+    files = {
+        p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir() if p.suffix in (".json", ".jsonl", ".safetensors")
+    }
+    assert run(config, tmp_path) == {"status": "finished"}
+    assert files == {name: (tmp_path / name).stat().st_mtime_ns for name in files}
+
+
+def test_a_run_goes_on_after_an_interruption_in_this_process(tmp_path, tiny):
+    def stop(metrics):
+        if metrics["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny(), tmp_path / "stopped", on_epoch=stop)
+    run(tiny(), tmp_path / "stopped")
+    run(tiny(), tmp_path / "whole")
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_finite_is_recorded_as_a_failure(tmp_path, tiny):
+    outcome = run(tiny(learning_rate=1e30), tmp_path)
+    assert outcome["status"] == "failed"
+    assert outcome["error"].startswith("NonFiniteLossError: epoch 1: the training objective is")
+    assert RunFolder(tmp_path).outcome() == outcome
+
+
+def test_a_network_that_does_not_fit_the_images_is_recorded_as_a_failure(tmp_path, tiny):
+    outcome = run(tiny(model={"name": "vgg"}), tmp_path)
+    assert "too small for the 5 poolings" in outcome["error"]
+
+
+def test_data_that_cannot_be_had_are_recorded_as_a_failure(tmp_path, tiny):
+    assert "no such folder" in run(tiny(data=Data(name="./absent")), tmp_path)["error"]
+
+
+def test_two_processes_cannot_have_one_run(tmp_path, tiny):
+    with RunFolder(tmp_path).locked(), pytest.raises(RunError, match="another process"):
+        run(tiny(), tmp_path)
+
+
+def test_a_run_records_versions_machine_and_command(tmp_path, tiny):
+    run(tiny(epochs=1), tmp_path)
+    versions = RunFolder(tmp_path).versions()
+    assert versions["torch"] == torch.__version__.partition("+")[0] or versions["torch"] == torch.__version__
+    assert {"spectreg", "python", "commit", "machine", "command", "threads", "started"} < set(versions)
+
+
+def test_nothing_in_a_run_folder_is_a_pickle(tmp_path, tiny):
+    run(tiny(epochs=1), tmp_path)
+    kinds = {p.name.split("-")[0].split(".")[-1] if p.suffix == "" else p.suffix for p in tmp_path.iterdir()}
+    assert kinds == {".json", ".jsonl", ".safetensors", "lock"}
+    for path in tmp_path.glob("*.json"):
+        json.loads(path.read_text())

@@ -1,0 +1,46 @@
+import pytest
+
+from spectreg_lab import store
+from spectreg_lab.config import VGG, Config, Decay, Spectral, Vanilla
+from spectreg_lab.search import choose
+
+# (method, learning rate): (training, validation) accuracies
+GRID = {
+    (Vanilla(), 0.1): (1.0, 0.80),
+    (Vanilla(), 1.0): (1.0, 0.85),
+    (Decay(strength=0.1), 0.1): (1.0, 0.82),
+    (Decay(strength=0.1), 1.0): (0.5, 0.99),  # the best, but it does not fit
+    (Decay(strength=0.2), 0.1): (1.0, 0.84),
+    (Decay(strength=0.2), 1.0): (0.5, 0.50),
+    (Spectral(strength=0.3), 0.1): (1.0, 0.81),
+    (Spectral(strength=0.3), 1.0): (1.0, 0.99),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    points = []
+    for (method, rate), (training, validation) in GRID.items():
+        config = Config(model=VGG(), method=method, batch_size=64, learning_rate=rate, epochs=1)
+        run = store.RunFolder(tmp_path / "runs" / config.name)
+        run.path.mkdir(parents=True)
+        run.begin(config, {})
+        run.append({"epoch": 1, "train_accuracy": training, "test_accuracy": validation})
+        run.end("finished")
+        points.append({"setting": "vgg", "regime": "small", "method": method.name, "seed": 0, "run": config.name})
+    store.begin_study(tmp_path, {"name": "search"}, points, "spectreg search")
+    return tmp_path
+
+
+def test_the_rate_chosen_is_the_best_at_which_every_method_fits_the_training_images(folder):
+    assert choose(folder).rates["learning_rate"].tolist() == [0.1]
+
+
+def test_the_strength_chosen_is_the_best_at_the_chosen_rate(folder):
+    strengths = choose(folder).strengths.set_index("method")["strength"].to_dict()
+    assert strengths == {"vanilla": 0.0, "decay": 0.2, "spectral": 0.3}
+
+
+def test_every_combination_is_in_the_table_and_on_disk(folder):
+    assert len(choose(folder).tried) == len(GRID)
+    assert len((folder / "search.csv").read_text().splitlines()) == len(GRID) + 1

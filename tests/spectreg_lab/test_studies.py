@@ -1,0 +1,117 @@
+from pathlib import Path
+
+import pytest
+
+from spectreg_lab.config import Decay
+from spectreg_lab.studies import StudyError, read_study
+
+STUDY = """
+name = "small"
+epochs = 2
+seeds = [0, 1]
+[regimes.small]
+batch_size = 16
+[regimes.large]
+batch_size = 64
+[settings.vgg]
+model = { name = "vgg", width = 4, stages = [1, 1], hidden = 8 }
+data = { name = "digits", train_size = 96, test_size = 40 }
+learning_rate = { small = 0.05, large = 0.1 }
+[methods.vanilla]
+[methods.decay]
+[methods.strong-decay]
+name = "decay"
+strength = 0.1
+"""
+SEARCH = """
+[search.learning_rate]
+small = [0.1, 0.2]
+large = [0.3]
+[search.strength]
+decay = [1e-3, 1e-2, 1e-1]
+"""
+SHIPPED = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
+
+
+@pytest.fixture
+def study_file(tmp_path):
+    def make(*changes, text=STUDY):
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new)
+        path = tmp_path / "small.toml"
+        path.write_text(text)
+        return path
+
+    return make
+
+
+def test_a_study_is_every_setting_with_every_regime_method_and_seed(study_file):
+    points = read_study(study_file()).points()
+    assert len(points) == 1 * 2 * 3 * 2
+    assert len({point.config.name for point in points}) == len(points)
+    assert [point.seed for point in points] == [0] * 6 + [1] * 6
+    large = next(p for p in points if (p.regime, p.method) == ("large", "strong-decay"))
+    assert (large.config.batch_size, large.config.learning_rate) == (64, 0.1)
+    assert large.config.method == Decay(strength=0.1)
+    assert large.label() == {
+        "setting": "vgg",
+        "regime": "large",
+        "method": "strong-decay",
+        "seed": 0,
+        "run": large.config.name,
+    }
+
+
+def test_a_search_is_every_rate_with_every_strength_on_held_out_training_images(study_file):
+    points = read_study(study_file(text=STUDY + SEARCH)).points()
+    assert len(points) == 2 * (2 + 1) * (1 + 3 + 1)
+    assert {point.config.data.validation for point in points} == {0.2}
+    tried = {(p.config.learning_rate, p.config.method.strength) for p in points if p.method == "decay"}
+    assert tried == {(rate, strength) for rate in (0.1, 0.2, 0.3) for strength in (1e-3, 1e-2, 1e-1)}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_study_that_is_shipped_can_be_read(path):
+    assert read_study(path).points()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("epochs = 2", "epochs = 'two'", r"small.toml: epochs: Input should be a valid integer.*got 'two'"),
+        ("epochs = 2", "epochs = 2\nsedes = [1]", "sedes: unknown key, did you mean 'seeds'"),
+        ("width = 4", "widht = 4", r"settings.vgg.model.vgg.widht: unknown key, did you mean 'width'"),
+        ('name = "vgg"', 'name = "vgk"', r"settings.vgg.model: unknown name 'vgk', did you mean 'vgg'"),
+        (
+            "[methods.vanilla]",
+            "[methods.spectrum]",
+            r"methods.spectrum: unknown name 'spectrum', did you mean 'spectral'",
+        ),
+        (
+            "strength = 0.1",
+            "strength = -0.1",
+            r"methods.strong-decay.decay.strength: .*greater than or equal to 0, got -0.1",
+        ),
+        ("strength = 0.1", "strength = inf", "strength: .*finite number, got inf"),
+        ("batch_size = 16", "batch_size = 0", r"regimes.small.batch_size: .*greater than 0, got 0"),
+        ("large = 0.1", "huge = 0.1", r"learning_rate is given for \['huge', 'small'\], but the regimes are"),
+        ("seeds = [0, 1]", "", "seeds: Field required"),
+        ("seeds = [0, 1]", "seeds = []", "seeds: .*at least 1 item"),
+        ("epochs = 2", "epochs = = 2", "cannot be read: Invalid value"),
+    ],
+)
+def test_a_wrong_study_file_is_refused_with_file_field_and_what_was_given(study_file, old, new, message):
+    with pytest.raises(StudyError, match=message):
+        read_study(study_file((old, new)))
+
+
+def test_a_strength_for_a_method_that_is_not_there_is_refused(study_file):
+    with pytest.raises(StudyError, match=r"search.strength is given for \['spectral'\]"):
+        read_study(study_file(("decay = [", "spectral = ["), text=STUDY + SEARCH))
+
+
+def test_a_study_file_that_is_not_there_is_refused_with_the_nearest(study_file):
+    path = study_file()
+    with pytest.raises(StudyError, match=r"does not exist: did you mean .*small\.toml"):
+        read_study(path.with_name("smal.toml"))
