@@ -1,5 +1,6 @@
 """Where images come from: scikit-learn's digits, the Hugging Face hub, parquet files, folders of images."""
 
+import os
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,7 +24,9 @@ def locate(name: str) -> tuple[str, list[Path]]:
     """What ``name`` means: ``digits``, ``hub:…``, ``parquet:…`` or ``folder:…`` with the files that it consists of."""
     if name == "digits":
         return "digits", []
-    path = Path(name).expanduser()
+    path = Path(os.path.expandvars(name)).expanduser()
+    if "$" in str(path):
+        raise DataError(f"data {name!r}: set the environment variable that it names to the folder of the data")
     if path.is_dir():
         parquet = sorted(path.glob("*.parquet"))
         if parquet:
