@@ -22,7 +22,7 @@ class Attachment:
             factor by which its gradients are scaled, and 0 where the step is to be skipped.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], weights: Sequence[Weight], before_step: BeforeStep) -> None:
+    def __init__(self, optimizers: Sequence[Any], weights: Sequence[Weight], before_step: BeforeStep) -> None:
         inner = [_unwrapped(optimizer) for optimizer in optimizers]
         for optimizer in inner:
             _refuse_line_search(optimizer)

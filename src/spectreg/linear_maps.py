@@ -12,6 +12,7 @@ from torch import Tensor
 Norm = Literal["max", "each"]
 
 TILE = 1 << 18  # elements of a weight of lower precision that are held in float32 at a time
+CACHED = 1 << 21  # elements of a weight that stay in a processor's last cache between two products
 
 
 @runtime_checkable
@@ -40,6 +41,10 @@ class LinearMap(Protocol):
 
     def adjoint(self, W: Tensor, u: Float[Tensor, " u"], k: int = 1) -> Float[Tensor, " v"]:
         """Wᵀu."""
+        ...
+
+    def both(self, W: Tensor, v: Float[Tensor, " v"]) -> tuple[Float[Tensor, " u"], Float[Tensor, " v"]] | None:
+        """Wv and WᵀWv, each up to a factor, where that is faster than one after the other; None elsewhere."""
         ...
 
     def add_outer_(
@@ -144,6 +149,27 @@ class MatrixMap:
         if self._kernel_first(W):
             return v3.view(self.blocks, -1, self.shape[1], k).transpose(1, 2).flatten()
         return v3.flatten()
+
+    def both(self, W: Tensor, v: Float[Tensor, " v"]) -> tuple[Float[Tensor, " u"], Float[Tensor, " v"]] | None:
+        """Wv and WᵀWv, each up to a factor, in one pass over a ``W`` too large for the cache; None for any other.
+
+        The vectors have the scale of the first rows' product taken out, so that the second product, of the size σ²,
+        stays within float32.
+        """
+        plain = self.blocks == 1 and self.layout == "rows" and W.is_contiguous() and W.dtype == v.dtype
+        if not plain or W.device.type != "cpu" or W.numel() < 2 * CACHED:
+            return None
+        u, w = v.new_empty(self.outputs), torch.zeros_like(v)
+        rows = max(1, CACHED // self.inputs)
+        for first in range(0, self.outputs, rows):
+            part = slice(first, first + rows)
+            tile = self._plain(W)[part]
+            torch.mv(tile, v, out=u[part])
+            if first == 0:
+                exponent = torch.frexp(u[part].abs().amax()).exponent
+                u[part], v = torch.ldexp(u[part], -exponent), torch.ldexp(v, -exponent)
+            w.addmv_(tile.t(), u[part])
+        return u, w
 
     def add_outer_(
         self, G: Tensor, u: Float[Tensor, " u"], v: Float[Tensor, " v"], k: int = 1, alpha: float = 1.0

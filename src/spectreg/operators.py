@@ -74,10 +74,10 @@ class OperatorMap:
         """The transpose of the convolution, applied to ``u``."""
         x = u.new_zeros(k, *self.input_shape)
         if self.border is None:
-            return self._flat(self._backward(u, x, W.to(u.dtype), k, (True, False, False))[0], k)
+            return self._flat(self._backward(u, x, W.to(u.dtype), k, by=0), k)
         with torch.enable_grad():
             framed = _bordered(x.requires_grad_(), self.border)
-        inner = self._backward(u, framed.detach(), W.to(u.dtype), k, (True, False, False))[0]
+        inner = self._backward(u, framed.detach(), W.to(u.dtype), k, by=0)
         return self._flat(torch.autograd.grad(framed, x, inner)[0], k)
 
     def add_outer_(
@@ -86,20 +86,24 @@ class OperatorMap:
         """G += alpha times the gradient of ⟨u, conv(v)⟩ by the kernel."""
         x = _bordered(self._images(v, self.input_shape, k), self.border)
         W = torch.empty_like(G, dtype=u.dtype)
-        G.add_(self._backward(u, x, W, k, (False, True, False))[1], alpha=alpha)
+        G.add_(self._backward(u, x, W, k, by=1), alpha=alpha)
 
     def matrices(self, W: Tensor) -> Float[Tensor, "1 outputs inputs"]:
         """The operator as a dense matrix, column by column: for small sizes only."""
         basis = torch.eye(self.inputs, dtype=W.dtype, device=W.device)
         return self.forward(W, basis.flatten(), self.inputs).view(1, self.outputs, self.inputs)
 
+    def both(self, W: Tensor, v: Float[Tensor, " v"]) -> None:
+        """Not faster together."""
+
     def squares(self, W: Tensor) -> Float[Tensor, " blocks"]:
         """Not known without the dense operator: NaN."""
         return W.new_full((1,), float("nan"), dtype=torch.float64)
 
-    def _backward(self, u: Tensor, x: Tensor, W: Tensor, k: int, mask: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
-        gradient = self._images(u, self.output_shape, k)
-        return torch.ops.aten.convolution_backward(gradient, x, W, None, *self.arguments, mask)
+    def _backward(self, u: Tensor, x: Tensor, W: Tensor, k: int, by: int) -> Tensor:
+        """The gradient of ⟨u, conv(x)⟩ by the input (0) or by the kernel (1)."""
+        images, mask = self._images(u, self.output_shape, k), [by == 0, by == 1, False]
+        return torch.ops.aten.convolution_backward(images, x, W, None, *self.arguments, mask)[by]
 
     @staticmethod
     def _images(x: Tensor, shape: tuple[int, ...], k: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -48,14 +49,31 @@ class Triplets:
 
     def advance(self, weights: Sequence[Tensor], halves: int, from_u: bool = False) -> None:
         """Take ``halves`` half steps: u from v and v from u in turn, beginning with v from u if ``from_u``."""
-        for half in range(halves):
-            self._half_step(weights, adjoint=(half % 2 == 1) != from_u)
+        while halves > 0:
+            if not from_u and halves > 1 and self.k == 1:
+                self._whole_step(weights)
+                halves -= 2
+            else:
+                self._half_step(weights, adjoint=from_u)
+                halves, from_u = halves - 1, not from_u
 
     def _half_step(self, weights: Sequence[Tensor], adjoint: bool) -> None:
         raw = self._products(weights, adjoint)
         if self.k > 1:
             self._rotate(raw, *((self.vs, self.us) if adjoint else (self.us, self.vs)))
-            return
+        else:
+            self._normalise(raw, adjoint)
+
+    def _whole_step(self, weights: Sequence[Tensor]) -> None:
+        both = [m.both(W, v) for m, W, v in zip(self.maps, weights, self.vs, strict=True)]
+        u = [b[0] if b else m.forward(W, v) for b, m, W, v in zip(both, self.maps, weights, self.vs, strict=True)]
+        self._normalise(u, adjoint=False)
+        entries = zip(both, self.sigmas, self.maps, weights, self.us, strict=True)
+        v = [b[1] / length if b else m.adjoint(W, x) for b, length, m, W, x in entries]
+        self._normalise(v, adjoint=True)
+
+    def _normalise(self, raw: list[Tensor], adjoint: bool) -> None:
+        """Take σ and the unit u (or, if ``adjoint``, v) from the products ``raw``."""
         x, segments = (self.v, self.v_segments) if adjoint else (self.u, self.u_segments)
         flat = torch.cat(raw)
         self.sigma.copy_(lengths(flat, segments))
@@ -67,7 +85,7 @@ class Triplets:
             return [m.adjoint(W, u, self.k) for m, W, u in zip(self.maps, weights, self.us, strict=True)]
         return [m.forward(W, v, self.k) for m, W, v in zip(self.maps, weights, self.vs, strict=True)]
 
-    def _rotate(self, raw: Sequence[Tensor], these: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    def _rotate(self, raw: list[Tensor], these: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         """From ``raw`` = W·others: orthonormal ``these``, and both turned so that theseᵀ·W·others is diagonal.
 
         The turn (Rayleigh and Ritz) separates singular values that lie close together, where orthogonalising alone
@@ -116,31 +134,43 @@ class Triplets:
             self._add_one(i, G, u, alpha)
 
     def _scaled_u(self, scale: Float[Tensor, " values"]) -> Sequence[Tensor]:
-        scaled = self.u * scale.to(self.u.dtype)[self.u_segments[0]]
+        scaled = self.u * scale.to(self.u.dtype)[self.u_segments.owners]
         return scaled.split([x.numel() for x in self.us])
 
     def _add_one(self, i: int, G: Tensor, u: Tensor, alpha: float) -> None:
         self.maps[i].add_outer_(G, u, self.vs[i], self.k, alpha)
 
 
-Segments = tuple[Int[Tensor, " elements"], Int[Tensor, " offsets"]]
+class Segments(NamedTuple):
+    """The vectors of all blocks in a flat buffer: whose each element is, and where each begins."""
+
+    owners: Int[Tensor, " elements"]
+    offsets: Int[Tensor, " boundaries"]
+    sizes: list[int]
+
+    @property
+    def are_long(self) -> bool:
+        """Whether one call a segment costs less than an index for each element."""
+        return len(self.owners) > 4096 * len(self.sizes)
 
 
 def _segments(sizes: Sequence[int], blocks: Sequence[int], k: int, device: torch.device) -> Segments:
-    """To which value each element of the flat vectors belongs, and where the vectors of each block begin."""
-    index, first, offset = [], 0, [0]
+    index, first, each = [], 0, []
     for size, count in zip(sizes, blocks, strict=True):
-        values = torch.arange(first, first + count * k).view(count, 1, k)
+        values = torch.arange(first, first + count * k, dtype=torch.int32).view(count, 1, k)
         index.append(values.expand(count, size, k).flatten())
-        offset += range(offset[-1] + size * k, offset[-1] + size * k * count + 1, size * k)
+        each += [size * k] * count
         first += count * k
-    return torch.cat(index).to(device), torch.tensor(offset, device=device)
+    offsets = torch.tensor([0, *accumulate(each)])
+    return Segments(torch.cat(index).to(device), offsets.to(device), each)
 
 
 def lengths(x: Float[Tensor, " elements"], segments: Segments) -> Float[Tensor, " values"]:
     """The Euclidean length of each segment; squares are taken in float64, where float32 cannot overflow."""
     wide = x if x.device.type == "mps" else x.double()
-    return torch.segment_reduce(wide.square(), "sum", offsets=segments[1], unsafe=True).sqrt().to(x.dtype)
+    if segments.are_long:
+        return torch.stack([torch.linalg.vector_norm(part) for part in wide.split(segments.sizes)]).to(x.dtype)
+    return torch.segment_reduce(wide.square(), "sum", offsets=segments.offsets, unsafe=True).sqrt().to(x.dtype)
 
 
 def normalised(
@@ -151,4 +181,7 @@ def normalised(
 ) -> Float[Tensor, " elements"]:
     """Each segment of ``x`` over its length; ``otherwise`` where that is zero or not finite."""
     usable = (length > 0) & length.isfinite()
-    return torch.where(usable[segments[0]], x / length[segments[0]], otherwise)
+    if segments.are_long:
+        parts = zip(usable, x.split(segments.sizes), length, otherwise.split(segments.sizes), strict=True)
+        return torch.cat([torch.where(fine, part / size, other) for fine, part, size, other in parts])
+    return torch.where(usable[segments.owners], x / length[segments.owners], otherwise)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from spectreg.attachment import Attachment
 from spectreg.bundle import Bundle, is_sharded
@@ -137,13 +136,15 @@ class SpectralNormRegularizer:
         device = terms[0].device if terms else next(iter(self._memories.values())).sigma.device
         return torch.stack([t.to(device) for t in terms]).sum() if terms else torch.zeros((), device=device)
 
-    def attach(self, *optimizers: Optimizer) -> "SpectralNormRegularizer":
+    def attach(self, *optimizers: Any) -> "SpectralNormRegularizer":
         """Act before every ``optimizer.step()``, whoever calls it, until ``detach``.
 
         A gradient scaler that skips a step skips this too; fused optimizers that unscale inside the step get the
-        scaled gradient. Several optimizers may hold the weights between them.
+        scaled gradient. Several optimizers may hold the weights between them; those that Fabric or Accelerate wrap
+        are found.
 
         Raises:
+            TypeError: One of these is no optimizer.
             RuntimeError: It is attached already.
             ValueError: A weight is in none of the optimizers, or the optimizer evaluates the loss itself (LBFGS).
         """

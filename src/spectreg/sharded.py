@@ -50,16 +50,6 @@ class ShardedTriplets(Triplets):
         here = self.mesh.get_coordinate()
         self.counts = [all(here[d] == 0 for d in self.dimensions if d not in own) for own in sharded]
 
-    def advance(self, weights: Sequence[Tensor], halves: int, from_u: bool = False) -> None:
-        """As for unsharded weights."""
-        while halves > 0:
-            if not from_u and halves > 1 and self.k == 1:
-                self._whole_step(weights)
-                halves -= 2
-            else:
-                super().advance(weights, 1, from_u)
-                halves, from_u = halves - 1, not from_u
-
     def _add_one(self, i: int, G: Tensor, u: Tensor, alpha: float) -> None:
         m, local = self.maps[i], _local(G)
         u3, v3 = u.view(m.blocks, -1, self.k), self.vs[i].view(m.blocks, -1, self.k)

@@ -152,3 +152,15 @@ def test_the_stable_rank_of_blocks_apart_is_the_least_of_theirs():
     blocks = [torch.linalg.svdvals(part.detach()) for part in lstm.weight_hh_l0.chunk(4)]
     expected = min(s.square().sum() / s[0].square() for s in blocks)
     torch.testing.assert_close(regularizer.stable_rank()["weight_hh_l0"], expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
+def test_a_weight_too_large_for_the_cache_is_read_in_one_pass_with_the_same_result(scale, monkeypatch):
+    W = (scale * gaussian(60, 40, seed=0)).float()
+    two, one = linear(W.clone()), linear(W.clone())
+    ours = [SpectralNormRegularizer(layer, 1.0, warmup=3) for layer in (two, one)]
+    ours[0].add_gradient()
+    monkeypatch.setattr("spectreg.linear_maps.CACHED", 280)
+    ours[1].add_gradient()
+    torch.testing.assert_close(one.weight.grad / scale, two.weight.grad / scale)
+    torch.testing.assert_close(ours[0].sigma()["weight"] / scale, ours[1].sigma()["weight"] / scale)

@@ -1,0 +1,175 @@
+"""Which parameters count, and what is refused: every error is one clear line with the way out."""
+
+import re
+
+import pytest
+import torch
+from cases import Bare, mlp, seeded, weight_normed
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from spectreg import SpectralNormRegularizer, named_weights
+
+
+def names(model, **settings):
+    return [w.name for w in named_weights(model, **settings)]
+
+
+def test_biases_normalization_scales_embeddings_and_vectors_in_disguise_do_not_count():
+    model = nn.ModuleDict(
+        {
+            "token": Bare(1, 1, 8), "table": Bare(3, 4), "norm": nn.LayerNorm((2, 3)), "batch": nn.BatchNorm2d(4),
+            "words": nn.Embedding(5, 4), "linear": nn.Linear(4, 1),
+            "attention": nn.MultiheadAttention(4, 2, add_bias_kv=True),
+        }
+    )  # fmt: skip
+    expected = ["table.table", "linear.weight", "attention.in_proj_weight", "attention.out_proj.weight"]
+    assert names(model) == expected
+    assert set(names(model, embeddings=True)) == {*expected, "words.weight"}
+    assert names(model, select=lambda name, p: p.shape == (3, 4)) == ["table.table"]
+
+
+def test_a_weight_under_a_parametrization_takes_the_penalty_on_what_the_forward_pass_uses():
+    model = weight_normed()
+    regularizer = SpectralNormRegularizer(model, 0.5, warmup=100)
+    assert list(regularizer.sigma()) == ["0.weight", "1.weight"]
+    regularizer.penalty().backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    (0.25 * sum(torch.linalg.matrix_norm(layer.weight, 2) ** 2 for layer in model)).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(ours[name], parameter.grad)
+
+
+@pytest.mark.parametrize("build", [weight_normed, lambda: parametrizations.orthogonal(nn.Linear(4, 4))])
+def test_gradients_of_a_parametrized_weight_are_refused_by_name_with_the_way_out(build):
+    regularizer = SpectralNormRegularizer(build(), 0.1)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    for call in (regularizer.add_gradient, lambda: regularizer.attach(optimizer)):
+        with pytest.raises(ValueError, match=r"weight '.*weight' is under a parametrization: .* Use penalty\(\)"):
+            call()
+
+
+class FlatParameter(nn.Parameter):
+    """Stands for that of FSDP1, which needs a process group to make."""
+
+
+def flat():
+    module = nn.Module()
+    module.register_parameter("_flat_param", FlatParameter(torch.zeros(4)))
+    return module
+
+
+def zero3():
+    layer = nn.Linear(3, 2)
+    layer.weight.ds_id = 0
+    return layer
+
+
+REFUSED = {
+    "no weights": (lambda: nn.BatchNorm1d(3), {}, "BatchNorm1d has no weight to regularize"),
+    "embeddings only": (lambda: nn.Embedding(3, 2), {}, "embeddings=True counts embeddings"),
+    "select leaves none": (mlp, {"select": lambda n, p: False}, "select leaves none of the 3 weights: 0.weight"),
+    "strength pattern": (mlp, {"strength": {"conv*": 1.0}}, "no weight matches 'conv*'. The weights are 0.weight"),
+    "negative strength": (mlp, {"strength": -1.0}, "strength of '0.weight' is -1.0: it must be a finite number from 0"),
+    "infinite strength": (mlp, {"strength": float("inf")}, "strength of '0.weight' is inf"),
+    "strength not a number": (mlp, {"strength": {"0.*": float("nan")}}, "strength of '0.weight' is nan"),
+    "every": (mlp, {"every": 0}, "every is 0: it must be a whole number from 1"),
+    "steps": (mlp, {"steps": 0.3}, "steps is 0.3: it must be a positive multiple of one half"),
+    "steps zero": (mlp, {"steps": 0}, "steps is 0"),
+    "k": (mlp, {"k": 0}, "k is 0: it must be a whole number from 1"),
+    "warmup": (mlp, {"warmup": -1}, "warmup is -1"),
+    "unknown map": (mlp, {"map": "fft"}, "unknown map 'fft' for '0.weight': it is one of matrix, joint"),
+    "a map that fits nothing": (mlp, {"map": "heads"}, "map='heads' fits none of the weights (0.weight"),
+    "a map that does not fit": (mlp, {"map": {"0.*": "heads"}}, "map 'heads' does not fit '0.weight' (Linear): matrix"),
+    "map pattern": (mlp, {"map": {"x*": "joint"}}, "map: no weight matches 'x*'"),
+    "no input size": (lambda: nn.Conv2d(2, 2, 3), {"map": "operator"}, "needs the size of the input of 'weight'"),
+    "wrong input size": (lambda: nn.Conv2d(2, 2, 3), {"map": "operator", "input_size": (8,)}, "it has 2 numbers"),
+    "complex": (lambda: nn.Linear(2, 2, dtype=torch.complex64), {}, "weight 'weight' is complex (torch.complex64)"),
+    "fsdp1": (flat, {}, "'_flat_param' is a flat parameter of FSDP1"),
+    "zero 3": (zero3, {}, "'weight' is partitioned by DeepSpeed's ZeRO stage 3"),
+    "lazy": (lambda: nn.LazyLinear(3), {}, "'weight' is uninitialized (a lazy module)"),
+    "hooked": (lambda: prune.l1_unstructured(nn.Linear(3, 3), "weight", 1), {}, "part of a weight that a hook"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_setting_or_model_that_cannot_be_right_is_refused_by_name(case):
+    build, settings, message = REFUSED[case]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SpectralNormRegularizer(build(), **{"strength": 0.1} | settings)
+
+
+def test_the_old_weight_norm_is_refused_too():
+    with pytest.warns(FutureWarning):
+        layer = nn.utils.weight_norm(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"part of a weight .*parametrizations, and penalty"):
+        SpectralNormRegularizer(layer, 0.1)
+
+
+def test_a_strength_that_is_refused_leaves_the_old_one():
+    regularizer = SpectralNormRegularizer(mlp(), 0.1)
+    with pytest.raises(ValueError, match=r"strength of '0.weight' is -2"):
+        regularizer.strength = -2
+    assert regularizer.strength == 0.1
+
+
+def test_a_state_of_another_model_is_refused_with_what_is_missing_unexpected_and_different_and_nothing_changes():
+    state = SpectralNormRegularizer(mlp(widths=(5, 4, 3)), 0.1).state_dict()
+    state["vectors"]["other"] = state["vectors"]["0.weight"]
+    regularizer = SpectralNormRegularizer(mlp(), 0.1)
+    before = regularizer.sigma()
+    with pytest.raises(ValueError, match="another model or map") as error:
+        regularizer.load_state_dict(state)
+    for part in ("missing ['4.weight']", "unexpected ['other']", "2.weight (1, 3, 1) instead of (1, 6, 1)"):
+        assert part in str(error.value)
+    assert regularizer.sigma() == before
+    with pytest.raises(ValueError, match="format version 7; 1 is understood"):
+        regularizer.load_state_dict({"version": 7, "vectors": {}})
+
+
+def test_attach_refuses_the_wrong_optimizer_a_second_time_and_lbfgs():
+    model, other = mlp(), mlp()
+    regularizer = SpectralNormRegularizer(model, 0.1)
+    with pytest.raises(ValueError, match=r"the optimizer does not hold 0.weight, 2.weight, 4.weight"):
+        regularizer.attach(torch.optim.SGD(other.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match=r"does not hold 2.weight, 4.weight"):
+        regularizer.attach(torch.optim.SGD(model[0].parameters(), lr=0.1))
+    with pytest.raises(ValueError, match=r"LBFGS evaluates loss .* add penalty\(\) to it inside the closure"):
+        regularizer.attach(torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(TypeError, match=r"optimizers of torch.optim, not Linear"):
+        regularizer.attach(nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regularizer.attach(optimizer)
+    with pytest.raises(RuntimeError, match="attached already"):
+        regularizer.attach(optimizer)
+
+
+def test_lbfgs_with_the_penalty_in_its_closure_lowers_the_norm():
+    layer = seeded(lambda: nn.Linear(4, 3))
+    regularizer = SpectralNormRegularizer(layer, 1.0)
+    before = regularizer.sigma()["weight"]
+    optimizer = torch.optim.LBFGS(layer.parameters(), lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = regularizer.penalty()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert torch.linalg.matrix_norm(layer.weight, 2) < before
+
+
+def test_a_sparse_gradient_is_refused_by_name():
+    table = nn.Embedding(5, 3, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match=r"weight 'weight' has a sparse gradient: use sparse=False"):
+        SpectralNormRegularizer(table, 0.1, embeddings=True).add_gradient()
+
+
+def test_the_repr_says_what_is_regularized():
+    text = repr(SpectralNormRegularizer(nn.Conv2d(4, 6, 3, groups=2), 0.25, every=3))
+    for part in ("1 weights with 2 blocks", "strength=0.25", "Square", "steps=1", "every=3"):
+        assert part in text
