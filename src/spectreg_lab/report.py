@@ -1,4 +1,4 @@
-"""A study folder as one page that opens from disk, with the CSV and the SVG of every exhibit beside it."""
+"""A study folder as one page that opens from disk, with every exhibit as CSV, SVG and Markdown beside it."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from spectreg_lab import store
 from spectreg_lab.exhibits import Exhibit, exhibits, labels, provenance, verdicts
-from spectreg_lab.exhibits.exhibit import Panel
+from spectreg_lab.exhibits.exhibit import Panel, Table
 from spectreg_lab.exhibits.interactive import traces
 from spectreg_lab.exhibits.svg import svg
 
@@ -52,8 +52,28 @@ def _groups(exhibit: Exhibit) -> dict[str, list[Panel]]:
 
 def _write_files(report: Path, exhibit: Exhibit, colours: dict[str, str]) -> None:
     store.write(report / f"{exhibit.name}.csv", exhibit.frame.to_csv(index=False).encode())
+    if exhibit.tables:
+        text = "\n\n".join(markdown(table) for table in exhibit.tables)
+        store.write(report / f"{exhibit.name}.md", f"{text}\n".encode())
     for group, panels in _groups(exhibit).items():
         store.write(report / svg_name(exhibit, group), svg(panels, colours, exhibit.dashes).encode())
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown, without its small print.
+
+    >>> from spectreg_lab.exhibits.exhibit import Cell
+    >>> row = [Cell("VGG", ["B = 64"]), Cell("0.904", ["paper 0.904"], bold=True)]
+    >>> print(markdown(Table(["setting", "spectral"], [row])))
+    | setting | spectral |
+    |---|---|
+    | VGG, B = 64 | **0.904** |
+    """
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    for head, *cells in table.rows:
+        texts = [", ".join([head.text, *head.small]), *(f"**{c.text}**" if c.bold else c.text for c in cells)]
+        lines.append("| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |")
+    return "\n".join([f"{table.caption}\n", *lines] if table.caption else lines)
 
 
 def _code(text: str) -> Markup:

@@ -58,12 +58,12 @@ def test_every_figure_is_drawn_where_every_measure_is_there(tmp_path: Path) -> N
 def test_a_figure_without_its_measure_says_so_and_names_the_command_that_makes_it(tmp_path: Path, name: str) -> None:
     found = shown(folders.write_study(tmp_path / "s", seeds=(0,)))
     assert not found[name].panels
-    assert "`spectreg measure RUN`" in found[name].missing
+    assert "`spectreg measure STUDY_FOLDER`" in found[name].missing
 
 
 def test_a_page_of_runs_without_measures_is_written_and_shows_the_command(tmp_path: Path) -> None:
     page = report.write(folders.write_study(tmp_path / "s", seeds=(0,))).read_text()
-    assert "<code>spectreg measure RUN</code>" in page
+    assert "<code>spectreg measure STUDY_FOLDER</code>" in page
 
 
 def test_numbers_that_are_not_finite_are_kept_in_the_csv_and_left_out_of_the_drawing(tmp_path: Path) -> None:

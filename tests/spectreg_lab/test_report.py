@@ -70,6 +70,7 @@ def test_the_files_of_two_reports_of_one_study_are_the_same_but_for_the_hour(tmp
     first = files()
     assert first == files()
     assert {"table1.csv", "figure1.csv", "runs.csv", "figure1-vgg.svg", "table1-vgg.svg"} <= first.keys()
+    assert b"**0.850 \xc2\xb1 0.000**" in first["table1.md"]
     assert b"<text" in first["figure1-vgg.svg"]
 
 

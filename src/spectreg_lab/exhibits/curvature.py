@@ -12,7 +12,7 @@ from spectreg_lab.store import StudyRecord
 SIDES = {"train": "training data", "test": "test data"}
 MISSING = (
     "no Hessian eigenvalues: a study measures them during training where it asks for measures every few epochs, and "
-    "`spectreg measure RUN` measures a finished run"
+    "`spectreg measure STUDY_FOLDER` measures finished runs"
 )
 
 

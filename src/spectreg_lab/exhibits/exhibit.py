@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 
@@ -19,6 +20,13 @@ class Line:
     high: Sequence[float] | None = None
     dash: str = "solid"
     marker: str | None = None
+
+
+def has_band(line: Line) -> bool:
+    """Whether the band of ``line`` is wide enough to be seen beside the line."""
+    if line.low is None or line.high is None:
+        return False
+    return not np.allclose(line.low, line.high, rtol=1e-3, equal_nan=True)
 
 
 @dataclass(frozen=True)

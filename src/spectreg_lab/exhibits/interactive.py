@@ -4,9 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from spectreg_lab.exhibits.exhibit import Line, Panel
+from spectreg_lab.exhibits.exhibit import Line, Panel, has_band
 
 DASHES = {"solid": "solid", "dashed": "dash", "dotted": "dot"}
 SYMBOLS = {"circle": "circle", "diamond": "diamond-open", "square": "square-open", "line": "line-ew-open"}
@@ -23,11 +21,11 @@ def _short(value: Any) -> Any:
 
 
 def _band(line: Line, colour: str) -> list[dict[str, Any]]:
-    if line.low is None or line.high is None or np.allclose(line.low, line.high, rtol=1e-4, equal_nan=True):
+    if not has_band(line):
         return []
     outline = {
         "x": [_short(x) for x in [*line.x, *reversed(line.x)]],
-        "y": [_short(y) for y in [*line.high, *reversed(line.low)]],
+        "y": [_short(y) for y in [*(line.high or ()), *reversed(line.low or ())]],
     }
     look = {"fill": "toself", "fillcolor": colour + "22", "line": {"width": 0}, "hoverinfo": "skip", "mode": "lines"}
     return [outline | look | {"meta": line.method}]

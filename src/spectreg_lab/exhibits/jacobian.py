@@ -52,5 +52,5 @@ def exhibit(study: StudyRecord, values: pd.DataFrame) -> Exhibit:
             "product of the layers' operator norms, which bounds both. One mark of each kind a run.",
         ],
         warnings=[f"Local Jacobian: the norms of {unconverged} runs had not converged."] if unconverged else [],
-        missing="" if drawing.drawn(panels) else "no local Jacobians: `spectreg measure RUN` computes them",
+        missing="" if drawing.drawn(panels) else "no local Jacobians: `spectreg measure STUDY_FOLDER` computes them",
     )

@@ -37,8 +37,8 @@ def _panels(study: StudyRecord, here: pd.DataFrame, setting: str) -> list[Panel]
             label,
             drawing.by_regime(study, select(here, kind=kind), "radius", column),
         )
-        for kind in dict.fromkeys(here.kind)
         for column, label in MEASURED.items()
+        for kind in dict.fromkeys(here.kind)
     ]
 
 
@@ -57,5 +57,5 @@ def exhibit(study: StudyRecord, values: pd.DataFrame) -> Exhibit:
         panels=drawing.drawn(panels),
         dashes=labels.dashes(study),
         notes=["ℓ₂ radius in units of the normalised input, on test data. Mean over seeds, ± one standard deviation."],
-        missing="" if drawing.drawn(panels) else "no perturbation curves: `spectreg measure RUN` computes them",
+        missing="" if drawing.drawn(panels) else "no curves: `spectreg measure STUDY_FOLDER` computes them",
     )

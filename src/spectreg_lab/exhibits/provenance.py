@@ -3,7 +3,7 @@
 from spectreg_lab.exhibits import labels
 from spectreg_lab.store import StudyRecord
 
-VARYING = ("started", "seconds")  # differ between any two runs
+VARYING = ("started", "seconds", "command")  # differ between runs that are otherwise alike
 
 
 def versions(study: StudyRecord) -> dict[str, list[str]]:
@@ -21,15 +21,20 @@ def differing(study: StudyRecord) -> list[str]:
     return [name for name, values in versions(study).items() if len(values) > 1 and name not in VARYING]
 
 
+def _data(study: StudyRecord, setting: str) -> str:
+    data = study.study["settings"][setting].get("data") or {}
+    sizes = {"training": data.get("train_size"), "test": data.get("test_size")}
+    return ", ".join([labels.data(study, setting), *(f"{size} {side} images" for side, size in sizes.items() if size)])
+
+
 def foot(study: StudyRecord) -> list[tuple[str, str]]:
     """Name and value of everything that a reader needs to run the study again."""
     described = study.study
-    settings = {name: labels.setting(study, name) for name in described["settings"]}
     facts = [
         ("study", described["name"]),
         ("command", described.get("command") or "not recorded"),
         ("seeds", ", ".join(str(seed) for seed in sorted({run.seed for run in study.runs})) or "none"),
-        ("data", "; ".join(f"{title}: {labels.data(study, name)}" for name, title in settings.items())),
+        ("data", "; ".join(f"{name}: {_data(study, name)}" for name in described["settings"])),
     ]
     for name, values in versions(study).items():
         if name == "started":

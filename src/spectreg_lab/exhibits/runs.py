@@ -14,13 +14,14 @@ CAUSES = {
 
 
 def _row(study: StudyRecord, run: RunRecord) -> list[Cell]:
+    cause = run.error or CAUSES.get(run.status, "")
     return [
         Cell(run.status, tone="bad" if run.status == "failed" else "open"),
         Cell(labels.setting(study, run.setting)),
         Cell(labels.batch(study, run.regime)),
         Cell(run.method),
         Cell(str(run.seed)),
-        Cell(run.error or CAUSES.get(run.status, ""), [run.folder.name], tone="wrap"),
+        Cell(cause.replace(f"{study.folder}/", ""), [run.folder.name], tone="wrap"),
     ]
 
 

@@ -13,23 +13,17 @@ SHAPES = [*POINT, "weight", "largest", "frobenius", "skew"]
 
 def values(study: StudyRecord) -> pd.DataFrame:
     """One row for each singular value of each weight of each measured run; ``index`` 1 is the largest."""
-    parts = [
-        pd.DataFrame(
-            {
-                "setting": run.setting,
-                "regime": run.regime,
-                "method": run.method,
-                "seed": run.seed,
-                "weight": weight,
-                "index": np.arange(1, len(spectrum) + 1),
-                "value": np.asarray(spectrum, dtype=float),
-            }
-        )
+    found = [
+        ((run.setting, run.regime, run.method, run.seed, weight), np.asarray(spectrum, dtype=float))
         for run in study.runs
         if run.status == "finished"
         for weight, spectrum in (run.measures.get("spectra") or {}).items()
     ]
-    return pd.concat(parts) if parts else pd.DataFrame(columns=[*POINT, "weight", "index", "value"])
+    points = pd.DataFrame([point for point, _ in found], columns=[*POINT, "weight"])
+    frame = points.loc[points.index.repeat([len(spectrum) for _, spectrum in found])].reset_index(drop=True)
+    spectra = [spectrum for _, spectrum in found] or [np.empty(0)]
+    indices = [np.arange(1, len(spectrum) + 1) for spectrum in spectra]
+    return frame.assign(index=np.concatenate(indices), value=np.concatenate(spectra))
 
 
 def shapes(values: pd.DataFrame) -> pd.DataFrame:
@@ -80,5 +74,5 @@ def exhibit(study: StudyRecord, values: pd.DataFrame) -> Exhibit:
         panels=drawing.drawn(panels),
         dashes=labels.dashes(study),
         notes=["Index of the singular value, largest first. Mean over seeds, ± one standard deviation."],
-        missing="" if drawing.drawn(panels) else "no spectra: `spectreg measure RUN` computes those of a finished run",
+        missing="" if drawing.drawn(panels) else "no spectra: `spectreg measure STUDY_FOLDER` computes them",
     )

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
-from spectreg_lab.exhibits.exhibit import Line, Panel
+from spectreg_lab.exhibits.exhibit import Line, Panel, has_band
 
 STYLE: Any = {
     "svg.hashsalt": "spectreg",
@@ -34,8 +34,8 @@ def _draw_line(axes: Axes, line: Line, colour: str) -> None:
         axes.plot(line.x, line.y, MARKERS[line.marker], color=colour, markersize=4, alpha=0.85, clip_on=False)
         return
     axes.plot(line.x, line.y, color=colour, linestyle=STROKES[line.dash])
-    if line.low is not None and line.high is not None:
-        axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.12, linewidth=0)
+    if has_band(line):
+        axes.fill_between(line.x, line.low or 0, line.high or 0, color=colour, alpha=0.12, linewidth=0)
 
 
 def _log_ticks(axes: Axes) -> None:
