@@ -22,7 +22,7 @@ LAYERS = [
     ("runs",),
     ("pool",),
     ("studies",),
-    ("execution", "search", "display"),
+    ("execution", "search", "display", "spectra"),
     ("exhibits",),
     ("report",),
     ("cli",),

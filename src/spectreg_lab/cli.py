@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from spectreg_lab.config import Config
 
 app = typer.Typer(
@@ -55,8 +57,6 @@ def search(
 
 
 def _execute(study: Path, out: Path | None, processes: int | None, threads: int | None) -> tuple[Path, list[str]]:
-    from rich.console import Console
-
     from spectreg_lab.display import StudyDisplay
     from spectreg_lab.execution import execute
     from spectreg_lab.pool import places
@@ -66,7 +66,7 @@ def _execute(study: Path, out: Path | None, processes: int | None, threads: int 
     content = read_study(study)
     folder = out or Path("runs") / content.name
     default_processes, threads = places(threads)
-    with StudyDisplay(Console(stderr=True)) as display:
+    with StudyDisplay(_console()) as display:
         try:
             execute(content, folder, command(), processes or default_processes, threads, display)
         except KeyboardInterrupt:
@@ -79,6 +79,53 @@ def _execute(study: Path, out: Path | None, processes: int | None, threads: int 
 def report(folder: Annotated[Path, typer.Argument(help="study folder, finished or not")]) -> None:
     """Write the report of a study folder anew, from what is stored there alone."""
     _report(folder)
+
+
+@app.command(epilog="Example: `spectreg measure runs/digits`, or `spectreg measure all` for every run under runs/")
+def measure(
+    folder: Annotated[str, typer.Argument(help="a run folder, a study folder, or all")],
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="images of each split [default: the run's setting]")
+    ] = None,
+) -> None:
+    """Measure finished runs: spectra, sensitivity, perturbations, Jacobian, curvature. Skips what has been measured."""
+    from rich.progress import track
+
+    from spectreg_lab import runs, store
+    from spectreg_lab.config import Measuring
+
+    places = store.finished_runs(Path("runs" if folder == "all" else folder))
+    if not places:
+        raise CommandError(f"{folder}: no finished run here; `spectreg reproduce` or `spectreg train` makes them")
+    setting = Measuring(examples=examples) if examples else None
+    done = [place for place in track(places, "measuring", console=_console()) if runs.measure(place, setting)]
+    typer.echo(f"{len(done)} runs measured, {len(places) - len(done)} had been before")
+
+
+@app.command(epilog="Example: `spectreg spectra model.safetensors --csv spectra.csv --plot spectra.svg`")
+def spectra(
+    checkpoint: Annotated[
+        Path, typer.Argument(help=".safetensors, a Hugging Face *.index.json, or .pt (weights only)")
+    ],
+    top: Annotated[int | None, typer.Option(min=1, help="only so many of the largest values")] = None,
+    csv: Annotated[Path | None, typer.Option(help="write every singular value here")] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw the spectra here: .svg, .pdf or .png")] = None,
+) -> None:
+    """Singular values of every weight of a checkpoint, one weight in memory at a time; nothing in it is executed."""
+    from spectreg_lab.spectra import show, table, write_csv, write_plot
+
+    found = show(checkpoint, top, _console())
+    typer.echo(table(found))
+    if csv:
+        write_csv(found, csv)
+    if plot:
+        write_plot(found, plot)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True)
 
 
 def _report(folder: Path) -> None:

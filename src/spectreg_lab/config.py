@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -106,6 +106,21 @@ class Spectral(Setting):
     strength: Strength = 0.01
 
 
+Curve: TypeAlias = Literal["input_gradient", "hessian", "jacobian", "perturbation"]
+
+
+class Measuring(Setting):
+    """What is measured besides loss and accuracy, on a fixed sample of training and of test images."""
+
+    every: Positive | None = Field(None, description="epochs between measures during training; only after it if unset")
+    curves: tuple[Curve, ...] = Field(get_args(Curve), description="which ones to measure during training")
+    examples: Positive = Field(256, description="images of each split")
+    radii: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = (0.5, 1.0, 2.0, 4.0)
+    perturbations: tuple[Literal["random", "gradient", "pgd"], ...] = ("random", "gradient", "pgd")
+    steps: Positive = Field(10, description="of projected gradient ascent")
+    restarts: Positive = 1
+
+
 Model: TypeAlias = Annotated[VGG | NIN | DenseNet, Field(discriminator="name")]
 Method: TypeAlias = Annotated[Vanilla | Decay | Adversarial | Spectral, Field(discriminator="name")]
 Precision: TypeAlias = Literal["32-true", "bf16-mixed", "64-true"]
@@ -133,6 +148,7 @@ class Config(Setting):
         1024, description="images in memory at a time; batch normalization takes its statistics over these"
     )
     precision: Precision = "32-true"
+    measure: Measuring | None = Field(None, description="also measure sensitivity, curvature and spectra")
 
     @property
     def hash(self) -> str:

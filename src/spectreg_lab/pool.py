@@ -129,13 +129,12 @@ def _work(connection: Connection, threads: int) -> None:
     with suppress(EOFError, OSError):
         while True:
             job: Job = connection.recv()
+
+            def tell(metrics: dict[str, Any], job: Job = job) -> None:
+                connection.send(Event("epoch", job, metrics))
+
             try:
-                outcome = run(
-                    job.config,
-                    job.folder,
-                    on_epoch=lambda metrics, job=job: connection.send(Event("epoch", job, metrics)),
-                )
-                connection.send(Event("ended", job, outcome))
+                connection.send(Event("ended", job, run(job.config, job.folder, on_epoch=tell)))
             except BrokenPipeError:
                 raise
             except Exception as error:

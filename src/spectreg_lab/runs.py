@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from spectreg_lab import data
-from spectreg_lab.config import Config
+from spectreg_lab import data, measures, models
+from spectreg_lab.config import Config, Measuring
 from spectreg_lab.provenance import describe
-from spectreg_lab.store import Checkpoint, RunFolder
-from spectreg_lab.train import NonFiniteLossError, train
+from spectreg_lab.store import Checkpoint, RunError, RunFolder
+from spectreg_lab.train import Epoch, NonFiniteLossError, train
 
 FAILURES = (NonFiniteLossError, data.DataError, ValueError, torch.OutOfMemoryError)
 
@@ -55,15 +55,61 @@ def _train(
         on_epoch(metrics)
     try:
         images = data.load(config.data)
-        for epoch in train(config, images, fabric, checkpoint and (checkpoint.epoch, checkpoint.tensors)):
+        resume = None if checkpoint is None else (checkpoint.epoch, checkpoint.tensors)
+        for epoch in train(config, images, fabric, resume):
             if fabric.global_rank == 0:
-                place.append(epoch.metrics)
+                metrics = epoch.metrics | _measures_due(config, epoch)
+                place.append(metrics)
                 place.save(Checkpoint(epoch.number, epoch.tensors))
-                on_epoch(epoch.metrics)
+                on_epoch(metrics)
     except FAILURES as error:
         outcome = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
     else:
         outcome = {"status": "finished"}
     if fabric.global_rank == 0:
+        if outcome["status"] == "finished" and config.measure is not None:
+            _measure(place, config, images, config.measure)
         place.end(**outcome)
     return outcome
+
+
+def _measures_due(config: Config, epoch: Epoch) -> dict[str, Any]:
+    every = config.measure and config.measure.every
+    if not every or epoch.number % every:
+        return {}
+    assert config.measure is not None
+    return measures.during(epoch.model, epoch.images, config.measure, config.measure.curves)
+
+
+def measure(folder: Path, setting: Measuring | None = None) -> bool:
+    """Measure the finished run in ``folder``, by its own setting unless another is given, and store it beside the run.
+
+    Returns:
+        Whether there was anything to do: False for a run that has its measures.
+
+    Raises:
+        RunError: the folder is no run, its run is not finished, or it has no weights.
+        DataError: its images cannot be had.
+    """
+    place = RunFolder(folder)
+    config = place.config()
+    if (place.outcome() or {}).get("status") != "finished":
+        raise RunError(f"{folder} is not a finished run: finish it first")
+    if place.measures() is not None:
+        return False
+    with place.locked():
+        _measure(place, config, data.load(config.data), setting or config.measure or Measuring())
+    return True
+
+
+def _measure(place: RunFolder, config: Config, images: data.Images, setting: Measuring) -> None:
+    checkpoint = place.resume()
+    if checkpoint is None:
+        raise RunError(f"{place.path} has no weights to measure: run it again")
+    model = models.build(config.model, images.shape, images.classes)
+    if config.precision == "64-true":
+        model = model.double()
+        train, test = (split.to(torch.device("cpu"), torch.float64) for split in (images.train, images.test))
+        images = data.Images(train, test, images.classes)
+    model.load_state_dict(checkpoint.part("model"))
+    place.save_measures(measures.after(model, images, setting))

@@ -77,13 +77,13 @@ class RunFolder:
 
     def begin(self, config: Config, versions: dict[str, Any]) -> None:
         """Record what this run is, or check that the folder is the same run's."""
-        setting = {"format": FORMAT, "config": config.model_dump(mode="json")}
+        mine = config.model_dump(mode="json")
         if not (self.path / CONFIG).exists():
             write_json(self.path / VERSIONS, versions)
-            write_json(self.path / CONFIG, setting)
+            write_json(self.path / CONFIG, {"format": FORMAT, "config": mine})
             return
         found = self._setting()
-        differing = sorted(key for key in {*found, *setting["config"]} if found.get(key) != setting["config"].get(key))
+        differing = sorted(key for key in {*found, *mine} if found.get(key) != mine.get(key))
         if differing:
             raise RunError(
                 f"{self.path} holds a run with another setting (differs in: {', '.join(differing)}): "
@@ -168,6 +168,15 @@ class RunFolder:
         for old in self._checkpoints()[1:]:
             old.unlink()
 
+    def save_measures(self, measures: dict[str, Any]) -> None:
+        """Record what was measured of the finished run."""
+        write_json(self.path / MEASURES, measures)
+
+    def measures(self) -> dict[str, Any] | None:
+        """What was measured of the finished run; None before that."""
+        path = self.path / MEASURES
+        return read_json(path) if path.exists() else None
+
     def outcome(self) -> dict[str, Any] | None:
         """What became of the run; None while it is unfinished."""
         path = self.path / OUTCOME
@@ -214,6 +223,12 @@ def run_folder(study: Path, run: str) -> Path:
     return study / RUNS / run
 
 
+def finished_runs(folder: Path) -> list[Path]:
+    """The folders of all finished runs in or below ``folder``."""
+    places = sorted(path.parent for path in folder.rglob(OUTCOME))
+    return [place for place in places if (RunFolder(place).outcome() or {}).get("status") == "finished"]
+
+
 def begin_study(folder: Path, study: dict[str, Any], points: list[dict[str, Any]], command: str) -> None:
     """Record which runs make up a study: each point has ``setting``, ``regime``, ``method``, ``seed`` and ``run``."""
     (folder / RUNS).mkdir(parents=True, exist_ok=True)
@@ -239,7 +254,6 @@ def _read_run(folder: Path, *, setting: str, regime: str, method: str, seed: int
     try:
         outcome = point.outcome() or {"status": "unfinished"}
         config = point.config().model_dump(mode="json")
-        measures = point.path / MEASURES
         return RunRecord(
             *label,
             outcome["status"],
@@ -247,7 +261,7 @@ def _read_run(folder: Path, *, setting: str, regime: str, method: str, seed: int
             config,
             point.versions(),
             point.metrics(),
-            read_json(measures) if measures.exists() else {},
+            point.measures() or {},
         )
     except (RunError, ValueError, OSError) as error:
         return RunRecord(*label, "missing", str(error), {}, {}, [], {})

@@ -1,6 +1,7 @@
 """A study file: settings × methods × regimes × seeds, each point of it a run."""
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import product
@@ -9,7 +10,18 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from spectreg_lab.config import Adversarial, Config, Data, Method, Model, Positive, Precision, Setting, Vanilla
+from spectreg_lab.config import (
+    Adversarial,
+    Config,
+    Data,
+    Measuring,
+    Method,
+    Model,
+    Positive,
+    Precision,
+    Setting,
+    Vanilla,
+)
 
 
 class StudyError(Exception):
@@ -67,6 +79,7 @@ class Study(Setting):
     settings: dict[str, Case] = Field(min_length=1)
     methods: dict[str, Method] = Field(min_length=1)
     training: Training = Training()
+    measure: Measuring | None = None
     search: Search | None = Field(None, description="makes the study one for `spectreg search`")
 
     @model_validator(mode="before")
@@ -80,7 +93,9 @@ class Study(Setting):
 
     @model_validator(mode="after")
     def _names_agree(self) -> "Study":
-        rates = {f"settings.{name}.learning_rate": case.learning_rate for name, case in self.settings.items()}
+        rates: dict[str, Mapping[str, object]] = {
+            f"settings.{name}.learning_rate": case.learning_rate for name, case in self.settings.items()
+        }
         if self.search is not None:
             rates = {"search.learning_rate": self.search.learning_rate}
             unknown = sorted(set(self.search.strength) - set(self.methods))
@@ -116,6 +131,7 @@ class Study(Setting):
             learning_rate=rate,
             epochs=case.epochs or self.epochs,
             seed=seed,
+            measure=None if self.search else self.measure,
             **self.training.model_dump(),
         )
 

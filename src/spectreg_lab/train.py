@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
@@ -27,11 +27,16 @@ class NonFiniteLossError(Exception):
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch of training left: its numbers, and all that a run needs to go on from here."""
+    """What an epoch of training left: its numbers, the network, and all that a run needs to go on from here.
+
+    ``model`` is the one in training: it changes with the next epoch. ``images`` lie on its device.
+    """
 
     number: int
     metrics: dict[str, Any]
     tensors: dict[str, Tensor]
+    model: nn.Module
+    images: Images
 
 
 class Training:
@@ -75,7 +80,7 @@ class Training:
 
     def _sum_gradients(self) -> None:
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.model.parameters()]
-        flat = self.fabric.all_reduce(nn.utils.parameters_to_vector(gradients), reduce_op="sum")
+        flat = self._reduced(nn.utils.parameters_to_vector(gradients), "sum")
         for parameter, gradient in zip(self.model.parameters(), _split_like(flat, gradients), strict=True):
             parameter.grad = gradient
 
@@ -92,14 +97,19 @@ class Training:
         ):
             total += self.step(x, y)
         if self.fabric.world_size > 1:
-            total = self.fabric.all_reduce(total, reduce_op="sum")
+            total = self._reduced(total, "sum")
             self._average_buffers()
         return total / steps_per_epoch(len(self.train), self.config.batch_size)
 
     def _average_buffers(self) -> None:
         for buffer in self.model.buffers():
             if buffer.is_floating_point():
-                buffer.copy_(self.fabric.all_reduce(buffer, reduce_op="mean"))
+                buffer.copy_(self._reduced(buffer, "mean"))
+
+    def _reduced(self, tensor: Tensor, how: Literal["sum", "mean"]) -> Tensor:
+        found = self.fabric.all_reduce(tensor, reduce_op=how)
+        assert isinstance(found, Tensor)
+        return found
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of the weights, the momentum and the method's vectors, by ``part/name``."""
@@ -149,9 +159,9 @@ def train(
                 f"epoch {number}: the training objective is {objective}; the learning rate "
                 f"{config.learning_rate} is probably too large for this network and batch size"
             )
-        yield Epoch(
-            number, {"epoch": number, "objective": objective, **_metrics(training, number, seconds)}, training.tensors()
-        )
+        metrics = {"epoch": number, "objective": objective, **_metrics(training, number, seconds)}
+        here = Images(training.train, training.test, images.classes)
+        yield Epoch(number, metrics, training.tensors(), training.model, here)
 
 
 def _metrics(training: Training, number: int, seconds: float) -> dict[str, Any]:

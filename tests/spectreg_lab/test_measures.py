@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from spectreg_lab import measures
+from spectreg_lab.config import Data, Measuring
+from spectreg_lab.data import load
+from spectreg_lab.runs import measure, run
+from spectreg_lab.store import RunError, RunFolder
+from spectreg_lab.train import Training
+
+QUICK = Measuring(examples=12, radii=(0.5, 1.0), steps=2)
+
+
+@pytest.fixture
+def trained(tiny, fabric):
+    training = Training(tiny(), load(tiny().data), fabric)
+    training.epoch(1)
+    return training
+
+
+def test_the_sample_is_the_same_images_every_time_and_from_all_over_the_split():
+    split = load(Data()).test
+    one, again = (torch.cat([y for _, y in measures.sample(split, 50, batch=20)]) for _ in range(2))
+    assert torch.equal(one, again)
+    assert len(one) == 50
+    assert not torch.equal(one, split.labels[:50])
+
+
+def test_measuring_leaves_weights_statistics_and_mode_as_they_were(trained):
+    trained.model.train()
+    before = {name: value.clone() for name, value in trained.model.state_dict().items()}
+    torch.manual_seed(7)
+    draws = torch.get_rng_state()
+    measures.after(trained.model, load(trained.config.data), QUICK)
+    assert torch.equal(torch.get_rng_state(), draws)
+    assert trained.model.training
+    assert all(torch.equal(before[name], value) for name, value in trained.model.state_dict().items())
+
+
+def test_what_is_measured_equals_what_torch_and_numpy_say(trained):
+    images = load(trained.config.data)
+    found = measures.after(trained.model, images, QUICK)
+    for name, values in found["spectra"].items():
+        weight = trained.model.get_parameter(name).detach().flatten(1).double().numpy()
+        np.testing.assert_allclose(values, np.linalg.svd(weight, compute_uv=False), rtol=1e-5, atol=1e-6)
+    trained.model.eval()
+    ((x, y),) = measures.sample(images.test, 12)
+    x = x.requires_grad_()
+    (gradient,) = torch.autograd.grad(cross_entropy(trained.model(x), y, reduction="sum"), x)
+    assert found["input_gradient"]["test"] == pytest.approx(gradient.flatten(1).norm(dim=1).mean().item(), rel=1e-4)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda one: trained.model(one[None])[0]))(x.detach()).flatten(2)
+    np.testing.assert_allclose(found["jacobian"]["norms"], torch.linalg.matrix_norm(jacobian, 2).tolist(), rtol=1e-3)
+    assert max(found["jacobian"]["norms"]) <= found["jacobian"]["bound"]
+    assert [point["radius"] for point in found["perturbation"]["pgd"]] == [0.5, 1.0]
+    assert found["hessian"]["train"]["converged"]
+
+
+def test_a_run_that_asks_for_measures_has_them_as_curves_and_at_the_end(tmp_path, tiny):
+    setting = {"every": 2, "curves": ["input_gradient"], "examples": 12, "radii": [0.5], "steps": 1}
+    run(tiny(epochs=5, measure=setting), tmp_path)
+    place = RunFolder(tmp_path)
+    assert [line["epoch"] for line in place.metrics() if "input_gradient" in line] == [2, 4]
+    assert set(place.measures()) == {"input_gradient", "hessian", "jacobian", "perturbation", "spectra"}
+
+
+def test_measuring_does_not_change_what_is_learned(tmp_path, tiny):
+    quick = {"every": 1, "examples": 8, "radii": [0.5], "steps": 1}
+    run(tiny(epochs=2), tmp_path / "plain")
+    run(tiny(epochs=2, measure=quick), tmp_path / "measured")
+    plain, measured = (RunFolder(tmp_path / name).resume().tensors for name in ("plain", "measured"))
+    assert all(torch.equal(plain[key], measured[key]) for key in plain)
+
+
+def test_a_finished_run_is_measured_once(tmp_path, tiny):
+    run(tiny(epochs=1), tmp_path)
+    assert measure(tmp_path, QUICK)
+    assert not measure(tmp_path, QUICK)
+
+
+def test_only_a_finished_run_can_be_measured(tmp_path, tiny):
+    with pytest.raises(RunError, match="not a run folder"):
+        measure(tmp_path)
+    run(tiny(learning_rate=1e30), tmp_path / "failed")
+    with pytest.raises(RunError, match="not a finished run"):
+        measure(tmp_path / "failed")

@@ -1,0 +1,38 @@
+import csv
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from spectreg_lab.cli import app
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    draws = torch.Generator().manual_seed(0)
+    weights = {"conv.weight": torch.randn(4, 3, 3, 3, generator=draws), "fc.weight": torch.randn(5, 7, generator=draws)}
+    save_file({**weights, "fc.bias": torch.zeros(5)}, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors", weights
+
+
+def test_spectra_of_a_checkpoint_are_a_table_a_csv_and_a_plot(checkpoint, tmp_path):
+    path, weights = checkpoint
+    out = ["--csv", str(tmp_path / "spectra.csv"), "--plot", str(tmp_path / "spectra.svg")]
+    result = CliRunner().invoke(app, ["spectra", str(path), *out])
+    assert result.exit_code == 0, result.output
+    rows = list(csv.DictReader((tmp_path / "spectra.csv").open()))
+    for name, weight in weights.items():
+        found = [float(row["value"]) for row in rows if row["weight"] == name]
+        expected = np.linalg.svd(weight.flatten(1).double().numpy(), compute_uv=False)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        assert f"{expected[0]:.4g}" in result.output
+    assert "<svg" in (tmp_path / "spectra.svg").read_text()
+    assert "fc.bias" not in result.output
+
+
+def test_only_the_largest_are_shown_on_request(checkpoint, tmp_path):
+    result = CliRunner().invoke(app, ["spectra", str(checkpoint[0]), "--top", "1", "--csv", str(tmp_path / "top.csv")])
+    assert result.exit_code == 0, result.output
+    assert len((tmp_path / "top.csv").read_text().splitlines()) == 1 + 2
