@@ -1,5 +1,6 @@
 """Largest eigenvalues of a symmetric operator known by its products alone: Lanczos, and shifted power iteration."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,13 +40,15 @@ def lanczos(
 
     Stops at the first product after which every residual is at most ``tolerance·|θ|``. An eigenvalue that occurs more
     than once may be found once. Ctrl-C returns the best so far. Holds ``basis_size + 1`` vectors (thick restart: Wu
-    & Simon, SIAM J. Matrix Anal. Appl. 22, 2000).
+    & Simon, SIAM J. Matrix Anal. Appl. 22, 2000); for k = 1 only three, see ``lanczos_largest``.
 
     >>> A = torch.diag(torch.tensor([-9.0, 1.0, 2.0, 4.0]))
     >>> found = lanczos(A.mv, torch.ones(4), 2, 1e-6, 100, torch.Generator().manual_seed(0))
     >>> [round(value, 5) for value in found.values]
     [4.0, 2.0]
     """
+    if k == 1:
+        return lanczos_largest(A, start, tolerance, max_products)
     n = start.numel()
     size = min(n, basis_size or max(2 * k + 2, 32))
     Q = start.new_empty(size + 1, n)
@@ -81,6 +84,41 @@ def lanczos(
     return best
 
 
+def lanczos_largest(A: Operator, start: Float[Tensor, " n"], tolerance: float, max_products: int) -> Eigenvalues:
+    """The largest eigenvalue of ``A`` by the three-term recurrence alone: three vectors, no restart.
+
+    Vectors that lose their orthogonality only repeat a value already found (Paige 1971), which harms no largest one.
+
+    >>> A = torch.diag(torch.tensor([-9.0, 1.0, 2.0, 4.0]))
+    >>> round(lanczos_largest(A.mv, torch.ones(4), 1e-6, 100).values[0], 5)
+    4.0
+    """
+    previous, v, beta = torch.zeros_like(start), normalised(start), 0.0
+    T = torch.zeros(max_products + 1, max_products + 1, dtype=torch.float64)
+    best = Eigenvalues((), (), 0, False)
+    for j in range(max_products):
+        try:
+            w = A(v) - beta * previous
+        except KeyboardInterrupt:
+            if not best.values:
+                raise
+            return best
+        alpha = torch.dot(v, w).item()
+        w = w.sub_(v, alpha=alpha)
+        beta = finite_length(w)
+        T[j, j], T[j, j + 1], T[j + 1, j] = alpha, beta, beta
+        if j < 50 or j % 10 == 9 or j + 1 == max_products:
+            theta, S = torch.linalg.eigh(T[: j + 1, : j + 1])
+            residual = beta * S[-1, -1].abs().item()
+            floor = 10 * torch.finfo(w.dtype).eps * theta.abs().max().item()
+            converged = residual <= max(tolerance * theta[-1].abs().item(), floor)
+            best = Eigenvalues((theta[-1].item(),), (residual,), j + 1, converged)
+            if converged:
+                return best
+        previous, v = v, w / beta
+    return best
+
+
 def descending(values: Tensor, count: int) -> tuple[float, ...]:
     """The last ``count`` of ascending ``values``, last first, as numbers."""
     return tuple(values[-count:].flip(0).tolist())
@@ -99,10 +137,14 @@ def orthogonalise(w: Tensor, Q: Tensor) -> tuple[Tensor, float]:
     w -= Q.T @ h
     again = Q @ w
     w -= Q.T @ again
+    return h + again, finite_length(w)
+
+
+def finite_length(w: Tensor) -> float:
     length = torch.linalg.vector_norm(w).item()
-    if length != length or length == float("inf"):
+    if not math.isfinite(length):
         raise ValueError("a product with the operator is not finite: look for NaN or inf in the weights or the data.")
-    return h + again, length
+    return length
 
 
 def fresh_direction(like: Tensor, Q: Tensor, generator: torch.Generator) -> Tensor:

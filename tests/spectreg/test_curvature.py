@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from spectreg.curvature import hessian_top_eigenvalues
+from spectreg.eigenvalues import lanczos
 
 
 def network() -> nn.Sequential:
@@ -131,9 +132,8 @@ def test_restarts_reach_the_same_values_as_one_long_basis():
     assert measured.values == pytest.approx(truth, abs=1e-8)
 
 
-def test_the_reported_residual_is_the_true_one():
-    from spectreg.eigenvalues import lanczos
-
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_reported_residuals_are_the_true_ones(k):
     A = with_spectrum(*torch.linspace(-1, 1, 50).tolist()).A
     calls = []
 
@@ -141,13 +141,27 @@ def test_the_reported_residual_is_the_true_one():
         calls.append(v.clone())
         return A @ v
 
-    measured = lanczos(product, A[0] + 1, 1, 1e-12, 12, torch.Generator().manual_seed(0))
+    measured = lanczos(product, A[0] + 1, k, 1e-12, 12, torch.Generator().manual_seed(0))
     Q = torch.stack(calls, 1)
     theta, S = torch.linalg.eigh(Q.T @ A @ Q)
-    y = Q @ S[:, -1]
     assert not measured.converged
-    assert measured.values[0] == pytest.approx(theta[-1].item(), rel=1e-12)
-    assert measured.residuals[0] == pytest.approx((A @ y - theta[-1] * y).norm().item(), rel=1e-9)
+    for i, (value, residual) in enumerate(zip(measured.values, measured.residuals, strict=True), 1):
+        y = Q @ S[:, -i]
+        assert value == pytest.approx(theta[-i].item(), rel=1e-10)
+        assert residual == pytest.approx((A @ y - theta[-i] * y).norm().item(), rel=1e-8)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_long_run_in_float32_loses_no_digits_it_claims(k):
+    spectrum = torch.cat([torch.linspace(0, 0.999, 400), torch.ones(1)]).tolist()
+    A = with_spectrum(*spectrum, dtype=torch.float32).A
+    start = torch.randn(401, generator=torch.Generator().manual_seed(3))
+    measured = lanczos(A.mv, start, k, 1e-6, 400, torch.Generator().manual_seed(0))
+    truth = sorted(spectrum)[::-1][:k]
+    assert measured.products > 60
+    assert measured.values == pytest.approx(truth, abs=2e-5)
+    for value, residual in zip(measured.values, measured.residuals, strict=True):
+        assert min(abs(value - s) for s in spectrum) <= residual + 2e-5
 
 
 @pytest.mark.parametrize("method", ["lanczos", "power"])
