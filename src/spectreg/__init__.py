@@ -6,6 +6,7 @@ from spectreg.generalization import generalization_gap
 from spectreg.jacobians import jacobian_frobenius_norm, jacobian_norm
 from spectreg.lipschitz import lipschitz_bound
 from spectreg.operator_norms import operator_norm
+from spectreg.operators import input_sizes
 from spectreg.perturbations import perturbation_curve
 from spectreg.regularizer import SpectralNormRegularizer
 from spectreg.sensitivity import input_gradient_norm
@@ -19,6 +20,7 @@ __all__ = [
     "generalization_gap",
     "hessian_top_eigenvalues",
     "input_gradient_norm",
+    "input_sizes",
     "jacobian_frobenius_norm",
     "jacobian_norm",
     "jacobian_penalty",

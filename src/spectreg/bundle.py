@@ -10,7 +10,7 @@ from torch import Tensor
 from spectreg.linear_maps import LinearMap
 from spectreg.memory import Memory
 from spectreg.penalties import Penalty
-from spectreg.power import Triplets
+from spectreg.power import Triplets, full_precision
 
 
 class Bundle:
@@ -102,7 +102,8 @@ class PairValue(torch.autograd.Function):
         W, u, v = ctx.saved_tensors
         scaled = u.view(ctx.map.blocks, -1, ctx.k) * gradient.view(ctx.map.blocks, 1, ctx.k)
         G = torch.zeros_like(W)
-        ctx.map.add_outer_(G, scaled.flatten(), v, ctx.k)
+        with full_precision(u):
+            ctx.map.add_outer_(G, scaled.flatten(), v, ctx.k)
         return G, None, None, None, None, None
 
 

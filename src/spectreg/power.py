@@ -49,13 +49,14 @@ class Triplets:
 
     def advance(self, weights: Sequence[Tensor], halves: int, from_u: bool = False) -> None:
         """Take ``halves`` half steps: u from v and v from u in turn, beginning with v from u if ``from_u``."""
-        while halves > 0:
-            if not from_u and halves > 1 and self.k == 1:
-                self._whole_step(weights)
-                halves -= 2
-            else:
-                self._half_step(weights, adjoint=from_u)
-                halves, from_u = halves - 1, not from_u
+        with full_precision(self.u):
+            while halves > 0:
+                if not from_u and halves > 1 and self.k == 1:
+                    self._whole_step(weights)
+                    halves -= 2
+                else:
+                    self._half_step(weights, adjoint=from_u)
+                    halves, from_u = halves - 1, not from_u
 
     def _half_step(self, weights: Sequence[Tensor], adjoint: bool) -> None:
         raw = self._products(weights, adjoint)
@@ -129,9 +130,10 @@ class Triplets:
 
     def add_outer_(self, targets: Sequence[Tensor], scale: Float[Tensor, " values"], rates: Sequence[Any]) -> None:
         """Add ``rate·scale·uvᵀ`` to each target in place; rates are numbers or tensors."""
-        for i, (G, u, rate) in enumerate(zip(targets, self._scaled_u(scale), rates, strict=True)):
-            u, alpha = (u * rate, 1.0) if isinstance(rate, Tensor) else (u, rate)
-            self._add_one(i, G, u, alpha)
+        with full_precision(self.u):
+            for i, (G, u, rate) in enumerate(zip(targets, self._scaled_u(scale), rates, strict=True)):
+                u, alpha = (u * rate, 1.0) if isinstance(rate, Tensor) else (u, rate)
+                self._add_one(i, G, u, alpha)
 
     def _scaled_u(self, scale: Float[Tensor, " values"]) -> Sequence[Tensor]:
         scaled = self.u * scale.to(self.u.dtype)[self.u_segments.owners]
@@ -139,6 +141,11 @@ class Triplets:
 
     def _add_one(self, i: int, G: Tensor, u: Tensor, alpha: float) -> None:
         self.maps[i].add_outer_(G, u, self.vs[i], self.k, alpha)
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """A context in which autocast does not lower the products with ``x``."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 class Segments(NamedTuple):

@@ -12,6 +12,7 @@ from spectreg.attachment import Attachment
 from spectreg.bundle import Bundle, is_sharded
 from spectreg.memory import Memory, check_same_weights
 from spectreg.penalties import Penalty, penalty_of
+from spectreg.power import full_precision
 from spectreg.summary import table
 from spectreg.weights import InputSize, Patterns, Select, Weight, named_weights
 
@@ -312,7 +313,8 @@ class SpectralNormRegularizer:
     def _look(self, at: Callable[[Bundle, list[Tensor]], list[Tensor]]) -> dict[str, Tensor]:
         found = {}
         for bundle, weights, _ in self._arrange():
-            values = at(bundle, [W.detach() for W in weights])
+            with full_precision(bundle.triplets.u):
+                values = at(bundle, [W.detach() for W in weights])
             found.update({m.weight.name: x for m, x in zip(bundle.memories, values, strict=True)})
         return {name: found[name] for name in self._memories}
 

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
 from cases import mlp, seeded
 from ranks import on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from spectreg import SpectralNormRegularizer
@@ -136,7 +137,71 @@ def counted_collectives() -> None:
     dist.all_reduce = counting
     regularizer.add_gradient()
     assert len(calls) == 1
+    assert calls[0][0].numel() <= sum(sum(w.tensor.shape) for w in regularizer.weights)
 
 
 def test_all_layers_share_one_all_reduce_in_a_step():
     on_ranks(2, counted_collectives)
+
+
+def data_parallel_training() -> None:
+    plain = mlp()
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
+    ours, truth = (SpectralNormRegularizer(m, 0.1, warmup=2) for m in (wrapped, plain))
+    assert list(ours.sigma()) == list(truth.sigma())
+    train(plain, truth)
+    train(wrapped, ours)
+    for p, q in zip(plain.parameters(), wrapped.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    ours.check_ranks()
+    if dist.get_rank() == 1:
+        ours._memories["2.weight"].v[0, 0, 0] += 1e-12
+    with pytest.raises(RuntimeError, match=r"rank 1 differs from rank 0 in 2.weight. Build the model alike"):
+        ours.check_ranks()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_data_parallel_ranks_stay_identical_and_the_check_names_the_one_that_does_not(ranks):
+    on_ranks(ranks, data_parallel_training)
+
+
+def write_or_go_on(folder: str, write: bool) -> None:
+    plain = mlp()
+    sharded = copy.deepcopy(plain)
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    ours, truth = (SpectralNormRegularizer(m, 0.1, steps=0.5, seed=0 if write else 9) for m in (sharded, plain))
+    if write:
+        ours.add_gradient()
+        checkpoint.save({"regularizer": ours.state_dict()}, checkpoint_id=folder)
+        return
+    state = {"regularizer": ours.state_dict()}
+    checkpoint.load(state, checkpoint_id=folder)
+    ours.load_state_dict(state["regularizer"])
+    truth = SpectralNormRegularizer(plain, 0.1, steps=0.5)
+    truth.add_gradient()
+    truth.add_gradient()
+    ours.add_gradient()
+    for name, sigma in truth.sigma().items():
+        torch.testing.assert_close(ours.sigma()[name], sigma)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1)])
+def test_a_distributed_checkpoint_of_some_ranks_goes_on_on_others(before, after, tmp_path):
+    on_ranks(before, write_or_go_on, str(tmp_path), True)
+    on_ranks(after, write_or_go_on, str(tmp_path), False)
+
+
+def refusals() -> None:
+    sharded = nn.Sequential(nn.ConvTranspose2d(2, 2, 3), nn.Linear(2, 2))
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    with pytest.raises(NotImplementedError, match="of a transposed convolution: only matrix views"):
+        SpectralNormRegularizer(sharded, 0.1).add_gradient()
+    with pytest.raises(RuntimeError, match=r"weight '1.weight' is sharded: use add_gradient\(\) or attach\(\)"):
+        SpectralNormRegularizer(sharded, 0.1, select=lambda name, _: name == "1.weight").penalty()
+    flat = FullyShardedDataParallel(nn.Linear(3, 3), device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match="flat parameter of FSDP1"):
+        SpectralNormRegularizer(flat, 0.1)
+
+
+def test_what_cannot_be_sharded_is_refused_by_name():
+    on_ranks(2, refusals)

@@ -1,0 +1,57 @@
+"""The regularizer as a callback of Lightning's Trainer."""
+
+from typing import Any
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer  # type: ignore[import-not-found, unused-ignore]
+except ImportError:
+    from pytorch_lightning import Callback, LightningModule, Trainer
+
+from spectreg.regularizer import SpectralNormRegularizer
+
+
+class SpectralNorm(Callback):
+    """Attaches a :class:`spectreg.SpectralNormRegularizer` for the time of a fit.
+
+    ``Trainer(callbacks=[SpectralNorm(0.01)])``. Each weight's σ is logged as ``sigma/<name>`` at every
+    ``log_every_n_steps`` of the trainer; the vectors are saved in the trainer's checkpoints and restored from them.
+
+    Args:
+        strength: λ.
+        log: Whether to log σ.
+        settings: Of the regularizer.
+    """
+
+    def __init__(self, strength: Any, *, log: bool = True, **settings: Any) -> None:
+        self.strength, self.log, self.settings = strength, log, settings
+        self.regularizer: SpectralNormRegularizer | None = None
+        self._restored: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Build, restore and attach."""
+        self.regularizer = SpectralNormRegularizer(pl_module, self.strength, **self.settings)
+        if self._restored is not None:
+            self.regularizer.load_state_dict(self._restored)
+        self.regularizer.attach(*trainer.optimizers)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Log σ when it is the trainer's turn to log."""
+        if self.log and self.regularizer and trainer.global_step % trainer.log_every_n_steps == 0:
+            pl_module.log_dict({f"sigma/{name}": sigma for name, sigma in self.regularizer.sigma().items()})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Detach; the regularizer stays to be looked at."""
+        if self.regularizer:
+            self.regularizer.detach()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Detach, so that the optimizer is free for another fit."""
+        self.on_train_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The vectors, for the trainer's checkpoint."""
+        return self.regularizer.state_dict() if self.regularizer else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the vectors of a checkpoint until training starts."""
+        self._restored = state_dict or None
