@@ -75,12 +75,12 @@ class RunFolder:
         except Timeout:
             raise RunError(f"another process is working on {self.path}: wait for it, or stop it first") from None
 
-    def begin(self, config: Config, versions: dict[str, Any]) -> None:
+    def begin(self, config: Config, versions: dict[str, str]) -> None:
         """Record what this run is, or check that the folder is the same run's."""
         mine = config.model_dump(mode="json")
         if not (self.path / CONFIG).exists():
-            write_json(self.path / VERSIONS, versions)
             write_json(self.path / CONFIG, {"format": FORMAT, "config": mine})
+            write_json(self.path / VERSIONS, versions)
             return
         found = self._setting()
         differing = sorted(key for key in {*found, *mine} if found.get(key) != mine.get(key))
@@ -89,6 +89,16 @@ class RunFolder:
                 f"{self.path} holds a run with another setting (differs in: {', '.join(differing)}): "
                 "use another folder, or delete this one"
             )
+        self._record_versions(versions)
+
+    def _record_versions(self, versions: dict[str, str]) -> None:
+        """Versions are those that the first epoch was made with; where later ones differ, that is said beside them."""
+        first = self.versions() if self._checkpoints() else versions
+        said = set(versions) - {"command", "started"}
+        changed = {key: versions[key] for key in said if first.get(key) != versions[key]}
+        if changed:
+            first = {**first, "continued": ", ".join(f"{key} {value}" for key, value in sorted(changed.items()))}
+        write_json(self.path / VERSIONS, first)
 
     def _setting(self) -> dict[str, Any]:
         found = read_json(self.path / CONFIG)
@@ -107,8 +117,9 @@ class RunFolder:
         return Config.model_validate(self._setting())
 
     def versions(self) -> dict[str, Any]:
-        """Versions, machine, commit and command of the process that began the run."""
-        return read_json(self.path / VERSIONS)
+        """Versions, machine, commit and command of the process that began the run; empty if none were recorded."""
+        path = self.path / VERSIONS
+        return read_json(path) if path.exists() else {}
 
     def append(self, line: dict[str, Any]) -> None:
         """Add one epoch to the metrics."""

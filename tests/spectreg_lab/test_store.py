@@ -91,6 +91,16 @@ def test_a_second_process_is_told_that_the_run_is_in_use(folder):
         pass
 
 
+def test_versions_are_those_of_the_first_epoch_and_later_ones_are_said_beside_them(folder, tiny):
+    folder.begin(tiny(), {"torch": "3", "started": "later"})
+    assert folder.versions() == {"torch": "3", "started": "later"}
+    advance(folder, [1])
+    folder.begin(tiny(), {"torch": "4", "started": "later still"})
+    assert folder.versions() == {"torch": "3", "started": "later", "continued": "torch 4"}
+    folder.begin(tiny(), {"torch": "3"})
+    assert folder.versions()["continued"] == "torch 4"
+
+
 def test_a_folder_of_another_setting_is_refused_with_what_differs(folder, tiny):
     with pytest.raises(RunError, match=r"another setting \(differs in: epochs, seed\)"):
         folder.begin(tiny(seed=3, epochs=9), {})

@@ -1,0 +1,43 @@
+"""What the documents point to is there."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TESTS = set(re.findall(r"def (test_\w+)", "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))))
+
+
+def named(page: Path, pattern: str) -> list[str]:
+    return re.findall(pattern, page.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_test_that_a_page_names_exists(page):
+    assert not [name for name in named(page, r"`(test_\w+)`") if name not in TESTS]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_function_and_module_that_a_page_names_exists(page):
+    for name in named(page, r"`((?:spectreg|spectreg_lab)(?:\.\w+)+)`"):
+        module, _, attribute = name.rpartition(".")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            assert hasattr(importlib.import_module(module), attribute), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_and_picture_that_a_page_links_to_exists(page):
+    for target in named(page, r"\]\(([^)#\s]+)(?:#[\w-]*)?\)"):
+        if not target.startswith(("http", "mailto")):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_study_and_result_that_a_page_names_exists(page):
+    for target in named(page, r"(?:studies|results)/[\w./-]*\w"):
+        assert (ROOT / target).exists() or "{" in target, target
