@@ -85,7 +85,7 @@ def fourier_bound(W: Float[Tensor, "groups outputs inputs *taps"], circle: tuple
     Zeller, Math. Z. 86, 1964).
     """
     taps = W.shape[3:]
-    points = [n if n <= grid else max(grid, 2 * k) for n, k in zip(circle, taps, strict=True)]
+    points = [1 if k == 1 else n if n <= grid else max(grid, 2 * k) for n, k in zip(circle, taps, strict=True)]
     growth = [
         1.0 if n == N else 1 / math.cos(math.pi * (k - 1) / (2 * N))
         for N, n, k in zip(points, circle, taps, strict=True)
