@@ -14,7 +14,8 @@ Batches = Iterable[Any]  # of pairs (inputs, targets), as tuples or as the lists
 def as_found(model: nn.Module) -> Iterator[nn.Module]:
     """Evaluation mode inside; afterwards every mode, buffer and the global generators are as they were.
 
-    Sets the ``training`` flags themselves: ``train()`` has side effects in some models (merged adapters).
+    Sets the ``training`` flags themselves: ``train()`` has side effects in some models (merged adapters). A parameter
+    that is not finite is refused by name; buffers may hold an infinite mask.
 
     >>> model = nn.BatchNorm1d(3)
     >>> with as_found(model):
@@ -23,6 +24,9 @@ def as_found(model: nn.Module) -> Iterator[nn.Module]:
     >>> model.training
     True
     """
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"parameter {name!r} has entries that are NaN or infinite: there is nothing to measure.")
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     device = device_of(model)

@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from curvlinops import HessianLinearOperator
@@ -216,6 +218,25 @@ def test_a_wrong_argument_is_named(changes, message):
     arguments = {"model": network(), "loss_fn": F.cross_entropy, "batches": [examples()], **changes}
     with pytest.raises(ValueError, match=message):
         hessian_top_eigenvalues(**arguments)
+
+
+def test_only_one_batch_is_held_at_a_time():
+    alive = []
+
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+        def forward(self, x):
+            h = (x * self.w).tanh()
+            alive.append(weakref.ref(h))
+            assert sum(ref() is not None for ref in alive) <= 2  # this batch's, and the one being replaced
+            return h.sum(1, keepdim=True)
+
+    batches = [(torch.randn(4, 3, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64)) for _ in range(6)]
+    hessian_top_eigenvalues(Watched(), F.mse_loss, batches)
+    assert len(alive) >= 12
 
 
 def test_a_model_whose_parameters_are_all_frozen_is_refused():

@@ -93,6 +93,14 @@ def test_a_measure_that_fails_leaves_the_model_as_found_too(name):
 
 
 @pytest.mark.parametrize("name", MEASURES)
+def test_a_weight_that_is_not_finite_is_named(name):
+    model = network()
+    model[0].weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"(0\.weight'|weight of Conv2d).* NaN or infinite"):
+        MEASURES[name](model)
+
+
+@pytest.mark.parametrize("name", MEASURES)
 def test_a_measure_gives_the_same_again(name):
     assert repr(plain(MEASURES[name](network()))) == repr(plain(MEASURES[name](network())))
 
