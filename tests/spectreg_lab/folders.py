@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from spectreg_lab import store
 from spectreg_lab.config import VGG, Adversarial, Config, Data, Decay, Spectral, Vanilla
@@ -45,35 +46,49 @@ def write_study(
         "settings": settings or {"vgg": {"model": {"name": "vgg"}, "data": {"name": data.name}}},
         "methods": {method: {} for method in methods},
     }
-    points = []
-    for setting in study["settings"]:
-        for regime, size in regimes.items():
-            for method in methods:
-                for seed in seeds:
-                    epochs = curve(regime, method, seed)
-                    config = Config(
-                        model=VGG(),
-                        data=data,
-                        method=METHODS.get(method, Spectral()),
-                        batch_size=size,
-                        learning_rate=0.1,
-                        epochs=len(epochs),
-                        seed=seed,
-                    )
-                    name = f"{setting}-{regime}-{method}-{seed}"
-                    points.append({"setting": setting, "regime": regime, "method": method, "seed": seed, "run": name})
-                    run = store.RunFolder(folder / "runs" / name)
-                    run.path.mkdir(parents=True)
-                    run.begin(config, VERSIONS)
-                    for epoch, (train, test) in enumerate(epochs, start=1):
-                        accuracies = {"epoch": epoch, "train_accuracy": train, "test_accuracy": test, "seconds": 1.0}
-                        run.append(accuracies | line(regime, method, seed, epoch))
-                    if finish:
-                        run.end("finished")
-                    if measures is not None:
-                        store.write_json(run.path / store.MEASURES, measures(regime, method, seed))
-    store.begin_study(folder, study, points, "spectreg reproduce by-hand.toml")
+    points = [
+        {"setting": setting, "regime": regime, "method": method, "seed": seed}
+        for setting in study["settings"]
+        for regime in regimes
+        for method in methods
+        for seed in seeds
+    ]
+    with mock.patch("os.fsync"):  # thousands of small files, none of which need survive a power cut
+        for point in points:
+            of_run = point["regime"], point["method"], point["seed"]
+            point["run"] = "-".join(str(value) for value in point.values())
+            epochs = [
+                {"epoch": n, "train_accuracy": train, "test_accuracy": test, "seconds": 1.0} | line(*of_run, n)
+                for n, (train, test) in enumerate(curve(*of_run), start=1)
+            ]
+            run = write_run(folder / "runs" / point["run"], data, *of_run, regimes[point["regime"]], epochs)
+            if finish:
+                run.end("finished")
+            if measures is not None:
+                store.write_json(run.path / store.MEASURES, measures(*of_run))
+        store.begin_study(folder, study, points, "spectreg reproduce by-hand.toml")
     return folder
+
+
+def write_run(
+    path: Path, data: Data, regime: str, method: str, seed: int, batch_size: int, epochs: list[dict[str, Any]]
+) -> store.RunFolder:
+    """Write a run that has these epochs and no outcome."""
+    run = store.RunFolder(path)
+    path.mkdir(parents=True)
+    config = Config(
+        model=VGG(),
+        data=data,
+        method=METHODS[method],
+        batch_size=batch_size,
+        learning_rate=0.1,
+        epochs=len(epochs),
+        seed=seed,
+    )
+    run.begin(config, VERSIONS)
+    for epoch in epochs:
+        run.append(epoch)
+    return run
 
 
 def lose(folder: Path, run: str) -> None:

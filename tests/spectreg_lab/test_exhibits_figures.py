@@ -115,6 +115,15 @@ def test_local_norms_are_summed_up_by_their_median_and_largest_and_unconverged_o
     assert "had not converged" in found["figure3"].warnings[0]
 
 
+def test_a_local_norm_of_zero_is_counted_below_the_logarithmic_axis_and_not_drawn(tmp_path: Path) -> None:
+    def dead(regime: str, method: str, seed: int) -> dict[str, Any]:
+        return {"jacobian": {"norms": [0.0, 0.0, 1.0], "bound": 2.0}}
+
+    found = shown(folders.write_study(tmp_path / "s", measures=dead, methods=("decay",), seeds=(0,)))["jacobian"]
+    assert "2 norms are zero and below the logarithmic axis." in found.notes
+    assert [line.name for line in found.panels[0].lines] == ["decay, largest", "decay, bound"]
+
+
 def test_the_first_regime_is_solid_and_the_second_dashed(tmp_path: Path) -> None:
     found = shown(folders.write_study(tmp_path / "s", line=line, measures=measures))
     for name in ("figure2", "figure3", "figure4"):

@@ -1,6 +1,6 @@
 """From tidy numbers to lines: the reductions that several figures share."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -105,3 +105,10 @@ def positive(lines: list[Line]) -> bool:
 def drawn(panels: list[Panel]) -> list[Panel]:
     """The panels that have something to show."""
     return [panel for panel in panels if panel.lines]
+
+
+def in_each_setting(
+    study: StudyRecord, values: pd.DataFrame, panels: Callable[[StudyRecord, pd.DataFrame, str], list[Panel]]
+) -> list[Panel]:
+    """The panels of every setting's rows that have something to show."""
+    return drawn([p for name in study.study["settings"] for p in panels(study, select(values, setting=name), name)])

@@ -104,13 +104,14 @@ class Exhibit:
 def signed(value: float, places: str = ".3g") -> str:
     """A number with its sign, as typeset.
 
-    >>> signed(-0.0123), signed(0.5)
-    ('−0.0123', '+0.5')
+    >>> signed(-0.0123), signed(0.5), signed(0.0)
+    ('−0.0123', '+0.5', '0')
     """
-    return f"{value:+{places}}".replace("-", "−")
+    return f"{value:+{places}}".replace("-", "−") if value else "0"
 
 
 def plus_minus(values: pd.Series, digits: int = 3) -> str:
     """Mean ± standard deviation, the latter only where there are two values or more."""
     mean = f"{values.mean():.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {values.std(ddof=1):.{digits}f}"
+    spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return (mean + spread).replace("-", "−")

@@ -27,7 +27,7 @@ def _band(line: Line, colour: str) -> list[dict[str, Any]]:
         "x": [_short(x) for x in [*line.x, *reversed(line.x)]],
         "y": [_short(y) for y in [*(line.high or ()), *reversed(line.low or ())]],
     }
-    look = {"fill": "toself", "fillcolor": colour + "22", "line": {"width": 0}, "hoverinfo": "skip", "mode": "lines"}
+    look = {"fill": "toself", "fillcolor": colour + "1a", "line": {"width": 0}, "hoverinfo": "skip", "mode": "lines"}
     return [outline | look | {"meta": line.method}]
 
 

@@ -24,14 +24,19 @@ def values(study: StudyRecord) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*POINT, "examples", *MARKS, "converged"])
 
 
+def _positive(here: pd.DataFrame, column: str) -> pd.DataFrame:
+    found = drawing.finite(here, column)
+    return found.loc[found[column] > 0]
+
+
 def _panel(study: StudyRecord, here: pd.DataFrame, setting: str, regime: str) -> Panel:
     lines = [
         Line(f"{method}, {column}", method, [method] * len(found), list(found[column]), marker=mark)
         for method in study.study["methods"]
         for column, mark in MARKS.items()
-        if not (found := drawing.finite(select(here, method=method), column)).empty
+        if not (found := _positive(select(here, method=method), column)).empty
     ]
-    return Panel(setting, labels.batch(study, regime), "", "norm", lines, drawing.positive(lines))
+    return Panel(setting, labels.batch(study, regime), "", "norm", lines, log=True)
 
 
 def exhibit(study: StudyRecord, values: pd.DataFrame) -> Exhibit:
@@ -41,6 +46,8 @@ def exhibit(study: StudyRecord, values: pd.DataFrame) -> Exhibit:
         for setting, regime in regimes(study)
     ]
     unconverged = int((values.converged == False).sum())  # noqa: E712
+    zero = int((values[list(MARKS)] == 0).to_numpy().sum())
+    notes = [f"{zero} norms are zero and below the logarithmic axis."] if zero else []
     return Exhibit(
         name="jacobian",
         title="Local Jacobian against the product of norms",
@@ -50,6 +57,7 @@ def exhibit(study: StudyRecord, values: pd.DataFrame) -> Exhibit:
         notes=[
             "Circle: median over the examples of the local Jacobian's spectral norm; diamond: its largest; bar: the "
             "product of the layers' operator norms, which bounds both. One mark of each kind a run.",
+            *notes,
         ],
         warnings=[f"Local Jacobian: the norms of {unconverged} runs had not converged."] if unconverged else [],
         missing="" if drawing.drawn(panels) else "no local Jacobians: `spectreg measure STUDY_FOLDER` computes them",

@@ -44,18 +44,14 @@ def _panels(study: StudyRecord, here: pd.DataFrame, setting: str) -> list[Panel]
 
 def exhibit(study: StudyRecord, values: pd.DataFrame) -> Exhibit:
     """Mean over seeds for every kind of perturbation, by its ℓ₂ radius."""
-    panels = [
-        panel
-        for setting in study.study["settings"]
-        for panel in _panels(study, select(values, setting=setting), setting)
-    ]
+    panels = drawing.in_each_setting(study, values, _panels)
     return Exhibit(
         name="perturbation",
         title="Outputs under real perturbations",
         claim="Section 3.1: a model with small spectral norms is insensitive to a perturbation of test data.",
         frame=values,
-        panels=drawing.drawn(panels),
+        panels=panels,
         dashes=labels.dashes(study),
         notes=["ℓ₂ radius in units of the normalised input, on test data. Mean over seeds, ± one standard deviation."],
-        missing="" if drawing.drawn(panels) else "no curves: `spectreg measure STUDY_FOLDER` computes them",
+        missing="" if panels else "no curves: `spectreg measure STUDY_FOLDER` computes them",
     )

@@ -59,11 +59,7 @@ def _panels(study: StudyRecord, here: pd.DataFrame, setting: str) -> list[Panel]
 
 def exhibit(study: StudyRecord, values: pd.DataFrame) -> Exhibit:
     """The spectrum of every weight as the matrix that is regularized, mean over seeds."""
-    panels = [
-        panel
-        for setting in study.study["settings"]
-        for panel in _panels(study, select(values, setting=setting), setting)
-    ]
+    panels = drawing.in_each_setting(study, values, _panels)
     return Exhibit(
         name="figure4",
         title="Figure 4. Singular values of the weights",
@@ -71,8 +67,8 @@ def exhibit(study: StudyRecord, values: pd.DataFrame) -> Exhibit:
         frame=values.groupby(["setting", "weight", "regime", "method", "index"], sort=False)
         .value.agg(["mean", "std", "count"])
         .reset_index(),
-        panels=drawing.drawn(panels),
+        panels=panels,
         dashes=labels.dashes(study),
         notes=["Index of the singular value, largest first. Mean over seeds, ± one standard deviation."],
-        missing="" if drawing.drawn(panels) else "no spectra: `spectreg measure STUDY_FOLDER` computes them",
+        missing="" if panels else "no spectra: `spectreg measure STUDY_FOLDER` computes them",
     )

@@ -35,7 +35,7 @@ def _draw_line(axes: Axes, line: Line, colour: str) -> None:
         return
     axes.plot(line.x, line.y, color=colour, linestyle=STROKES[line.dash])
     if has_band(line):
-        axes.fill_between(line.x, line.low or 0, line.high or 0, color=colour, alpha=0.12, linewidth=0)
+        axes.fill_between(line.x, line.low or 0, line.high or 0, color=colour, alpha=0.1, linewidth=0)
 
 
 def _log_ticks(axes: Axes) -> None:

@@ -126,7 +126,7 @@ def _counts(comparisons: list[Comparison], verdicts: list[str]) -> str:
     return " · ".join(
         [
             *(f"{name} {counted[name]}" for name in (HELD, OPEN, NOT) if counted[name]),
-            f"mean {signed(min(means))} to {signed(max(means))}" if len(means) > 1 else signed(means[0]),
+            f"mean {signed(min(means))} to {signed(max(means))}" if len(means) > 1 else f"mean {signed(means[0])}",
             f"n = {n}",
         ]
     )

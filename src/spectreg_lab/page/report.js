@@ -8,6 +8,13 @@ function theme() {
   return { ink: colour("--soft"), grid: colour("--grid"), paper: colour("--paper"), line: colour("--line") };
 }
 
+function ticks(panel) {
+  if (!panel.log) return {};
+  const values = panel.traces.flatMap((trace) => trace.y).filter((y) => y > 0);
+  const decades = Math.log10(values.reduce((a, b) => Math.max(a, b)) / values.reduce((a, b) => Math.min(a, b)));
+  return { type: "log", tickformat: "~g", ...(decades > 0.7 && decades < 3 && { dtick: "D2" }) };
+}
+
 function layout(panel) {
   const { ink, grid, paper, line } = theme();
   const axis = { gridcolor: grid, linecolor: line, zeroline: false, automargin: true, title: { standoff: 6 } };
@@ -19,7 +26,7 @@ function layout(panel) {
     margin: { l: 44, r: 8, t: 8, b: 40 }, font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: ink },
     hoverlabel: { bgcolor: paper, namelength: -1 },
     xaxis: { ...axis, title: { ...axis.title, text: panel.x }, ...places },
-    yaxis: { ...axis, title: { ...axis.title, text: panel.y }, type: panel.log ? "log" : "-", tickformat: panel.log ? "~g" : "" },
+    yaxis: { ...axis, title: { ...axis.title, text: panel.y }, ...ticks(panel) },
   };
 }
 
