@@ -138,11 +138,17 @@ def plain_index(call: Call) -> float:
     return 1.0
 
 
+def view(call: Call) -> float:
+    if call.output.dtype != call.input.dtype:
+        raise UnknownConstantError("it reads the same bits as another type")
+    return 1.0
+
+
 ISOMETRIC = (
     nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
     torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze,
     torch.chunk, torch.split, operator.neg, torch.neg,
-    "flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "chunk", "split",
+    "flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "chunk", "split",
     "clone", "neg",
 )  # fmt: skip
 NON_EXPANSIVE = (
@@ -173,6 +179,7 @@ CONSTANTS: dict[Any, float | Constant] = {
     **dict.fromkeys((torch.mean, "mean"), mean),
     **dict.fromkeys((torch.sum, "sum"), total),
     nn.Linear: linear,
+    "view": view,
     nn.PReLU: prelu,
     operator.getitem: plain_index,
 }
@@ -217,8 +224,8 @@ def magnitude(value: Any) -> float:
 Combination = Callable[[Call, Any], float]
 COMBINATIONS: dict[Any, Combination] = {
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate, torch.stack), concatenated),
-    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add"), added),
-    **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub"), added),
-    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul"), multiplied),
-    **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, "div"), divided),
+    **dict.fromkeys((operator.add, torch.add, "add"), added),
+    **dict.fromkeys((operator.sub, torch.sub, "sub"), added),
+    **dict.fromkeys((operator.mul, torch.mul, "mul"), multiplied),
+    **dict.fromkeys((operator.truediv, torch.div, "div"), divided),
 }

@@ -24,7 +24,7 @@ def norm_bound(layer: _ConvNd, input_size: tuple[int, ...], *, grid: int = 40) -
     """An upper bound on the norm of ``layer`` on inputs of ``input_size`` (without batch and channels).
 
     For zero padding it exceeds the truth only by what the border takes away, and, where ``input_size`` plus the
-    kernel exceeds ``grid``, by the factor 1/cos(π(k−1)/2·grid) a dimension (1.002 for a 3-tap kernel).
+    kernel exceeds ``grid``, by the factor 1/cos(π(k−1)/2·grid) a dimension (1.003 for a 3-tap kernel).
 
     >>> layer = torch.nn.Conv2d(1, 1, 3, padding=1, bias=False)
     >>> _ = torch.nn.init.ones_(layer.weight)

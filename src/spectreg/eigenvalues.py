@@ -94,7 +94,8 @@ def lanczos_largest(A: Operator, start: Float[Tensor, " n"], tolerance: float, m
     4.0
     """
     previous, v, beta = torch.zeros_like(start), normalised(start), 0.0
-    T = torch.zeros(max_products + 1, max_products + 1, dtype=torch.float64)
+    alphas: list[float] = []
+    betas: list[float] = []
     best = Eigenvalues((), (), 0, False)
     for j in range(max_products):
         try:
@@ -106,15 +107,18 @@ def lanczos_largest(A: Operator, start: Float[Tensor, " n"], tolerance: float, m
         alpha = torch.dot(v, w).item()
         w = w.sub_(v, alpha=alpha)
         beta = finite_length(w)
-        T[j, j], T[j, j + 1], T[j + 1, j] = alpha, beta, beta
+        alphas.append(alpha)
         if j < 50 or j % 10 == 9 or j + 1 == max_products:
-            theta, S = torch.linalg.eigh(T[: j + 1, : j + 1])
+            T = torch.diag(torch.tensor(alphas, dtype=torch.float64))
+            T += torch.diag(torch.tensor(betas, dtype=torch.float64), -1)
+            theta, S = torch.linalg.eigh(T, UPLO="L")
             residual = beta * S[-1, -1].abs().item()
             floor = 10 * torch.finfo(w.dtype).eps * theta.abs().max().item()
             converged = residual <= max(tolerance * theta[-1].abs().item(), floor)
             best = Eigenvalues((theta[-1].item(),), (residual,), j + 1, converged)
             if converged:
                 return best
+        betas.append(beta)
         previous, v = v, w / beta
     return best
 

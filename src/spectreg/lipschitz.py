@@ -126,7 +126,7 @@ class Walk(fx.Interpreter):
         before = max(self.bounds[node] for node in n.all_input_nodes)
         try:
             bound = self.bound_of(n, call, before)
-            in_place = getattr(call.module, "inplace", False) or str(operation) in ("iadd", "isub", "imul", "itruediv")
+            in_place = getattr(call.module, "inplace", False) or call.kwargs.get("inplace", False)
             if in_place and bound > before and len(n.all_input_nodes[0].users) > 1:
                 raise UnknownConstantError("it changes in place a value that is used elsewhere too")
         except UnknownConstantError as reason:

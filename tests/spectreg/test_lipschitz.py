@@ -219,6 +219,8 @@ def test_an_expanding_change_in_place_of_a_value_used_elsewhere_is_refused():
 
     with pytest.raises(ValueError, match="it changes in place a value that is used elsewhere"):
         lipschitz_bound(Aliased(nn.SELU(inplace=True)), (4,))
+    with pytest.raises(ValueError, match="it changes in place a value that is used elsewhere"):
+        lipschitz_bound(Aliased(Apply(lambda x: F.selu(x, inplace=True))), (4,))
     assert lipschitz_bound(Aliased(nn.ReLU(inplace=True)), (4,)).value == pytest.approx(2**0.5)
 
 
@@ -268,6 +270,7 @@ def hooked():
         (Apply(in_place), "traced computes something else: look for in-place changes"),
         (Apply(lambda x: (x, x)), "the model returns"),
         (nn.BatchNorm1d(4, track_running_stats=False), "keeps no running statistics"),
+        (Apply(lambda x: x.view(torch.bfloat16)), r"\(view\): it reads the same bits as another type"),
         (hooked(), "it has forward hooks"),
         (
             nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.AvgPool2d(2, divisor_override=3)),
