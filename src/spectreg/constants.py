@@ -138,6 +138,12 @@ def plain_index(call: Call) -> float:
     return 1.0
 
 
+def attribute(call: Call) -> float:
+    if call.args[1] not in ("T", "mT", "H", "mH"):
+        raise UnknownConstantError(f"no constant is known for the attribute {call.args[1]!r}")
+    return 1.0
+
+
 def view(call: Call) -> float:
     if call.output.dtype != call.input.dtype:
         raise UnknownConstantError("it reads the same bits as another type")
@@ -180,6 +186,7 @@ CONSTANTS: dict[Any, float | Constant] = {
     **dict.fromkeys((torch.sum, "sum"), total),
     nn.Linear: linear,
     "view": view,
+    getattr: attribute,
     nn.PReLU: prelu,
     operator.getitem: plain_index,
 }

@@ -127,7 +127,7 @@ def jacobian_frobenius_norm(
 
 
 def flat_output(y: Any, x: Tensor) -> Float[Tensor, "batch outputs"]:
-    """The output ``y``, flat for each example of ``x``; an error unless it depends on ``x`` and keeps the batch."""
+    """The output ``y``, flat for each example of ``x``; an error unless it has one for each."""
     if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != len(x):
         shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"the model gave {shape} for {len(x)} examples: a Jacobian needs one output for each.")

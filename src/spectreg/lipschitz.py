@@ -1,11 +1,12 @@
 """Measure: the bound on a network's Lipschitz constant that its layers give (Section 3.1 of arXiv:1705.10941)."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
@@ -108,7 +109,7 @@ class Walk(fx.Interpreter):
             self.bounds[n] = 1.0
         elif n.op == "output":
             self.finish(n)
-        elif not any(self.bounds[node] for node in n.all_input_nodes) or n.target in ("size", "dim", getattr):
+        elif not any(self.bounds[node] for node in n.all_input_nodes) or is_shape(n, output):
             self.bounds[n] = 0.0
         else:
             module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
@@ -168,6 +169,11 @@ class Walk(fx.Interpreter):
         return user if known and flat and not call.module._forward_hooks else None
 
 
+def is_shape(n: fx.Node, output: Any) -> bool:
+    """Whether a node reads off a shape: the same for all inputs that the bound speaks of."""
+    return n.op != "call_module" and n.target in ("size", "dim", getattr) and not isinstance(output, Tensor)
+
+
 def rule_for(key: Any) -> float | Constant | None:
     """The constant of an operation; of a subclass that computes the same as its parent, the parent's."""
     if not isinstance(key, type):
@@ -179,6 +185,8 @@ def rule_for(key: Any) -> float | Constant | None:
 
 
 def fuse(layer: Any, norm: Any) -> nn.Module:
+    """The two as one layer, in float64: rounding to float32 would spoil a certificate."""
+    layer, norm = copy.deepcopy(layer).double(), copy.deepcopy(norm).double()
     return fuse_linear_bn_eval(layer, norm) if isinstance(layer, nn.Linear) else fuse_conv_bn_eval(layer, norm)
 
 

@@ -155,6 +155,7 @@ class Apply(nn.Module):
         lambda x: x / 4,
         lambda x: x.permute(0, 2, 3, 1).reshape(x.shape[0], -1),
         lambda x: x[:, 1:, ::2],
+        lambda x: x.mT,
         lambda x: torch.stack([x, -x], 1),
         lambda x: torch.cat(x.chunk(2, dim=1), 2),
     ],
@@ -199,6 +200,15 @@ def test_batch_normalization_is_fused_into_the_layer_before_it():
     assert truth <= bound.value <= 1.1 * truth
     assert [factor.name for factor in bound.factors] == ["0", "1"]
     assert bound.factors[1].constant == 1.0
+
+
+def test_a_float32_layer_fused_with_its_batch_normalization_is_bounded_in_exact_arithmetic():
+    for seed in range(30):
+        torch.manual_seed(seed)
+        model = settled(nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)), (1,)).float().eval()
+        linear, norm = model[0].weight.double().item(), model[1]
+        truth = abs(linear * norm.weight.double().item()) / math.sqrt(norm.running_var.double().item() + norm.eps)
+        assert truth <= lipschitz_bound(model, (1,)).value <= truth * (1 + 1e-9)
 
 
 def test_the_factors_of_a_chain_multiply_to_the_bound():
@@ -271,6 +281,7 @@ def hooked():
         (Apply(lambda x: (x, x)), "the model returns"),
         (nn.BatchNorm1d(4, track_running_stats=False), "keeps no running statistics"),
         (Apply(lambda x: x.view(torch.bfloat16)), r"\(view\): it reads the same bits as another type"),
+        (Apply(lambda x: 2 * x.data), r"\(getattr\): no constant is known for the attribute 'data'"),
         (hooked(), "it has forward hooks"),
         (
             nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.AvgPool2d(2, divisor_override=3)),
