@@ -22,7 +22,7 @@ LAYERS = [
     ("runs",),
     ("pool",),
     ("studies",),
-    ("execution", "search", "display", "spectra"),
+    ("execution", "search", "display", "plan", "spectra"),
     ("exhibits",),
     ("report",),
     ("cli",),

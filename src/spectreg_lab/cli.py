@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from spectreg_lab.config import Config
+    from spectreg_lab.studies import Selection
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,14 +30,42 @@ Threads = Annotated[int | None, typer.Option(min=1, help="threads a run [default
 def reproduce(
     study: Annotated[Path, typer.Argument(help="study file: settings × methods × regimes × seeds")] = DEFAULT,
     out: Out = None,
+    setting: Annotated[list[str] | None, typer.Option(help="only this setting; may be given again")] = None,
+    regime: Annotated[list[str] | None, typer.Option(help="only this regime")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="only this method")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="only this seed")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print runs, sizes, memory and time; train nothing")
+    ] = False,
     processes: Processes = None,
     threads: Threads = None,
+    accelerator: Annotated[str, typer.Option(help="cpu, cuda, mps or auto")] = "auto",
+    devices: Annotated[int, typer.Option(min=1, help="of one run: its batches are shared out among them")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="machines of one run")] = 1,
+    precision: Annotated[
+        str | None, typer.Option(help="32-true, bf16-mixed or 64-true, instead of the study's")
+    ] = None,
 ) -> None:
     """Do every run of a study that is not finished yet, and write its report."""
-    folder, failed = _execute(study, out, processes, threads)
-    _report(folder)
+    from spectreg_lab.provenance import is_first_process
+    from spectreg_lab.studies import Selection
+
+    only = Selection(setting, regime, method, seed)
+    if dry_run:
+        _plan(study, only)
+        return
+    folder, failed = _execute(study, out, processes, threads, only, accelerator, devices, nodes, precision)
+    if is_first_process():
+        _report(folder)
     if failed:
         raise typer.Exit(1)
+
+
+def _plan(study: Path, only: "Selection") -> None:
+    from spectreg_lab.plan import plan
+    from spectreg_lab.studies import read_study
+
+    typer.echo(plan(read_study(study), only, lambda text: typer.echo(text, err=True)))
 
 
 @app.command(epilog="Example: `spectreg search studies/digits-search.toml`")
@@ -56,19 +85,33 @@ def search(
     typer.echo(f"all {len(choice.tried)} combinations: {folder / 'search.csv'}")
 
 
-def _execute(study: Path, out: Path | None, processes: int | None, threads: int | None) -> tuple[Path, list[str]]:
+def _execute(
+    study: Path,
+    out: Path | None,
+    processes: int | None,
+    threads: int | None,
+    only: "Selection | None" = None,
+    accelerator: str = "auto",
+    devices: int = 1,
+    nodes: int = 1,
+    precision: str | None = None,
+) -> tuple[Path, list[str]]:
     from spectreg_lab.display import StudyDisplay
-    from spectreg_lab.execution import execute
-    from spectreg_lab.pool import places
-    from spectreg_lab.provenance import command
-    from spectreg_lab.studies import read_study
+    from spectreg_lab.execution import begin, execute, execute_together
+    from spectreg_lab.pool import Pool, several_devices
+    from spectreg_lab.provenance import command, is_first_process
+    from spectreg_lab.studies import Selection, read_study
 
-    content = read_study(study)
+    content = read_study(study, precision)
     folder = out or Path("runs") / content.name
-    default_processes, threads = places(threads)
-    with StudyDisplay(_console()) as display:
+    fabric = several_devices(accelerator, devices, nodes, content.training.precision)
+    with StudyDisplay(_console(quiet=not is_first_process())) as display:
         try:
-            execute(content, folder, command(), processes or default_processes, threads, display)
+            waiting = begin(content, folder, command(), display, only or Selection())
+            if fabric is None:
+                execute(waiting, Pool.for_machine(processes, threads, accelerator), display)
+            else:
+                execute_together(waiting, fabric, display)
         except KeyboardInterrupt:
             display.note(f"stopped; what is finished is kept in {folder}. The same command goes on from there.")
             raise typer.Exit(130) from None
@@ -122,10 +165,10 @@ def spectra(
         write_plot(found, plot)
 
 
-def _console() -> "Console":
+def _console(quiet: bool = False) -> "Console":
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, quiet=quiet)
 
 
 def _report(folder: Path) -> None:

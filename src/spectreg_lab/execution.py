@@ -1,10 +1,15 @@
 """A study, carried out: its runs in parallel, finished ones skipped, failed ones recorded."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from lightning_fabric import Fabric
+
 from spectreg_lab import data, models, store
 from spectreg_lab.pool import Event, Job, Pool
+from spectreg_lab.runs import run
 from spectreg_lab.studies import Point, Study, StudyError
 
 
@@ -42,19 +47,38 @@ def check(study: Study, display: Display) -> None:
             raise StudyError(f"settings.{name}: {error}") from error
 
 
-def execute(study: Study, folder: Path, command: str, processes: int, threads: int, display: Display) -> None:
-    """Do every run of ``study`` that ``folder`` does not hold finished already."""
+def everything(point: Point) -> bool:
+    """Every run of a study."""
+    return True
+
+
+def begin(
+    study: Study, folder: Path, command: str, display: Display, only: Callable[[Point], bool] = everything
+) -> dict[Path, Point]:
+    """Record the study in ``folder`` and return the runs that are not finished there, of those that ``only`` admits."""
     points = study.points()
+    chosen = {store.run_folder(folder, point.config.name): point for point in points if only(point)}
+    if not chosen:
+        raise StudyError("no run of the study is of the settings, regimes, methods and seeds asked for")
     store.begin_study(folder, study.model_dump(mode="json"), [point.label() for point in points], command)
-    by_folder = {store.run_folder(folder, point.config.name): point for point in points}
-    waiting = {place: point for place, point in by_folder.items() if not _finished(place)}
-    display.begin(list(waiting.values()), len(by_folder) - len(waiting))
-    if not waiting:
-        return
-    check(study, display)
-    with Pool(processes, threads) as pool:
+    waiting = {place: point for place, point in chosen.items() if not _finished(place)}
+    display.begin(list(waiting.values()), len(chosen) - len(waiting))
+    if waiting:
+        check(study, display)
+    return waiting
+
+
+def execute(waiting: dict[Path, Point], pool: Pool, display: Display) -> None:
+    """Do the runs that :func:`begin` returned, several at a time."""
+    with pool:
         for event in pool.run([Job(point.config, place) for place, point in waiting.items()]):
-            _tell(event, by_folder[event.job.folder], display)
+            _tell(event, waiting[event.job.folder], display)
+
+
+def execute_together(waiting: dict[Path, Point], fabric: Fabric, display: Display) -> None:
+    """Do the runs one after the other, each on all processes of ``fabric``; every process calls this."""
+    for place, point in waiting.items():
+        display.end(point, run(point.config, place, fabric, partial(display.epoch, point)))
 
 
 def _finished(place: Path) -> bool:

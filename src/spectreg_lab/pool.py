@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from spectreg_lab.config import Config
+from spectreg_lab.config import Config, Precision
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 ATTEMPTS = 2
 
@@ -55,7 +58,19 @@ class Pool:
 
     processes: int
     threads: int
+    accelerator: str = "cpu"
     _workers: list[Worker] = field(default_factory=list)
+
+    @classmethod
+    def for_machine(cls, processes: int | None, threads: int | None, accelerator: str = "auto") -> "Pool":
+        """A process of one thread for each core, which keeps a CPU busy with small networks; one on an accelerator."""
+        import torch
+
+        if accelerator == "auto":
+            accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = threads or 1
+        return cls(processes or (max(cores // threads, 1) if accelerator == "cpu" else 1), threads, accelerator)
 
     def __enter__(self) -> "Pool":
         return self
@@ -104,7 +119,7 @@ class Pool:
     def _start(self) -> Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, self.threads), daemon=True)
+        process = context.Process(target=_work, args=(theirs, self.threads, self.accelerator), daemon=True)
         process.start()
         theirs.close()
         return Worker(process, ours)
@@ -117,11 +132,12 @@ def _cause(code: int | None) -> str:
     return f"exit code {code}"
 
 
-def _work(connection: Connection, threads: int) -> None:
+def _work(connection: Connection, threads: int, accelerator: str) -> None:
     """A worker's life: take a job, tell of each epoch and of the end; gone when nobody listens."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
+    from lightning_fabric import Fabric
 
     from spectreg_lab.runs import run
 
@@ -134,7 +150,8 @@ def _work(connection: Connection, threads: int) -> None:
                 connection.send(Event("epoch", job, metrics))
 
             try:
-                connection.send(Event("ended", job, run(job.config, job.folder, on_epoch=tell)))
+                fabric = Fabric(accelerator=accelerator, devices=1, precision=job.config.precision)
+                connection.send(Event("ended", job, run(job.config, job.folder, fabric, tell)))
             except BrokenPipeError:
                 raise
             except Exception as error:
@@ -142,8 +159,13 @@ def _work(connection: Connection, threads: int) -> None:
                 connection.send(Event("error", job, {"full": full, "error": f"{type(error).__name__}: {error}"}))
 
 
-def places(threads: int | None = None) -> tuple[int, int]:
-    """How many processes of how many threads keep this machine's cores busy with small networks: one thread each."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = threads or 1
-    return max(available // threads, 1), threads
+def several_devices(accelerator: str, devices: int, nodes: int, precision: Precision) -> "Fabric | None":
+    """The processes of one run, where it is to have more than one (or torchrun or Slurm has started several)."""
+    started = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    if devices * nodes == 1 and started == 1:
+        return None
+    from lightning_fabric import Fabric
+
+    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy="ddp", precision=precision)
+    fabric.launch()
+    return fabric

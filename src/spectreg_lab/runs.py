@@ -1,6 +1,7 @@
 """One run from its setting to its outcome: train, store, and go on after a kill."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,41 +37,60 @@ def run(
     """
     fabric = fabric or Fabric(accelerator="cpu", devices=1, precision=config.precision)
     place = RunFolder(folder)
-    if fabric.global_rank > 0:
-        return _train(config, place, fabric, on_epoch)
-    with place.locked():
-        place.begin(config, describe(str(fabric.device), torch.get_num_threads()))
-        return _train(config, place, fabric, on_epoch)
+    with place.locked() if fabric.global_rank == 0 else nullcontext():
+        nothing: tuple[dict[str, Any] | None, Checkpoint | None] = (None, None)
+        begun = _begin(config, place, fabric) if fabric.global_rank == 0 else nothing
+        outcome, checkpoint = fabric.broadcast(begun)
+        if outcome is None:
+            outcome = _train(config, place, fabric, checkpoint, on_epoch)
+        return outcome
+
+
+def _begin(config: Config, place: RunFolder, fabric: Fabric) -> tuple[dict[str, Any] | None, Checkpoint | None]:
+    """The outcome of a run that is finished, and where to go on with one that is not."""
+    place.begin(config, describe(str(fabric.device), torch.get_num_threads()))
+    outcome = place.outcome()
+    if outcome is not None and outcome["status"] == "finished":
+        return outcome, None
+    return None, place.resume()
 
 
 def _train(
-    config: Config, place: RunFolder, fabric: Fabric, on_epoch: Callable[[dict[str, Any]], None]
+    config: Config,
+    place: RunFolder,
+    fabric: Fabric,
+    checkpoint: Checkpoint | None,
+    on_epoch: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    outcome = place.outcome()
-    if outcome is not None and outcome["status"] == "finished":
-        return outcome
-    checkpoint = place.resume()
-    fabric.barrier()
-    for metrics in place.metrics():
+    first = fabric.global_rank == 0
+    for metrics in place.metrics() if first else ():
         on_epoch(metrics)
+    outcome: dict[str, Any] = {"status": "finished"}
     try:
         images = data.load(config.data)
         resume = None if checkpoint is None else (checkpoint.epoch, checkpoint.tensors)
         for epoch in train(config, images, fabric, resume):
-            if fabric.global_rank == 0:
+            if first:
                 metrics = epoch.metrics | _measures_due(config, epoch)
                 place.append(metrics)
                 place.save(Checkpoint(epoch.number, epoch.tensors))
                 on_epoch(metrics)
     except FAILURES as error:
         outcome = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-    else:
-        outcome = {"status": "finished"}
-    if fabric.global_rank == 0:
+    if first:
         if outcome["status"] == "finished" and config.measure is not None:
-            _measure(place, config, images, config.measure)
+            outcome |= _measured(place, config, images, config.measure)
         place.end(**outcome)
     return outcome
+
+
+def _measured(place: RunFolder, config: Config, images: data.Images, setting: Measuring) -> dict[str, str]:
+    """Measure a run that has just ended; what cannot be measured does not make it a failed run."""
+    try:
+        _measure(place, config, images, setting)
+    except FAILURES as error:
+        return {"measures": f"{type(error).__name__}: {error}"}
+    return {}
 
 
 def _measures_due(config: Config, epoch: Epoch) -> dict[str, Any]:

@@ -98,7 +98,8 @@ class RunFolder:
         changed = {key: versions[key] for key in said if first.get(key) != versions[key]}
         if changed:
             first = {**first, "continued": ", ".join(f"{key} {value}" for key, value in sorted(changed.items()))}
-        write_json(self.path / VERSIONS, first)
+        if first != self.versions():
+            write_json(self.path / VERSIONS, first)
 
     def _setting(self) -> dict[str, Any]:
         found = read_json(self.path / CONFIG)

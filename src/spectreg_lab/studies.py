@@ -136,6 +136,23 @@ class Study(Setting):
         )
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which runs of a study are meant; an empty list means all."""
+
+    setting: list[str] | None = None
+    regime: list[str] | None = None
+    method: list[str] | None = None
+    seed: list[int] | None = None
+
+    def __call__(self, point: "Point") -> bool:
+        """Whether ``point`` is among them."""
+        return all(
+            not getattr(self, name) or getattr(point, name) in getattr(self, name)
+            for name in ("setting", "regime", "method", "seed")
+        )
+
+
 def strength_field(method: Method) -> str:
     """The field that says how strongly a method acts."""
     if isinstance(method, Vanilla):
@@ -167,8 +184,11 @@ class Point:
         return f"{self.setting} {self.regime} {self.method} seed {self.seed}"
 
 
-def read_study(path: Path) -> Study:
+def read_study(path: Path, precision: str | None = None) -> Study:
     """Read and check a study file.
+
+    Args:
+        precision: Instead of the one in the file.
 
     Raises:
         StudyError: there is no such file, it is not TOML, or a field is unknown or wrong; the message says which.
@@ -181,6 +201,8 @@ def read_study(path: Path) -> Study:
         raise StudyError(f"study file {path} does not exist{hint}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise StudyError(f"study file {path} cannot be read: {error}") from None
+    if precision is not None:
+        content["training"] = {**content.get("training", {}), "precision": precision}
     try:
         return Study.model_validate(content)
     except ValidationError as error:

@@ -143,7 +143,7 @@ def train(
         resume: The number and the ``tensors`` of the last finished epoch.
 
     Raises:
-        NonFiniteLossError: the objective of an epoch was not finite.
+        NonFiniteLossError: the objective of an epoch, or the training loss after it, was not finite.
     """
     training = Training(config, images, fabric)
     done = 0
@@ -154,19 +154,20 @@ def train(
         start = time.perf_counter()
         objective = training.epoch(number).item()
         seconds = time.perf_counter() - start
-        if not math.isfinite(objective):
-            raise NonFiniteLossError(
-                f"epoch {number}: the training objective is {objective}; the learning rate "
-                f"{config.learning_rate} is probably too large for this network and batch size"
-            )
-        metrics = {"epoch": number, "objective": objective, **_metrics(training, number, seconds)}
+        metrics = {"epoch": number, "objective": objective, **_metrics(training, number, objective), "seconds": seconds}
         here = Images(training.train, training.test, images.classes)
         yield Epoch(number, metrics, training.tensors(), training.model, here)
 
 
-def _metrics(training: Training, number: int, seconds: float) -> dict[str, Any]:
+def _metrics(training: Training, number: int, objective: float) -> dict[str, Any]:
     config, model = training.config, training.model
     train_loss, train_accuracy = evaluate(model, training.train, config.micro_batch, training.fabric)
+    for name, value in (("objective", objective), ("loss", train_loss)):
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"epoch {number}: the training {name} is {value}; the learning rate {config.learning_rate} is probably "
+                "too large for this network and batch size"
+            )
     test_loss, test_accuracy = evaluate(model, training.test, config.micro_batch, training.fabric)
     return {
         "train_loss": train_loss,
@@ -174,7 +175,6 @@ def _metrics(training: Training, number: int, seconds: float) -> dict[str, Any]:
         "test_loss": test_loss,
         "test_accuracy": test_accuracy,
         "learning_rate": learning_rate(config, number),
-        "seconds": seconds,
         "sigma": spectral_norms(model),
     }
 

@@ -6,9 +6,9 @@ import pytest
 from test_studies import STUDY
 
 from spectreg_lab import execution, store
-from spectreg_lab.execution import DiskFullError, check, execute
+from spectreg_lab.execution import DiskFullError, begin, check, execute
 from spectreg_lab.pool import Event, Pool
-from spectreg_lab.studies import StudyError, read_study
+from spectreg_lab.studies import Selection, StudyError, read_study
 
 
 class Record:
@@ -45,7 +45,7 @@ def study(tmp_path):
 
 def carry_out(study, folder, processes=2):
     record = Record()
-    execute(study, folder, "spectreg reproduce", processes, 1, record)
+    execute(begin(study, folder, "spectreg reproduce", record), Pool(processes, 1), record)
     return record
 
 
@@ -88,7 +88,7 @@ def test_a_run_whose_process_is_killed_goes_on_in_a_new_one(study, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Pool, "__enter__", lambda pool: pools.append(pool) or enter(pool))
         record = Killer()
-        execute(content, tmp_path / "out", "spectreg reproduce", 1, 1, record)
+        execute(begin(content, tmp_path / "out", "spectreg reproduce", record), Pool(1, 1), record)
     assert [note for note in record.notes if "SIGKILL (out of memory?); trying once more" in note]
     assert [status for _, status, _ in record.ends] == ["finished"] * 4
 
@@ -131,3 +131,16 @@ def test_what_cannot_work_is_said_before_the_first_run(study, old, new, message)
 def test_a_broken_outcome_counts_as_unfinished(tmp_path):
     (tmp_path / store.OUTCOME).write_text("{")
     assert not execution._finished(Path(tmp_path))
+
+
+def test_a_selection_does_only_its_runs_and_the_folder_still_knows_all(study, tmp_path):
+    record = Record()
+    only = Selection(regime=["large"], method=["vanilla", "decay"], seed=[1])
+    waiting = begin(study(), tmp_path / "out", "spectreg reproduce", record, only)
+    assert {str(point) for point in waiting.values()} == {"vgg large vanilla seed 1", "vgg large decay seed 1"}
+    assert len(store.read_study(tmp_path / "out").runs) == 12
+
+
+def test_a_selection_of_nothing_is_refused(study, tmp_path):
+    with pytest.raises(StudyError, match="no run of the study"):
+        begin(study(), tmp_path / "out", "", Record(), Selection(method=["spectral"]))

@@ -1,0 +1,92 @@
+"""What a study would do, without doing it: runs, sizes, memory and time, from a few measured steps on this machine."""
+
+import time
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from spectreg_lab import data
+from spectreg_lab.config import Config
+from spectreg_lab.data import Images, Split, steps_per_epoch
+from spectreg_lab.studies import Point, Study
+from spectreg_lab.train import Training
+
+STEPS = 3  # timed after one that warms up
+BATCH = 64  # images in a timed step; longer batches are taken to cost in proportion
+SHAPES = {"cifar10": ((3, 32, 32), 50_000, 10_000, 10), "cifar100": ((3, 32, 32), 50_000, 10_000, 100)}
+SHAPES |= {"stl10": ((3, 96, 96), 5_000, 8_000, 10)}
+
+
+def plan(study: Study, only: Callable[[Point], bool], progress: Callable[[str], None]) -> str:
+    """A table of what is to be run, one line a setting, regime and method, and the sums.
+
+    Images of hub data sets are drawn at random in the shapes these are known to have: nothing is downloaded.
+    """
+    points = [point for point in study.points() if only(point)]
+    groups: dict[tuple[str, str, str], list[Point]] = {}
+    for point in points:
+        groups.setdefault((point.setting, point.regime, point.method), []).append(point)
+    rows = []
+    for (setting, regime, method), group in groups.items():
+        progress(f"timing {setting} {regime} {method}")
+        rows.append({"setting": setting, "regime": regime, "method": method, **_estimate(group[0].config, len(group))})
+    frame = pd.DataFrame(rows)
+    return (
+        f"{frame.to_string(index=False)}\n\n{len(points)} runs of {study.name}, "
+        f"{frame['hours'].sum():.3g} hours of one process here"
+    )
+
+
+def _estimate(config: Config, runs: int) -> dict[str, object]:
+    images, sizes = _images(config)
+    training = Training(config, images, Fabric(accelerator="cpu", devices=1))
+    x, y = images.train.images[:BATCH], images.train.labels[:BATCH]
+    training.step(x, y)
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        training.step(x, y)
+    per_image = (time.perf_counter() - start) / STEPS / len(y)
+    seen = steps_per_epoch(sizes[0], config.batch_size) * min(config.batch_size, sizes[0])
+    epoch = per_image * (seen + sum(sizes) / 3)  # a forward pass over everything is about a third of a step
+    return {
+        "runs": runs,
+        "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
+        "steps an epoch": steps_per_epoch(sizes[0], config.batch_size),
+        "GiB": round(_memory(training, x, min(config.micro_batch, config.batch_size)) / 2**30, 2),
+        "hours": round(runs * config.epochs * epoch / 3600, 3),
+    }
+
+
+def _images(config: Config) -> tuple[Images, tuple[int, int]]:
+    """A few images of the right shape, and how many there are of each split."""
+    if config.data.name in SHAPES:
+        shape, train, test, classes = SHAPES[config.data.name]
+        draws = torch.Generator().manual_seed(0)
+        split = Split(torch.randn(BATCH, *shape, generator=draws), torch.randint(classes, (BATCH,), generator=draws))
+        return Images(split, split, classes), (config.data.train_size or train, config.data.test_size or test)
+    images = data.load(config.data)
+    return images, (len(images.train), len(images.test))
+
+
+def _memory(training: Training, x: torch.Tensor, micro_batch: int) -> int:
+    """Bytes of weights, gradients and momentum, and of what a forward pass keeps for the backward one."""
+    kept = 0
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += tensor.numel() * tensor.element_size()
+        return tensor
+
+    parameters = {parameter.data_ptr() for parameter in training.model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: tensor if tensor.data_ptr() in parameters else count(tensor), lambda tensor: tensor
+    ):
+        training.model(x)
+    return 3 * _bytes(training.model) + kept * micro_batch // len(x)
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
