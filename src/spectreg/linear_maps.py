@@ -12,7 +12,8 @@ from torch import Tensor
 Norm = Literal["max", "each"]
 
 TILE = 1 << 18  # elements of a weight of lower precision that are held in float32 at a time
-CACHED = 1 << 21  # elements of a weight that stay in a processor's last cache between two products
+CACHED = 1 << 21  # elements of a weight that stay in a processor's last cache from one product to the next
+SMALL = 1 << 18  # elements of a weight that is read twice sooner than it is looked after
 
 
 @runtime_checkable
@@ -151,13 +152,13 @@ class MatrixMap:
         return v3.flatten()
 
     def both(self, W: Tensor, v: Float[Tensor, " v"]) -> tuple[Float[Tensor, " u"], Float[Tensor, " v"]] | None:
-        """Wv and WᵀWv, each up to a factor, in one pass over a ``W`` too large for the cache; None for any other.
+        """Wv and WᵀWv, each up to a factor, in one pass over a ``W`` that is not small; None for any other.
 
         The vectors have the scale of the first rows' product taken out, so that the second product, of the size σ²,
         stays within float32.
         """
         plain = self.blocks == 1 and self.layout == "rows" and W.is_contiguous() and W.dtype == v.dtype
-        if not plain or W.device.type != "cpu" or W.numel() < 2 * CACHED:
+        if not plain or W.device.type != "cpu" or W.numel() < SMALL:
             return None
         u, w = v.new_empty(self.outputs), torch.zeros_like(v)
         rows = max(1, CACHED // self.inputs)
@@ -166,8 +167,9 @@ class MatrixMap:
             tile = self._plain(W)[part]
             torch.mv(tile, v, out=u[part])
             if first == 0:
-                exponent = torch.frexp(u[part].abs().amax()).exponent
-                u[part], v = torch.ldexp(u[part], -exponent), torch.ldexp(v, -exponent)
+                scale = torch.linalg.vector_norm(u[part], float("inf")).clamp_min(torch.finfo(u.dtype).tiny)
+                u[part].div_(scale)
+                v = v / scale
             w.addmv_(tile.t(), u[part])
         return u, w
 

@@ -136,7 +136,7 @@ class Triplets:
                 self._add_one(i, G, u, alpha)
 
     def _scaled_u(self, scale: Float[Tensor, " values"]) -> Sequence[Tensor]:
-        scaled = self.u * scale.to(self.u.dtype)[self.u_segments.owners]
+        scaled = self.u * scale.to(self.u.dtype).index_select(0, self.u_segments.owners)
         return scaled.split([x.numel() for x in self.us])
 
     def _add_one(self, i: int, G: Tensor, u: Tensor, alpha: float) -> None:
@@ -187,8 +187,9 @@ def normalised(
     otherwise: Float[Tensor, " elements"],
 ) -> Float[Tensor, " elements"]:
     """Each segment of ``x`` over its length; ``otherwise`` where that is zero or not finite."""
-    usable = (length > 0) & length.isfinite()
     if segments.are_long:
+        usable = (length > 0) & length.isfinite()
         parts = zip(usable, x.split(segments.sizes), length, otherwise.split(segments.sizes), strict=True)
         return torch.cat([torch.where(fine, part / size, other) for fine, part, size, other in parts])
-    return torch.where(usable[segments.owners], x / length[segments.owners], otherwise)
+    each = length.index_select(0, segments.owners)
+    return torch.where((each > 0) & each.isfinite(), x / each, otherwise)

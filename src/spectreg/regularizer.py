@@ -86,7 +86,7 @@ class SpectralNormRegularizer:
         generator = torch.Generator().manual_seed(seed)
         self._memories = {w.name: Memory.first(w, k, generator) for w in self.weights}
         self._attachment: Attachment | None = None
-        self._bundles: list[Bundle] = []
+        self._bundles: list[tuple[Bundle, list[int], int]] = []
         self._layout: Any = None
 
     @property
@@ -239,7 +239,7 @@ class SpectralNormRegularizer:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        passing = ("_attachment", "_bundles", "_keys", "_layout", "_memories")
+        passing = ("_attachment", "_bundles", "_layout", "_memories")
         kept = {name: value for name, value in self.__dict__.items() if name not in passing}
         return kept | {"memory": self.state_dict()}
 
@@ -271,27 +271,33 @@ class SpectralNormRegularizer:
 
     def _arrange(self) -> list[tuple[Bundle, list[Tensor], int]]:
         """The bundles with their weights as they are now; made anew when a weight has moved or was frozen."""
+        weights = [m.weight.tensor for m in self._memories.values()]
         lanes = self._attachment.lanes if self._attachment else {}
-        current = [(m, m.weight.tensor, lanes.get(name, 0)) for name, m in self._memories.items()]
-        layout = [(W.device, W.dtype, W.requires_grad, lane, getattr(W, "device_mesh", None)) for _, W, lane in current]
+        layout = [(W.device, W.dtype, W.requires_grad, getattr(W, "device_mesh", None)) for W in weights], lanes
         if layout != self._layout:
-            self._keys = [(*key, m.sigma.shape[1], m.calls) for key, (m, _, _) in zip(layout, current, strict=True)]
-            self._bundles = []
-        groups: dict[Any, list[tuple[Memory, Tensor, int]]] = {}
-        for key, entry in zip(self._keys, current, strict=True):
-            groups.setdefault(key, []).append(entry)
-        if layout != self._layout:
-            self._bundles = [Bundle([m for m, _, _ in g], [W for _, W, _ in g]) for g in groups.values()]
-            self._layout = layout
-            self._warm_up([[W.detach() for _, W, _ in g] for g in groups.values()])
-        return [(b, [W for _, W, _ in g], g[0][2]) for b, g in zip(self._bundles, groups.values(), strict=True)]
+            self._regroup(layout, weights)
+            self._warm_up(weights)
+        return [(b, [weights[i] for i in members], lane) for b, members, lane in self._bundles]
 
-    def _warm_up(self, weights: Sequence[list[Tensor]]) -> None:
+    def _regroup(self, layout: Any, weights: Sequence[Tensor]) -> None:
+        """Bundle the weights that are alike in all that a step needs to be the same."""
+        groups: dict[Any, list[int]] = {}
+        for i, (key, (name, m)) in enumerate(zip(layout[0], self._memories.items(), strict=True)):
+            lane = layout[1].get(name, 0)
+            groups.setdefault((lane, *key, m.sigma.shape[1], m.calls), []).append(i)
+        memories = list(self._memories.values())
+        self._bundles = [
+            (Bundle([memories[i] for i in members], [weights[i] for i in members]), members, key[0])
+            for key, members in groups.items()
+        ]
+        self._layout = layout
+
+    @torch.no_grad()
+    def _warm_up(self, weights: Sequence[Tensor]) -> None:
         """Bring vectors that were never stepped near the top singular pair; at least half a step, for a first σ."""
-        for bundle, Ws in zip(self._bundles, weights, strict=True):
+        for bundle, members, _ in self._bundles:
             if all(m.calls == 0 and not m.u.any() for m in bundle.memories):
-                with torch.no_grad():
-                    bundle.triplets.advance(Ws, max(2 * self.warmup, 1))
+                bundle.triplets.advance([weights[i].detach() for i in members], max(2 * self.warmup, 1))
                 for m in bundle.memories:
                     m.start = m.sigma.clone() if self.penalty_function.target == "start" else None
 

@@ -40,7 +40,8 @@ class Weight:
     @property
     def tensor(self) -> Tensor:
         """The weight as it is now; it lives in the module and is not copied (a parametrized one is computed)."""
-        return getattr(self.module, self.attribute)
+        parameter = self.module._parameters.get(self.attribute)
+        return getattr(self.module, self.attribute) if parameter is None else parameter
 
 
 def named_weights(
