@@ -12,7 +12,7 @@ from torch import Tensor
 Norm = Literal["max", "each"]
 
 TILE = 1 << 18  # elements of a weight of lower precision that are held in float32 at a time
-CACHED = 1 << 21  # elements of a weight that stay in a processor's last cache from one product to the next
+CACHED = 1 << 19  # elements of a weight that stay in a processor's last cache from one product to the next
 SMALL = 1 << 18  # elements of a weight that is read twice sooner than it is looked after
 
 

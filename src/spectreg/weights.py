@@ -133,8 +133,9 @@ def maps_of(
         if input_size is not None:
             maps["operator"] = OperatorMap.of(module, input_size)
         return maps
-    if type(module) in GATES and not attribute.startswith("weight_hr"):
-        return {"matrix": MatrixMap(shape, GATES[type(module)], norm="each"), "joint": joint}
+    gates = next((number for kind, number in GATES.items() if isinstance(module, kind)), None)
+    if gates is not None and not attribute.startswith("weight_hr"):
+        return {"matrix": MatrixMap(shape, gates, norm="each"), "joint": joint}
     if isinstance(module, nn.MultiheadAttention) and weight.ndim == 2:
         parts = 3 if attribute == "in_proj_weight" else 1
         heads = MatrixMap(shape, parts * module.num_heads, norm="each")
