@@ -28,10 +28,10 @@ class Memory:
 
     @classmethod
     def first(cls, weight: Weight, k: int, generator: torch.Generator) -> "Memory":
-        """Gaussian v: rotation-invariant, so that it almost surely has a part along the top singular vector."""
+        """Gaussian v, made orthonormal: rotation-invariant, so almost surely with a part along the top singular vector."""
         m = weight.map
         kept = min(k, m.outputs, m.inputs)
-        v = torch.randn(m.blocks, m.inputs, kept, generator=generator)
+        v = torch.linalg.qr(torch.randn(m.blocks, m.inputs, kept, generator=generator)).Q
         return cls(weight, torch.zeros(m.blocks, m.outputs, kept), v, torch.zeros(m.blocks, kept), k)
 
     def saved(self) -> dict[str, Any]:

@@ -91,6 +91,20 @@ def test_a_zero_weight_has_sigma_zero_no_gradient_and_keeps_its_vector_until_it_
     torch.testing.assert_close(regularizer.sigma()["weight"], torch.linalg.matrix_norm(layer.weight.detach(), 2))
 
 
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("steps", [0.5, 1])
+def test_the_very_first_step_without_a_warmup_is_below_the_norm_and_its_gradient_has_that_length(steps, k):
+    W = gaussian(4, 30, seed=0)
+    layer = linear(W.clone())
+    regularizer = SpectralNormRegularizer(layer, 1.0, steps=steps, warmup=0, k=k)
+    truth = torch.linalg.svdvals(W)[:k]
+    assert regularizer.sigma()["weight"] <= truth[0]
+    regularizer.add_gradient()
+    sigma = regularizer.state_dict()["vectors"]["weight"]["sigma"].flatten()
+    assert (sigma <= truth * (1 + 1e-12)).all()
+    torch.testing.assert_close(layer.weight.grad.norm(), sigma.norm())
+
+
 def test_a_rank_one_weight_is_found_in_one_step():
     W = torch.outer(gaussian(4, seed=0), gaussian(6, seed=1))
     layer = linear(W)
