@@ -28,7 +28,7 @@ class Memory:
 
     @classmethod
     def first(cls, weight: Weight, k: int, generator: torch.Generator) -> "Memory":
-        """Gaussian v, made orthonormal: rotation-invariant, so almost surely with a part along the top singular vector."""
+        """Gaussian v, made orthonormal: it almost surely has a part along the top singular vector, whatever the map."""
         m = weight.map
         kept = min(k, m.outputs, m.inputs)
         v = torch.linalg.qr(torch.randn(m.blocks, m.inputs, kept, generator=generator)).Q
