@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 ATTEMPTS = 2
+GRACE = 10  # seconds for an idle worker to leave
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,9 @@ class Pool:
 
     def __exit__(self, *exception: object) -> None:
         for worker in self._workers:
+            worker.connection.close()  # an idle worker leaves by itself
+        for worker in self._workers:
+            worker.process.join(GRACE if exception[0] is None else 0)
             worker.process.kill()
             worker.process.join()
 

@@ -46,7 +46,8 @@ class Training:
         self.config, self.fabric = config, fabric
         dtype = torch.float64 if config.precision == "64-true" else torch.float32
         self.train, self.test = (split.to(fabric.device, dtype) for split in (images.train, images.test))
-        self.model = models.build(config.model, images.shape, images.classes, config.seed).to(fabric.device, dtype)
+        self.model = models.build(config.model, images.shape, images.classes, config.seed)
+        self.model.to(fabric.device, dtype, memory_format=torch.channels_last)  # a third faster for DenseNet on a CPU
         self.method = methods.build(config, self.model)
         self.optimizer = torch.optim.SGD(
             self.method.parameter_groups(),
@@ -130,7 +131,10 @@ class Training:
         self.model.load_state_dict(parts["model"])
         for name, parameter in self.model.named_parameters():
             if name in parts["momentum"]:
-                self.optimizer.state[parameter]["momentum_buffer"] = parts["momentum"][name]
+                momentum = torch.empty_like(parameter).copy_(
+                    parts["momentum"][name]
+                )  # in the parameter's memory format
+                self.optimizer.state[parameter]["momentum_buffer"] = momentum
         self.method.load_state(parts["method"])
 
 
