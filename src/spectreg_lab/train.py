@@ -47,7 +47,8 @@ class Training:
         dtype = torch.float64 if config.precision == "64-true" else torch.float32
         self.train, self.test = (split.to(fabric.device, dtype) for split in (images.train, images.test))
         self.model = models.build(config.model, images.shape, images.classes, config.seed)
-        self.model.to(fabric.device, dtype, memory_format=torch.channels_last)  # a third faster for DenseNet on a CPU
+        self.model.to(fabric.device, dtype)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster on a CPU
         self.method = methods.build(config, self.model)
         self.optimizer = torch.optim.SGD(
             self.method.parameter_groups(),
