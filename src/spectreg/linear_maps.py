@@ -132,7 +132,7 @@ class MatrixMap:
     def forward(self, W: Tensor, v: Float[Tensor, " v"], k: int = 1) -> Float[Tensor, " u"]:
         """Wv, in the precision of ``v``."""
         if self._is_plain(W, v, k):
-            return torch.mv(self._plain(W), v)
+            return torch.mv(self._plain(W), self._to_memory(W, v))
         W3, v3 = self._slices(W), self._inputs_as_stored(W, v, k)
         u3 = v.new_empty(W3.shape[0], W3.shape[1], k)
         for n, r in _tiles(W3, v):
@@ -142,7 +142,7 @@ class MatrixMap:
     def adjoint(self, W: Tensor, u: Float[Tensor, " u"], k: int = 1) -> Float[Tensor, " v"]:
         """Wᵀu, in the precision of ``u``."""
         if self._is_plain(W, u, k):
-            return torch.mv(self._plain(W).t(), u)
+            return self._from_memory(W, torch.mv(self._plain(W).t(), u))
         W3, u3 = self._slices(W), self._outputs_as_stored(u, k)
         v3 = u.new_zeros(W3.shape[0], W3.shape[2], k)
         for n, r in _tiles(W3, u):
@@ -182,7 +182,7 @@ class MatrixMap:
             self.add_outer_(dense, u, v, k)
             G.add_(dense, alpha=alpha)
         elif self._is_plain(G, u, k):
-            self._plain(G).addr_(u, v, alpha=alpha)
+            self._plain(G).addr_(u, self._to_memory(G, v), alpha=alpha)
         else:
             G3, u3, v3 = self._slices(G), self._outputs_as_stored(u, k), self._inputs_as_stored(G, v, k)
             for n, r in _tiles(G3, u):
@@ -194,12 +194,21 @@ class MatrixMap:
     def _is_plain(self, W: Tensor, x: Tensor, k: int) -> bool:
         """Whether one BLAS call on a matrix does it."""
         one = k == 1 and self.blocks == 1 and self.layout != "transposed" and W.dtype == x.dtype
-        return one and (W.ndim == 2 or W.is_contiguous())
+        return one and (W.ndim == 2 or W.is_contiguous() or self._kernel_first(W))
 
     def _plain(self, W: Tensor) -> Float[Tensor, "outputs inputs"]:
         if self.layout == "columns":
             return W.t()
-        return W if W.ndim == 2 else W.view(self.shape[0], -1)
+        if W.ndim == 2:
+            return W
+        return (W if W.is_contiguous() else W.movedim(1, -1)).view(self.shape[0], -1)
+
+    def _to_memory(self, W: Tensor, v: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
+        """The inputs of a plain matrix, in the order in which its columns lie in memory."""
+        return v if W.ndim == 2 or W.is_contiguous() else v.view(self.shape[1], -1).t().reshape(-1)
+
+    def _from_memory(self, W: Tensor, v: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
+        return v if W.ndim == 2 or W.is_contiguous() else v.view(-1, self.shape[1]).t().reshape(-1)
 
     def _kernel_first(self, W: Tensor) -> bool:
         """Whether ``W`` is a kernel in the channels-last memory format, whose columns are kw·kh·a in memory."""
