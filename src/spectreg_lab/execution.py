@@ -95,7 +95,9 @@ def _tell(event: Event, point: Point, display: Display) -> None:
     elif event.kind == "ended":
         display.end(point, event.content)
     elif event.content.get("full"):
-        raise DiskFullError(event.content["error"])
+        raise DiskFullError(
+            f"{event.content['error']}: free some space and give the same command again; what is finished is kept"
+        )
     elif event.content.get("retry"):
         display.note(f"{point}: {event.content['error']}; trying once more")
     else:

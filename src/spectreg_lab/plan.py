@@ -56,7 +56,7 @@ def _estimate(config: Config, runs: int) -> dict[str, object]:
         "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
         "steps an epoch": steps_per_epoch(sizes[0], config.batch_size),
         "GiB": round(_memory(training, x, min(config.micro_batch, config.batch_size)) / 2**30, 2),
-        "hours": round(runs * config.epochs * epoch / 3600, 3),
+        "hours": float(f"{runs * config.epochs * epoch / 3600:.2g}"),
     }
 
 
