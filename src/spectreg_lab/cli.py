@@ -271,3 +271,7 @@ def _text(error: Exception) -> str:
         place = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{place}: mend that and give the same command again; what is finished is kept"
     return str(error)
+
+
+if __name__ == "__main__":
+    main()
