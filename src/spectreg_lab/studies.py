@@ -42,6 +42,7 @@ class Case(Setting):
     data: Data = Data()
     learning_rate: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field({}, description="by regime")
     epochs: Positive | None = Field(None, description="where they differ from the study's")
+    micro_batch: Positive | None = Field(None, description="where it differs from the study's")
     alpha: dict[str, float] | None = Field(None, description="thresholds of the generalization gap, by regime")
     paper: str | None = Field(None, description="the rows of the paper's Table 1 to set beside, as model/dataset")
 
@@ -132,7 +133,7 @@ class Study(Setting):
             epochs=case.epochs or self.epochs,
             seed=seed,
             measure=None if self.search else self.measure,
-            **self.training.model_dump(),
+            **{**self.training.model_dump(), "micro_batch": case.micro_batch or self.training.micro_batch},
         )
 
 
