@@ -1,5 +1,6 @@
 """Run a function on several processes that talk through gloo."""
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -8,11 +9,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# What takes long to import is imported once, by the server from which all processes are forked.
+PRELOADED = (
+    "pytest", "hypothesis", "torch.distributed.checkpoint", "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel", "spectreg.sharded",
+)  # fmt: skip
+
 
 def on_ranks(count: int, function: Callable[..., None], *arguments: object) -> None:
     """Call ``function(*arguments)`` on each of ``count`` ranks; an error on any of them is raised here."""
+    multiprocessing.set_forkserver_preload(list(PRELOADED))
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_start, (count, os.path.join(folder, "store"), function, arguments), nprocs=count)
+        start = (count, os.path.join(folder, "store"), function, arguments)
+        mp.start_processes(_start, start, nprocs=count, start_method="forkserver")
 
 
 def _start(rank: int, count: int, store: str, function: Callable[..., None], arguments: tuple[object, ...]) -> None:
