@@ -69,9 +69,10 @@ class Bundle:
 
     def slopes(self, penalty: Penalty) -> Float[Tensor, " values"]:
         """φ'(σ) of each value that counts, 0 for the others."""
-        counted = self.counted()
-        slopes = penalty.slope(self.triplets.sigma, self.target(penalty))
-        return torch.where(counted > 0, slopes, torch.zeros_like(slopes))
+        sigma = self.triplets.sigma
+        slopes = penalty.slope(sigma, self.target(penalty))
+        # Where σ is 0, u is too: of a slope that is infinite there, such as that of √σ, nothing may remain.
+        return torch.where((self.counted() > 0) & (sigma > 0), slopes, torch.zeros_like(slopes))
 
     def value(self, penalty: Penalty, weights: Sequence[Tensor], strength: float | Tensor) -> Tensor:
         """λΣφ(σ) with a gradient for each of ``weights``."""
@@ -82,6 +83,7 @@ class Bundle:
             )
         ]
         sigma, counted = torch.cat(parts), self.counted() > 0
+        sigma = torch.where(sigma > 0, sigma, sigma.detach())
         # σ that do not count are put out of the way first: 0 × NaN in the backward pass would bring them back.
         values = strength * penalty.value(torch.where(counted, sigma, torch.ones_like(sigma)), self.target(penalty))
         return torch.where(counted, values, torch.zeros_like(values)).sum()

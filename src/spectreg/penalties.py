@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from math import isfinite
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -85,8 +86,8 @@ class Power:
     """
 
     exponent: float | int = 2.0
-    target: Target = 0.0
-    factor: float | int = 1.0
+    target: ClassVar[Target] = 0.0
+    factor: ClassVar[float | int] = 1.0
 
     def value(self, sigma: Values, target: Float[Tensor, "..."]) -> Values:
         """(σᵏ − 1)²."""
@@ -106,18 +107,25 @@ class Function:
     """
 
     function: Callable[[Tensor], Tensor]
-    target: Target = 0.0
-    factor: float | int = 1.0
+    target: ClassVar[Target] = 0.0
+    factor: ClassVar[float | int] = 1.0
 
     def value(self, sigma: Values, target: Float[Tensor, "..."]) -> Values:
         """The function itself."""
-        return self.function(sigma)
+        values = self.function(sigma)
+        if not isinstance(values, Tensor) or values.shape != sigma.shape:
+            came = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"the penalty function made {came} of a tensor of {sigma.numel()} σ: it must be elementwise, such as "
+                "lambda sigma: sigma**4. The sum over σ is taken for you."
+            )
+        return values
 
     def slope(self, sigma: Values, target: Float[Tensor, "..."]) -> Values:
         """Its derivative."""
         with torch.enable_grad():
             at = sigma.detach().requires_grad_()
-            return torch.autograd.grad(self.function(at).sum(), at)[0]
+            return torch.autograd.grad(self.value(at, target).sum(), at)[0]
 
 
 NAMED = {"square": Square, "hinge": Hinge, "power": Power}
@@ -130,5 +138,14 @@ def penalty_of(penalty: str | Penalty | Callable[[Tensor], Tensor]) -> Penalty:
             raise ValueError(f"unknown penalty {penalty!r}: it is one of {', '.join(NAMED)}, or a function of σ.")
         return NAMED[penalty]()
     if isinstance(penalty, Penalty):
+        _check_target(penalty)
         return penalty
+    if not callable(penalty):
+        raise ValueError(f"penalty {penalty!r} is neither one of {', '.join(NAMED)} nor a function of σ.")
     return Function(penalty)
+
+
+def _check_target(penalty: Penalty) -> None:
+    target = penalty.target
+    if target not in ("start", "shape") and not (isinstance(target, float | int) and isfinite(target)):
+        raise ValueError(f"target {target!r} of {penalty}: it must be a finite number, 'start' or 'shape'.")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isfinite
+from numbers import Real
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class SpectralNormRegularizer:
         strength: float | int | Mapping[str, float | int],
         *,
         penalty: str | Penalty | Callable[[Tensor], Tensor] = "square",
-        map: str | Mapping[str, str] = "matrix",
+        map: str | int | Mapping[str, str | int] = "matrix",
         input_size: InputSize | Mapping[str, InputSize] | None = None,
         select: Select | None = None,
         embeddings: bool = False,
@@ -74,10 +75,10 @@ class SpectralNormRegularizer:
         decoupled: bool = False,
         seed: int = 0,
     ) -> None:
-        _check("steps", steps, steps > 0 and 2 * steps == int(2 * steps), "a positive multiple of one half")
-        _check("k", k, k >= 1 and k == int(k), "a whole number from 1")
-        _check("every", every, every >= 1 and every == int(every), "a whole number from 1")
-        _check("warmup", warmup, warmup >= 0 and warmup == int(warmup), "a whole number from 0")
+        _check("steps", steps, lambda x: x > 0 and 2 * x % 1 == 0, "a positive multiple of one half")
+        _check("k", k, lambda x: x >= 1 and x % 1 == 0, "a whole number from 1")
+        _check("every", every, lambda x: x >= 1 and x % 1 == 0, "a whole number from 1")
+        _check("warmup", warmup, lambda x: x >= 0 and x % 1 == 0, "a whole number from 0")
         self.k = k
         self.weights: list[Weight] = named_weights(model, select, map, input_size, embeddings)
         self.penalty_function = penalty_of(penalty)
@@ -100,7 +101,7 @@ class SpectralNormRegularizer:
         numbers = {w.name: patterns.get(w.name, 0.0) for w in self.weights}
         patterns.check_all_used(list(numbers))
         for name, number in numbers.items():
-            _check(f"strength of {name!r}", number, isfinite(number) and number >= 0, "a finite number from 0")
+            _check(f"strength of {name!r}", number, lambda x: isfinite(x) and x >= 0, "a finite number from 0")
         self._strength, self._strengths = strength, {n: float(x) * self.every for n, x in numbers.items()}
         self._strength_version = getattr(self, "_strength_version", 0) + 1
 
@@ -224,7 +225,7 @@ class SpectralNormRegularizer:
         """
         if state.get("version") != VERSION:
             raise ValueError(f"this state has format version {state.get('version')!r}; {VERSION} is understood.")
-        vectors = state["vectors"]
+        vectors = state.get("vectors", {})
         check_same_weights(self._memories, vectors)
         for name, m in self._memories.items():
             m.load(vectors[name])
@@ -275,8 +276,9 @@ class SpectralNormRegularizer:
         lanes = self._attachment.lanes if self._attachment else {}
         layout = [(W.device, W.dtype, W.requires_grad, getattr(W, "device_mesh", None)) for W in weights], lanes
         if layout != self._layout:
-            self._regroup(layout, weights)
-            self._warm_up(weights)
+            with torch.inference_mode(False):  # validation loops may be the first to ask for σ
+                self._regroup(layout, weights)
+                self._warm_up(weights)
         return [(b, [weights[i] for i in members], lane) for b, members, lane in self._bundles]
 
     def _regroup(self, layout: Any, weights: Sequence[Tensor]) -> None:
@@ -343,6 +345,6 @@ def _gradient_of(W: Tensor, name: str) -> Tensor:
     return W.grad
 
 
-def _check(name: str, value: Any, fine: bool, what: str) -> None:
-    if not fine:
+def _check(name: str, value: Any, fine: Callable[[Any], bool], what: str) -> None:
+    if not isinstance(value, Real | Tensor) or not fine(value):
         raise ValueError(f"{name} is {value!r}: it must be {what}.")

@@ -1,7 +1,7 @@
 """Which parameters count as weights, and the linear map of each."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -47,7 +47,7 @@ class Weight:
 def named_weights(
     model: nn.Module,
     select: Select | None = None,
-    map: str | Mapping[str, str] = "matrix",
+    map: str | int | Mapping[str, str | int] = "matrix",
     input_size: InputSize | Mapping[str, InputSize] | None = None,
     embeddings: bool = False,
 ) -> list[Weight]:
@@ -61,18 +61,22 @@ def named_weights(
     Args:
         select: ``(name, weight) -> bool``: which of them to keep.
         map: The linear map that a weight is taken for, or a mapping from name patterns (``fnmatch``) to maps:
-            ``"matrix"``, ``"joint"``, ``"each"``, ``"heads"`` or ``"operator"``; docs/weights.md has the table.
+            ``"matrix"``, ``"joint"``, ``"each"``, ``"heads"`` or ``"operator"``; docs/weights.md has the table. A
+            number cuts the outputs into so many equal parts, each a map of its own.
         input_size: For ``map="operator"``: height and width (one to three numbers) of a convolution's input, or a
             mapping from name patterns to them.
         embeddings: Whether embedding tables count.
 
     Raises:
-        ValueError: No weight is left; a map is unknown or fits none of the weights; a weight is stored in a way that
-            hides its shape.
+        TypeError: ``model`` is no module.
+        ValueError: No weight is left; a map is unknown or fits none of the weights; an ``input_size`` that no map
+            needs; a weight is stored in a way that hides its shape.
 
     >>> [(w.name, w.map.blocks, w.map.outputs, w.map.inputs) for w in named_weights(nn.Conv2d(4, 6, 3, groups=2))]
     [('weight', 2, 3, 18)]
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model is a {type(model).__name__}: give the nn.Module itself, not its parameters.")
     sizes = Patterns("input_size", input_size)
     wanted = Patterns("map", map)
     weights, names = [], []
@@ -80,6 +84,7 @@ def named_weights(
         names.append(name)
         if select is not None and not select(name, tensor):
             continue
+        _refuse_unsupported(name, module, attribute, tensor)
         maps = maps_of(module, attribute, tensor, sizes.get(name))
         chosen = _choose(name, maps, wanted, module)
         weights.append(Weight(name, module, attribute, chosen, is_parametrized(module, attribute)))
@@ -90,6 +95,8 @@ def named_weights(
         raise ValueError(
             f"map={map!r} fits none of the weights ({_some(names)}). Leave it out, or see docs/weights.md."
         )
+    if input_size is not None and "operator" not in wanted.used_values:
+        raise ValueError("input_size is used by map='operator' only: give that too, or leave input_size out.")
     return weights
 
 
@@ -156,8 +163,10 @@ def _maps_of_convolution(module: _ConvNd, shape: tuple[int, ...]) -> dict[str, L
 
 def _choose(name: str, maps: dict[str, LinearMap], wanted: Patterns, module: nn.Module) -> LinearMap:
     how = wanted.get(name, "matrix")
+    if isinstance(how, int):
+        return _cut(name, maps["matrix"], how)
     if how not in MAPS:
-        raise ValueError(f"unknown map {how!r} for {name!r}: it is one of {', '.join(MAPS)}.")
+        raise ValueError(f"unknown map {how!r} for {name!r}: it is one of {', '.join(MAPS)}, or a number of parts.")
     if how == "operator" and isinstance(module, _ConvNd) and how not in maps:
         raise ValueError(
             f"map='operator' needs the size of the input of {name!r}, whose norm depends on it. "
@@ -169,6 +178,15 @@ def _choose(name: str, maps: dict[str, LinearMap], wanted: Patterns, module: nn.
         return maps["matrix"]
     wanted.used_values.add(how)
     return maps[how]
+
+
+def _cut(name: str, m: LinearMap, parts: int) -> LinearMap:
+    rows = m.blocks * m.outputs
+    if parts < 1 or rows % parts or not isinstance(m, MatrixMap) or m.layout == "transposed":
+        raise ValueError(
+            f"map {parts} does not fit {name!r}: its {rows} outputs cannot be cut into {parts} equal parts."
+        )
+    return replace(m, blocks=parts, norm="each")
 
 
 def _candidates(model: nn.Module, embeddings: bool) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
@@ -202,22 +220,19 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
 
 
 def _counts(name: str, module: nn.Module, attribute: str, tensor: Tensor) -> bool:
-    """Whether the tensor is a weight; raises where it is one that cannot be read."""
-    _refuse_hidden(name, module, attribute, tensor)
+    """Whether the tensor is a weight; raises where shapes are hidden, so that ``select`` could not choose either."""
+    _refuse_hidden(name, tensor)
+    if is_lazy(tensor):
+        return True
     if tensor.ndim < 2 or isinstance(module, NORMALIZATIONS) or attribute in ("bias_k", "bias_v"):
         return False
     if not tensor.is_floating_point() and not tensor.is_complex():
         return False
-    if tensor.is_complex():
-        raise ValueError(
-            f"weight {name!r} is complex ({tensor.dtype}), which is not supported. "
-            f"Leave it out by regularizing the modules beside it, or store its real and imaginary parts."
-        )
     known = type(module).__module__.startswith("torch.nn.modules")
     return tensor.numel() > 0 and (known or sum(size > 1 for size in tensor.shape) > 1)
 
 
-def _refuse_hidden(name: str, module: nn.Module, attribute: str, tensor: Tensor) -> None:
+def _refuse_hidden(name: str, tensor: Tensor) -> None:
     if getattr(tensor, "_is_flat_param", False) or type(tensor).__name__ == "FlatParameter":
         raise ValueError(
             f"parameter {name!r} is a flat parameter of FSDP1 (FullyShardedDataParallel), which hides the shapes of "
@@ -228,8 +243,16 @@ def _refuse_hidden(name: str, module: nn.Module, attribute: str, tensor: Tensor)
             f"parameter {name!r} is partitioned by DeepSpeed's ZeRO stage 3, which hides its shape and values. "
             "Use stage 1 or 2, or fully_shard (FSDP2)."
         )
+
+
+def _refuse_unsupported(name: str, module: nn.Module, attribute: str, tensor: Tensor) -> None:
     if is_lazy(tensor):
         raise ValueError(f"parameter {name!r} is uninitialized (a lazy module): run the model forward once before.")
+    if tensor.is_complex():
+        raise ValueError(
+            f"weight {name!r} is complex ({tensor.dtype}), which is not supported. "
+            "Leave it out with select, or store its real and imaginary parts."
+        )
     base = attribute.removesuffix("_v").removesuffix("_orig")
     if base != attribute and (f"{base}_g" in module._parameters or attribute.endswith("_orig")):
         raise ValueError(

@@ -1,1 +1,1 @@
-"""The experiments of the paper, built on :mod:`spectreg`."""
+"""The experiments of the paper, built on `spectreg`."""

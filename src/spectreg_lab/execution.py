@@ -69,7 +69,7 @@ def begin(
 
 
 def execute(waiting: dict[Path, Point], pool: Pool, display: Display) -> None:
-    """Do the runs that :func:`begin` returned, several at a time."""
+    """Do the runs that `begin` returned, several at a time."""
     with pool:
         for event in pool.run([Job(point.config, place) for place, point in waiting.items()]):
             _tell(event, waiting[event.job.folder], display)

@@ -81,7 +81,7 @@ class SpectralNorm(Method):
         return {f"{name}/{part}": torch.as_tensor(x) for name, parts in vectors.items() for part, x in parts.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from :meth:`state`."""
+        """Go on from `state`."""
         vectors: dict[str, dict[str, Any]] = {}
         for key, value in state.items():
             name, _, part = key.rpartition("/")

@@ -52,7 +52,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; a broken one is a :class:`RunError` that names it."""
+    """Read a JSON file; a broken one is a `RunError` that names it."""
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:

@@ -1,6 +1,6 @@
 """The training loop: a generator that yields after every epoch.
 
-Everything random in an epoch follows from the run's seed and the epoch's number (:mod:`spectreg_lab.data.batches`): a
+Everything random in an epoch follows from the run's seed and the epoch's number (`spectreg_lab.data.batches`): a
 run goes on exactly from its weights, momentum, the method's vectors and the number of epochs done.
 """
 
@@ -124,7 +124,7 @@ class Training:
         return {name: value.detach().cpu().clone() for name, value in found.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from :meth:`tensors`."""
+        """Go on from `tensors`."""
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "momentum": {}, "method": {}}
         for name, value in tensors.items():
             part, _, rest = name.partition("/")

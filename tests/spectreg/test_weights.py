@@ -75,6 +75,7 @@ REFUSED = {
     "negative strength": (mlp, {"strength": -1.0}, "strength of '0.weight' is -1.0: it must be a finite number from 0"),
     "infinite strength": (mlp, {"strength": float("inf")}, "strength of '0.weight' is inf"),
     "strength not a number": (mlp, {"strength": {"0.*": float("nan")}}, "strength of '0.weight' is nan"),
+    "strength a word": (mlp, {"strength": {"0.*": "much"}}, "strength of '0.weight' is 'much': it must be a finite"),
     "every": (mlp, {"every": 0}, "every is 0: it must be a whole number from 1"),
     "steps": (mlp, {"steps": 0.3}, "steps is 0.3: it must be a positive multiple of one half"),
     "steps zero": (mlp, {"steps": 0}, "steps is 0"),
@@ -86,6 +87,11 @@ REFUSED = {
     "map pattern": (mlp, {"map": {"x*": "joint"}}, "map: no weight matches 'x*'"),
     "no input size": (lambda: nn.Conv2d(2, 2, 3), {"map": "operator"}, "needs the size of the input of 'weight'"),
     "wrong input size": (lambda: nn.Conv2d(2, 2, 3), {"map": "operator", "input_size": (8,)}, "it has 2 numbers"),
+    "an input size that nothing needs": (mlp, {"input_size": (8, 8)}, "input_size is used by map='operator' only"),
+    "parts that do not divide": (mlp, {"map": {"0.*": 3}}, "map 3 does not fit '0.weight': 8 outputs cannot be cut"),
+    "a penalty that is none": (mlp, {"penalty": 3}, "penalty 3 is neither one of square, hinge, power nor a function"),
+    "a target that is none": (mlp, {"penalty": Square("begin")}, "target 'begin' of Square(target='begin'"),
+    "a target that is not finite": (mlp, {"penalty": Hinge(float("nan"))}, "it must be a finite number, 'start' or"),
     "complex": (lambda: nn.Linear(2, 2, dtype=torch.complex64), {}, "weight 'weight' is complex (torch.complex64)"),
     "fsdp1": (flat, {}, "'_flat_param' is a flat parameter of FSDP1"),
     "zero 3": (zero3, {}, "'weight' is partitioned by DeepSpeed's ZeRO stage 3"),
@@ -97,8 +103,28 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_setting_or_model_that_cannot_be_right_is_refused_by_name(case):
     build, settings, message = REFUSED[case]
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with unchecked_types(), pytest.raises(ValueError, match=re.escape(message)):
         SpectralNormRegularizer(build(), **{"strength": 0.1} | settings)
+
+
+def test_a_model_given_as_its_parameters_is_refused_as_such():
+    with unchecked_types(), pytest.raises(TypeError, match=r"the model is a generator: give the nn.Module itself"):
+        SpectralNormRegularizer(mlp().parameters(), 0.1)
+
+
+def test_what_is_not_supported_can_be_left_out_with_select():
+    model = nn.ModuleDict({"plain": nn.Linear(3, 3), "complex": nn.Linear(2, 2, dtype=torch.complex64),
+                           "lazy": nn.LazyLinear(3), "pruned": prune.l1_unstructured(nn.Linear(3, 3), "weight", 1)})  # fmt: skip
+    assert names(model, select=lambda name, _: name.startswith("plain")) == ["plain.weight"]
+
+
+def test_a_number_for_a_map_cuts_a_fused_projection_into_so_many_parts():
+    model = seeded(lambda: nn.ModuleDict({"c_attn": gpt2_projection(), "q_proj": nn.Linear(4, 6)}))
+    regularizer = SpectralNormRegularizer(model, 1.0, map={"c_attn.weight": 7, "q_proj.*": 2}, warmup=200)
+    regularizer.add_gradient()
+    for W, matrices in ((model["c_attn"].weight, lambda W: W.T.chunk(7)), (model["q_proj"].weight, lambda W: W.chunk(2))):
+        _, expected = svd_penalty_gradient(W, matrices, each=True)
+        torch.testing.assert_close(W.grad, expected)
 
 
 def test_the_old_weight_norm_is_refused_too():

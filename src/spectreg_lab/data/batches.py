@@ -37,7 +37,7 @@ def batches(
 
 
 def steps_per_epoch(n: int, size: int) -> int:
-    """How many batches :func:`batches` makes of ``n`` images."""
+    """How many batches `batches` makes of ``n`` images."""
     return max(n // size, 1)
 
 

@@ -25,7 +25,7 @@ def over_seeds(frame: pd.DataFrame, by: list[str], x: str, y: str) -> dict[Any, 
     """The mean of ``y`` over seeds at each ``x`` with a band of one standard deviation, over the finite values.
 
     Returns:
-        For each combination of ``by``, the ``x``, ``y``, ``low`` and ``high`` of a :class:`Line`.
+        For each combination of ``by``, the ``x``, ``y``, ``low`` and ``high`` of a `Line`.
 
     >>> runs = pd.DataFrame({"method": "decay", "epoch": [1, 1, 2], "gap": [0.1, 0.3, 0.5]})
     >>> over_seeds(runs, ["method"], "epoch", "gap")[("decay",)]["y"]

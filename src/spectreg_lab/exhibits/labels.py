@@ -50,5 +50,5 @@ def dash(study: StudyRecord, regime: str) -> str:
 
 
 def dashes(study: StudyRecord) -> dict[str, str]:
-    """Legend of :func:`dash`."""
+    """Legend of `dash`."""
     return {dash(study, regime): batch(study, regime) for regime in study.study["regimes"]}
