@@ -183,9 +183,7 @@ def _choose(name: str, maps: dict[str, LinearMap], wanted: Patterns, module: nn.
 def _cut(name: str, m: LinearMap, parts: int) -> LinearMap:
     rows = m.blocks * m.outputs
     if parts < 1 or rows % parts or not isinstance(m, MatrixMap) or m.layout == "transposed":
-        raise ValueError(
-            f"map {parts} does not fit {name!r}: its {rows} outputs cannot be cut into {parts} equal parts."
-        )
+        raise ValueError(f"map {parts} does not fit {name!r}: {rows} outputs cannot be cut into {parts} equal parts.")
     return replace(m, blocks=parts, norm="each")
 
 

@@ -393,6 +393,17 @@ def test_several_forwards_and_evaluations_before_a_backward_do_not_touch_the_vec
         torch.testing.assert_close(a[0].weight.grad, b[0].weight.grad)
 
 
+def test_a_validation_loop_in_inference_mode_may_be_the_first_to_ask_for_sigma():
+    a, b = mlp(), mlp()
+    ra, rb = SpectralNormRegularizer(a, 0.1), SpectralNormRegularizer(b, 0.1)
+    with torch.inference_mode():
+        ra.summary()
+    train(a, ra, sgd(a))
+    train(b, rb, sgd(b))
+    ra.penalty().backward()
+    assert_same_weights(a, b)
+
+
 def test_the_alternating_steps_of_a_gan_regularize_each_network_at_its_own_step_only():
     generator, critic = mlp(widths=(5, 4, 5)), mlp(widths=(5, 4, 1))
     og, oc = sgd(generator), sgd(critic)

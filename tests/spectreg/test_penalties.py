@@ -97,3 +97,20 @@ def test_k_values_of_a_flat_spectrum_are_found_in_a_few_steps_where_one_vector_a
 def test_an_unknown_penalty_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="unknown penalty 'cube': it is one of square, hinge, power"):
         SpectralNormRegularizer(mlp(), 0.1, penalty="cube")
+
+
+@pytest.mark.parametrize("function", [torch.sum, lambda s: 3.0])
+def test_a_function_of_sigma_that_is_not_elementwise_is_refused(function):
+    regularizer = SpectralNormRegularizer(mlp(), 0.1, penalty=function)
+    for call in (regularizer.add_gradient, regularizer.penalty):
+        with pytest.raises(ValueError, match=r"penalty function made .* of a tensor of 3 σ: it must be elementwise"):
+            call()
+
+
+def test_a_function_that_is_infinitely_steep_at_zero_leaves_a_zero_weight_alone():
+    layer = nn.Linear(3, 2)
+    nn.init.zeros_(layer.weight)
+    regularizer = SpectralNormRegularizer(layer, 1.0, penalty=torch.sqrt)
+    regularizer.add_gradient()
+    regularizer.penalty().backward()
+    assert not layer.weight.grad.any()

@@ -1,14 +1,19 @@
 """Which parameters count, and what is refused: every error is one clear line with the way out."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import jaxtyping
 import pytest
 import torch
-from cases import Bare, mlp, seeded, weight_normed
+from cases import Bare, gpt2_projection, mlp, seeded, weight_normed
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from truth import svd_penalty_gradient
 
 from spectreg import SpectralNormRegularizer, named_weights
+from spectreg.penalties import Square
 
 
 def names(model, **settings):
@@ -67,6 +72,16 @@ def zero3():
     return layer
 
 
+@contextmanager
+def unchecked_types() -> Iterator[None]:
+    """As users run it: without the checks of annotations that these tests have."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
 REFUSED = {
     "no weights": (lambda: nn.BatchNorm1d(3), {}, "BatchNorm1d has no weight to regularize"),
     "embeddings only": (lambda: nn.Embedding(3, 2), {}, "embeddings=True counts embeddings"),
@@ -90,8 +105,6 @@ REFUSED = {
     "an input size that nothing needs": (mlp, {"input_size": (8, 8)}, "input_size is used by map='operator' only"),
     "parts that do not divide": (mlp, {"map": {"0.*": 3}}, "map 3 does not fit '0.weight': 8 outputs cannot be cut"),
     "a penalty that is none": (mlp, {"penalty": 3}, "penalty 3 is neither one of square, hinge, power nor a function"),
-    "a target that is none": (mlp, {"penalty": Square("begin")}, "target 'begin' of Square(target='begin'"),
-    "a target that is not finite": (mlp, {"penalty": Hinge(float("nan"))}, "it must be a finite number, 'start' or"),
     "complex": (lambda: nn.Linear(2, 2, dtype=torch.complex64), {}, "weight 'weight' is complex (torch.complex64)"),
     "fsdp1": (flat, {}, "'_flat_param' is a flat parameter of FSDP1"),
     "zero 3": (zero3, {}, "'weight' is partitioned by DeepSpeed's ZeRO stage 3"),
@@ -112,9 +125,16 @@ def test_a_model_given_as_its_parameters_is_refused_as_such():
         SpectralNormRegularizer(mlp().parameters(), 0.1)
 
 
+@pytest.mark.parametrize("target", ["begin", float("nan"), None])
+def test_a_target_that_is_none_is_refused_before_the_first_step(target):
+    with unchecked_types(), pytest.raises(ValueError, match=r"of Square\(.*\): it must be a finite number, 'start' or"):
+        SpectralNormRegularizer(mlp(), 0.1, penalty=Square(target))
+
+
 def test_what_is_not_supported_can_be_left_out_with_select():
-    model = nn.ModuleDict({"plain": nn.Linear(3, 3), "complex": nn.Linear(2, 2, dtype=torch.complex64),
-                           "lazy": nn.LazyLinear(3), "pruned": prune.l1_unstructured(nn.Linear(3, 3), "weight", 1)})  # fmt: skip
+    pruned = prune.l1_unstructured(nn.Linear(3, 3), "weight", 1)
+    others = {"complex": nn.Linear(2, 2, dtype=torch.complex64), "lazy": nn.LazyLinear(3), "pruned": pruned}
+    model = nn.ModuleDict({"plain": nn.Linear(3, 3), **others})
     assert names(model, select=lambda name, _: name.startswith("plain")) == ["plain.weight"]
 
 
@@ -122,9 +142,9 @@ def test_a_number_for_a_map_cuts_a_fused_projection_into_so_many_parts():
     model = seeded(lambda: nn.ModuleDict({"c_attn": gpt2_projection(), "q_proj": nn.Linear(4, 6)}))
     regularizer = SpectralNormRegularizer(model, 1.0, map={"c_attn.weight": 7, "q_proj.*": 2}, warmup=200)
     regularizer.add_gradient()
-    for W, matrices in ((model["c_attn"].weight, lambda W: W.T.chunk(7)), (model["q_proj"].weight, lambda W: W.chunk(2))):
-        _, expected = svd_penalty_gradient(W, matrices, each=True)
-        torch.testing.assert_close(W.grad, expected)
+    for name, matrices in (("c_attn", lambda W: W.T.chunk(7)), ("q_proj", lambda W: W.chunk(2))):
+        _, expected = svd_penalty_gradient(model[name].weight, matrices, each=True)
+        torch.testing.assert_close(model[name].weight.grad, expected)
 
 
 def test_the_old_weight_norm_is_refused_too():
@@ -153,6 +173,8 @@ def test_a_state_of_another_model_is_refused_with_what_is_missing_unexpected_and
     assert regularizer.sigma() == before
     with pytest.raises(ValueError, match="format version 7; 1 is understood"):
         regularizer.load_state_dict({"version": 7, "vectors": {}})
+    with pytest.raises(ValueError, match=r"missing \['0.weight', '2.weight', '4.weight'\]"):
+        regularizer.load_state_dict({"version": 1})
 
 
 def test_attach_refuses_the_wrong_optimizer_a_second_time_and_lbfgs():
