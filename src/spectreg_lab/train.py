@@ -81,10 +81,15 @@ class Training:
         return total
 
     def _sum_gradients(self) -> None:
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.model.parameters()]
-        flat = self._reduced(nn.utils.parameters_to_vector(gradients), "sum")
-        for parameter, gradient in zip(self.model.parameters(), _split_like(flat, gradients), strict=True):
-            parameter.grad = gradient
+        """One all-reduce for the gradients of all parameters."""
+        parameters = list(self.model.parameters())
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = self._reduced(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]), "sum")
+        for parameter, summed in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            if parameter.grad is not None:
+                parameter.grad.copy_(summed.view(parameter.shape))
 
     def epoch(self, number: int) -> Tensor:
         """One pass over the training data; returns the mean of the objective over its steps, on the device."""
@@ -210,8 +215,3 @@ def spectral_norms(model: nn.Module) -> dict[str, float]:
         weight.name: torch.linalg.matrix_norm(weight.map.matrices(weight.tensor), ord=2).max().item()
         for weight in named_weights(model)
     }
-
-
-def _split_like(flat: Tensor, tensors: list[Tensor]) -> Iterator[Tensor]:
-    pieces = flat.split([tensor.numel() for tensor in tensors])
-    return (piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True))
