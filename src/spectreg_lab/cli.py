@@ -158,7 +158,10 @@ def spectra(
     """Singular values of every weight of a checkpoint, one weight in memory at a time; nothing in it is executed."""
     from spectreg_lab.spectra import show, table, write_csv, write_plot
 
-    found = show(checkpoint, top, _console())
+    try:
+        found = show(checkpoint, top, _console())
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     typer.echo(table(found))
     if csv:
         write_csv(found, csv)

@@ -9,14 +9,18 @@ from rich.console import Console
 from spectreg.spectra import Spectrum, each_spectrum
 from spectreg_lab.files import write
 
+BESIDE = ("momentum/", "method/")
 COLUMNS = ("weight", "shape", "sigma", "frobenius", "stable rank", "effective rank")
 
 
 def show(checkpoint: Path, top: int | None, console: Console) -> list[Spectrum]:
-    """Measure every weight of ``checkpoint``, telling ``console`` which one is at hand."""
+    """Measure every weight of ``checkpoint``, telling ``console`` which one is at hand.
+
+    Of a run's own checkpoint only the network counts, not the momentum or the vectors beside it.
+    """
     found: list[Spectrum] = []
     with console.status(f"reading {checkpoint}") as status:
-        for spectrum in each_spectrum(checkpoint, top=top):
+        for spectrum in each_spectrum(checkpoint, top=top, select=lambda name, _: not name.startswith(BESIDE)):
             found.append(spectrum)
             status.update(f"{len(found)} weights measured, the last one {spectrum.name}")
     return found

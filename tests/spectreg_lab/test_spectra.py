@@ -1,4 +1,5 @@
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from spectreg_lab.cli import app
+from spectreg_lab.cli import app, main
 
 
 @pytest.fixture
@@ -30,6 +31,24 @@ def test_spectra_of_a_checkpoint_are_a_table_a_csv_and_a_plot(checkpoint, tmp_pa
         assert f"{expected[0]:.4g}" in result.output
     assert "<svg" in (tmp_path / "spectra.svg").read_text()
     assert "fc.bias" not in result.output
+
+
+def test_what_is_no_checkpoint_is_one_line_and_a_pickle_with_code_is_never_executed(tmp_path, capsys, monkeypatch):
+    class Code:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save({"weight": Code()}, tmp_path / "code.pt")
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing of the kind")
+    for name in ("code.pt", "broken.safetensors", "absent.safetensors"):
+        monkeypatch.setattr("sys.argv", ["spectreg", "spectra", str(tmp_path / name)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 2
+        err = capsys.readouterr().err
+        assert name in err
+        assert len(err.strip().splitlines()) == 1, err
+    assert not (tmp_path / "executed").exists()
 
 
 def test_only_the_largest_are_shown_on_request(checkpoint, tmp_path):
