@@ -54,7 +54,8 @@ def lipschitz_bound(
         grid: Frequencies a dimension for a convolution's norm, see ``norm_bound``.
 
     Raises:
-        ValueError: A graph that cannot be traced, or an operation without a known constant (named).
+        ValueError: A shape that the model does not take, a graph that cannot be traced, or an operation without a
+            known constant (named).
 
     >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
     >>> with torch.no_grad():
@@ -70,10 +71,21 @@ def lipschitz_bound(
         parameter = next(model.parameters(), torch.zeros(()))
         dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
         x = torch.randn(2, *input_shape, dtype=dtype, device=device_of(model))  # as_found puts the generator back
-        graph, eager = walk.run(x.clone()), model(x.clone())
+        eager = output_of(model, x.clone(), input_shape)
+        graph = walk.run(x)
         if not torch.allclose(graph, eager, rtol=1e-3, atol=1e-3 * eager.abs().max().item()):
             raise ValueError("the graph that torch.fx traced computes something else: look for in-place changes.")
     return LipschitzBound(walk.result, tuple(walk.factors))
+
+
+def output_of(model: nn.Module, x: Tensor, input_shape: tuple[int, ...]) -> Any:
+    try:
+        return model(x)
+    except Exception as error:  # the model's own code, which can raise anything
+        raise ValueError(
+            f"{type(model).__name__} fails on input_shape={input_shape}, which is the shape of one example without the "
+            f"batch: {error}"
+        ) from error
 
 
 def traced(model: nn.Module, constants: Mapping[Any, Constant | float]) -> fx.GraphModule:

@@ -1,16 +1,20 @@
 """Laws that hold for all weights: against float64 oracles over shapes, scales and degenerate matrices."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
-from cases import KINDS, seeded
+from cases import KINDS, Kind, rows, seeded, transposed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from truth import svd_penalty_gradient
 
 from spectreg import SpectralNormRegularizer
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 SIZES = st.integers(1, 9)
 
 
@@ -71,6 +75,44 @@ def test_the_gradient_is_the_finite_difference_of_the_penalty_with_the_vectors_h
             W.sub_(direction, alpha=h)
     difference = (values[0] - values[1]) / 2e-5
     torch.testing.assert_close((W.grad * direction).sum(), difference, rtol=1e-5, atol=1e-6)
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> Kind:
+    """A convolution of any dimension, groups and direction, with the map it is to be taken for."""
+    dimensions, groups, is_transposed = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.booleans())
+    a, b = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
+    kernel = draw(st.tuples(*[st.integers(1, 3)] * dimensions))
+    how = draw(st.sampled_from(["matrix", "each", "joint"])) if groups > 1 else "matrix"
+    layers = TRANSPOSED if is_transposed else CONVOLUTIONS
+    parts = 1 if how == "joint" else groups
+    matrices = transposed(parts) if is_transposed else rows(parts)
+    build = partial(layers[dimensions - 1], a, b, kernel, groups=groups)
+    return Kind("convolution", build, "weight", matrices, how == "each", {"map": how})
+
+
+@st.composite
+def recurrences(draw: st.DrawFn) -> Kind:
+    """A recurrent layer, gate by gate or as the stack."""
+    layer, gates = draw(st.sampled_from([(nn.LSTM, 4), (nn.GRU, 3)]))
+    how = draw(st.sampled_from(["matrix", "joint"]))
+    build = partial(layer, draw(st.integers(1, 6)), draw(st.integers(1, 6)))
+    matrices = rows(gates if how == "matrix" else 1)
+    return Kind("recurrence", build, "weight_ih_l0", matrices, how == "matrix", {"map": how})
+
+
+@given(kind=convolutions() | recurrences(), exponent=st.integers(-15, 15), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_the_gradient_is_that_of_a_full_svd_for_every_shape_and_scale(kind, exponent, seed):
+    module = seeded(kind.build, seed)
+    W = module.get_parameter(kind.weight)
+    with torch.no_grad():
+        W.copy_((1 + (W - 1) / 4) * 10.0**exponent)
+    sigma, expected = svd_penalty_gradient(W, kind.matrices, kind.each)
+    regularizer = SpectralNormRegularizer(module, 1.0, select=lambda n, _: n == kind.weight, warmup=60, **kind.settings)
+    regularizer.add_gradient()
+    torch.testing.assert_close(W.grad / sigma, expected / sigma, rtol=0, atol=1e-7)
+    torch.testing.assert_close(regularizer.sigma()[kind.weight] / sigma, torch.ones_like(sigma))
 
 
 @pytest.mark.parametrize("settings_", [{}, {"steps": 0.5}, {"k": 2}, {"penalty": "power"}], ids=str)

@@ -283,6 +283,7 @@ def hooked():
         (Apply(lambda x: x.view(torch.bfloat16)), r"\(view\): it reads the same bits as another type"),
         (Apply(lambda x: 2 * x.data), r"\(getattr\): no constant is known for the attribute 'data'"),
         (hooked(), "it has forward hooks"),
+        (nn.Linear(3, 2), r"Linear fails on input_shape=\(4,\), which is the shape of one example without the batch"),
         (
             nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.AvgPool2d(2, divisor_override=3)),
             "divisor_override is not covered",

@@ -173,6 +173,8 @@ def test_no_value_is_read_back_to_the_host_in_a_step(settings):
             regularizer.penalty()
         regularizer._before_step(0, {id(p): 0.1 for p in model.parameters()}, torch.ones(()), torch.ones(()))
         regularizer.sigma()
+        regularizer.residual()
+        regularizer.stable_rank()
     assert reads.count == 0
     with Reads() as reads:
         regularizer.sigma()["0.weight"].item()

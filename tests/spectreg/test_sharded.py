@@ -11,6 +11,7 @@ from ranks import on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from spectreg import SpectralNormRegularizer
@@ -128,19 +129,21 @@ def counted_collectives() -> None:
     fully_shard(sharded, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     regularizer = SpectralNormRegularizer(sharded, 0.1)
     regularizer.add_gradient()
-    calls, all_reduce = [], dist.all_reduce
+    sizes, all_reduce = [], dist.all_reduce
 
-    def counting(*arguments, **keywords):
-        calls.append(arguments)
-        return all_reduce(*arguments, **keywords)
+    def noting(message, **keywords):
+        sizes.append(message.numel())
+        return all_reduce(message, **keywords)
 
-    dist.all_reduce = counting
-    regularizer.add_gradient()
-    assert len(calls) == 1
-    assert calls[0][0].numel() <= sum(sum(w.tensor.shape) for w in regularizer.weights)
+    dist.all_reduce = noting
+    with CommDebugMode() as collectives:
+        regularizer.add_gradient()
+    dist.all_reduce = all_reduce
+    assert collectives.get_total_counts() == len(sizes) == 1
+    assert sizes[0] <= sum(sum(w.tensor.shape) for w in regularizer.weights)
 
 
-def test_all_layers_share_one_all_reduce_in_a_step():
+def test_all_layers_share_one_all_reduce_of_vectors_in_a_step_and_nothing_else_is_sent():
     on_ranks(2, counted_collectives)
 
 
