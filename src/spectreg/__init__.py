@@ -11,11 +11,10 @@ from spectreg.perturbations import perturbation_curve
 from spectreg.regularizer import SpectralNormRegularizer
 from spectreg.sensitivity import input_gradient_norm
 from spectreg.spectra import singular_values
-from spectreg.weights import Weight, named_weights
+from spectreg.weights import named_weights
 
 __all__ = [
     "SpectralNormRegularizer",
-    "Weight",
     "adversarial_loss",
     "generalization_gap",
     "hessian_top_eigenvalues",

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from spectreg.attachment import Attachment
 from spectreg.bundle import Bundle, is_sharded
+from spectreg.kinds import InputSize
 from spectreg.memory import Memory, check_same_weights
+from spectreg.patterns import Patterns
 from spectreg.penalties import Penalty, penalty_of
 from spectreg.power import full_precision
 from spectreg.summary import table
-from spectreg.weights import InputSize, Patterns, Select, Weight, named_weights
+from spectreg.weights import Select, Weight, named_weights
 
 VERSION = 1
 

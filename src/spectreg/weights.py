@@ -1,25 +1,20 @@
 """Which parameters count as weights, and the linear map of each."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from spectreg.linear_maps import LinearMap, MatrixMap
-from spectreg.operators import OperatorMap
+from spectreg.kinds import InputSize, chosen_map, maps_of
+from spectreg.linear_maps import LinearMap
+from spectreg.patterns import Patterns, some
 
 Select = Callable[[str, Tensor], bool]
-InputSize = tuple[int, ...]
 
-MAPS = ("matrix", "joint", "each", "heads", "operator")
-GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3, nn.RNN: 1, nn.RNNCell: 1}
 NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -86,105 +81,16 @@ def named_weights(
             continue
         _refuse_unsupported(name, module, attribute, tensor)
         maps = maps_of(module, attribute, tensor, sizes.get(name))
-        chosen = _choose(name, maps, wanted, module)
+        chosen = chosen_map(name, maps, wanted, module)
         weights.append(Weight(name, module, attribute, chosen, is_parametrized(module, attribute)))
     _check_not_empty(model, names, weights)
     for patterns in (wanted, sizes):
         patterns.check_all_used(names)
     if isinstance(map, str) and map not in wanted.used_values | {"matrix"}:
-        raise ValueError(
-            f"map={map!r} fits none of the weights ({_some(names)}). Leave it out, or see docs/weights.md."
-        )
+        raise ValueError(f"map={map!r} fits none of the weights ({some(names)}). Leave it out, or see docs/weights.md.")
     if input_size is not None and "operator" not in wanted.used_values:
         raise ValueError("input_size is used by map='operator' only: give that too, or leave input_size out.")
     return weights
-
-
-class Patterns:
-    """A setting that is one value for all weights or a mapping from name patterns (the first match counts)."""
-
-    def __init__(self, setting: str, value: Any) -> None:
-        self.setting, self.value = setting, value
-        self.used: set[str] = set()
-        self.used_values: set[Any] = set()
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The value for the weight ``name``."""
-        if not isinstance(self.value, Mapping):
-            return self.value
-        matching = [pattern for pattern in self.value if fnmatchcase(name, pattern)]
-        self.used.update(matching)
-        return self.value[matching[0]] if matching else default
-
-    def check_all_used(self, names: list[str]) -> None:
-        """Raise if a pattern matched none of the names that were asked for."""
-        unused = set(self.value) - self.used if isinstance(self.value, Mapping) else ()
-        if unused:
-            raise ValueError(
-                f"{self.setting}: no weight matches {', '.join(repr(p) for p in sorted(unused))}. "
-                f"The weights are {_some(names)}; patterns are those of fnmatch, such as '*.weight'."
-            )
-
-
-def maps_of(
-    module: nn.Module, attribute: str, weight: Tensor, input_size: InputSize | None = None
-) -> dict[str, LinearMap]:
-    """Every map that ``weight``, which belongs to ``module``, can be taken for, by name; ``"matrix"`` is always one.
-
-    ``"operator"`` is among them for a convolution whose ``input_size`` is known.
-    """
-    shape = tuple(weight.shape)
-    joint = MatrixMap(shape)
-    if isinstance(module, _ConvNd):
-        maps = _maps_of_convolution(module, shape)
-        if input_size is not None:
-            maps["operator"] = OperatorMap.of(module, input_size)
-        return maps
-    gates = next((number for kind, number in GATES.items() if isinstance(module, kind)), None)
-    if gates is not None and not attribute.startswith("weight_hr"):
-        return {"matrix": MatrixMap(shape, gates, norm="each"), "joint": joint}
-    if isinstance(module, nn.MultiheadAttention) and weight.ndim == 2:
-        parts = 3 if attribute == "in_proj_weight" else 1
-        heads = MatrixMap(shape, parts * module.num_heads, norm="each")
-        return {"matrix": MatrixMap(shape, parts, norm="each"), "joint": joint, "heads": heads}
-    if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
-        return {"matrix": MatrixMap(shape, layout="columns")}
-    return {"matrix": joint}
-
-
-def _maps_of_convolution(module: _ConvNd, shape: tuple[int, ...]) -> dict[str, LinearMap]:
-    layout: Any = "transposed" if isinstance(module, _ConvTransposeNd) else "rows"
-    maps: dict[str, LinearMap] = {"matrix": MatrixMap(shape, module.groups, layout=layout)}
-    if module.groups > 1:
-        maps["each"] = MatrixMap(shape, module.groups, norm="each", layout=layout)
-        maps["joint"] = MatrixMap(shape, layout=layout)
-    return maps
-
-
-def _choose(name: str, maps: dict[str, LinearMap], wanted: Patterns, module: nn.Module) -> LinearMap:
-    how = wanted.get(name, "matrix")
-    if isinstance(how, int):
-        return _cut(name, maps["matrix"], how)
-    if how not in MAPS:
-        raise ValueError(f"unknown map {how!r} for {name!r}: it is one of {', '.join(MAPS)}, or a number of parts.")
-    if how == "operator" and isinstance(module, _ConvNd) and how not in maps:
-        raise ValueError(
-            f"map='operator' needs the size of the input of {name!r}, whose norm depends on it. "
-            "Give input_size=(32, 32), or a mapping from name patterns to sizes (spectreg.input_sizes finds them)."
-        )
-    if how not in maps:
-        if isinstance(wanted.value, Mapping):
-            raise ValueError(f"map {how!r} does not fit {name!r} ({type(module).__name__}): {', '.join(maps)} would.")
-        return maps["matrix"]
-    wanted.used_values.add(how)
-    return maps[how]
-
-
-def _cut(name: str, m: LinearMap, parts: int) -> LinearMap:
-    rows = m.blocks * m.outputs
-    if parts < 1 or rows % parts or not isinstance(m, MatrixMap) or m.layout == "transposed":
-        raise ValueError(f"map {parts} does not fit {name!r}: {rows} outputs cannot be cut into {parts} equal parts.")
-    return replace(m, blocks=parts, norm="each")
 
 
 def _candidates(model: nn.Module, embeddings: bool) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
@@ -266,8 +172,4 @@ def _check_not_empty(model: nn.Module, names: list[str], weights: list[Weight]) 
             "(biases and normalization scales do not count; embeddings=True counts embeddings)."
         )
     if not weights:
-        raise ValueError(f"select leaves none of the {len(names)} weights: {_some(names)}.")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise ValueError(f"select leaves none of the {len(names)} weights: {some(names)}.")
