@@ -34,9 +34,8 @@ class Bundle:
         """λ of each value: one number if all are alike."""
         if self._strength[0] != version:
             numbers = [strengths[m.weight.name] for m in self.memories]
-            counts = torch.tensor([m.sigma.numel() for m in self.memories])
-            each = torch.tensor(numbers, dtype=self.triplets.sigma.dtype).repeat_interleave(counts)
-            self._strength = (version, numbers[0] if len(set(numbers)) == 1 else each.to(self.device))
+            each = [torch.full_like(m.sigma, x).flatten() for m, x in zip(self.memories, numbers, strict=True)]
+            self._strength = (version, numbers[0] if len(set(numbers)) == 1 else torch.cat(each))
         return self._strength[1]
 
     def target(self, penalty: Penalty) -> Float[Tensor, "*values"]:
@@ -73,6 +72,17 @@ class Bundle:
         slopes = penalty.slope(sigma, self.target(penalty))
         # Where σ is 0, u is too: of a slope that is infinite there, such as that of √σ, nothing may remain.
         return torch.where((self.counted() > 0) & (sigma > 0), slopes, torch.zeros_like(slopes))
+
+    def add_gradient(self, penalty: Penalty, weights: Sequence[Tensor], strength: float | Tensor) -> None:
+        """Add λφ'(σ)·uvᵀ to the gradient of each of ``weights``."""
+        targets = [_gradient_of(W, m.weight.name) for W, m in zip(weights, self.memories, strict=True)]
+        self.triplets.add_outer_(targets, self.slopes(penalty) * strength, [1.0] * len(targets))
+
+    def move(
+        self, penalty: Penalty, weights: Sequence[Tensor], strength: float | Tensor, rates: Sequence[float | Tensor]
+    ) -> None:
+        """W ← W − ηλφ'(σ)·uvᵀ for each of ``weights`` with its learning rate η."""
+        self.triplets.add_outer_(weights, self.slopes(penalty) * strength, [-rate for rate in rates])
 
     def value(self, penalty: Penalty, weights: Sequence[Tensor], strength: float | Tensor) -> Tensor:
         """λΣφ(σ) with a gradient for each of ``weights``."""
@@ -117,6 +127,16 @@ def _triplets(
 
         return ShardedTriplets(maps, u, v, sigma, weights)
     return Triplets(maps, u, v, sigma)
+
+
+def _gradient_of(W: Tensor, name: str) -> Tensor:
+    if W.grad is None:
+        W.grad = torch.zeros_like(W)
+    if W.grad.is_sparse:
+        raise ValueError(f"weight {name!r} has a sparse gradient: use sparse=False, or leave it out with select.")
+    if is_sharded(W) and W.grad.placements != W.placements:  # type: ignore[attr-defined]
+        W.grad = W.grad.redistribute(placements=W.placements)  # type: ignore[attr-defined]
+    return W.grad
 
 
 def is_sharded(W: Tensor) -> bool:

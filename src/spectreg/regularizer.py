@@ -121,7 +121,7 @@ class SpectralNormRegularizer:
         if self.decoupled:
             raise RuntimeError("decoupled=True acts on the weights with the optimizer's learning rate: use attach().")
         for bundle, weights in self._advance():
-            self._add(bundle, weights)
+            bundle.add_gradient(self.penalty_function, weights, bundle.strength(*self._lambda))
 
     def penalty(self) -> Float[Tensor, ""]:
         """The penalty λΣφ(σ) as a term of the loss, after a power step; its gradient is what ``add_gradient`` adds.
@@ -305,20 +305,16 @@ class SpectralNormRegularizer:
                 for m in bundle.memories:
                     m.start = m.sigma.clone() if self.penalty_function.target == "start" else None
 
-    def _add(self, bundle: Bundle, weights: list[Tensor], factor: Tensor | float = 1.0) -> None:
-        slopes = bundle.slopes(self.penalty_function) * bundle.strength(*self._lambda) * factor
-        targets = [_gradient_of(W, m.weight.name) for W, m in zip(weights, bundle.memories, strict=True)]
-        bundle.triplets.add_outer_(targets, slopes, [1.0] * len(targets))
-
     @torch.no_grad()
     def _before_step(self, lane: int, rates: Mapping[int, Any], factor: Tensor | float, keep: Tensor | float) -> None:
         """Called by the attachment: with learning rates by parameter, the gradients' scale, and 0 to skip the step."""
         for bundle, weights in self._advance(lane):
-            if not self.decoupled:
-                self._add(bundle, weights, factor * keep)
-                continue
-            slopes = bundle.slopes(self.penalty_function) * bundle.strength(*self._lambda) * keep
-            bundle.triplets.add_outer_(weights, slopes, [-rates[id(W)] for W in weights])
+            if self.decoupled:
+                strength = bundle.strength(*self._lambda) * keep
+                bundle.move(self.penalty_function, weights, strength, [rates[id(W)] for W in weights])
+            else:
+                strength = bundle.strength(*self._lambda) * (factor * keep)
+                bundle.add_gradient(self.penalty_function, weights, strength)
 
     def _look(self, at: Callable[[Bundle, list[Tensor]], list[Tensor]]) -> dict[str, Tensor]:
         found = {}
@@ -335,16 +331,6 @@ class SpectralNormRegularizer:
                 f"weight {names[0]!r} is under a parametrization: it is computed and has no gradient of its own. "
                 "Use penalty(), which acts on the effective weight."
             )
-
-
-def _gradient_of(W: Tensor, name: str) -> Tensor:
-    if W.grad is None:
-        W.grad = torch.zeros_like(W)
-    if W.grad.is_sparse:
-        raise ValueError(f"weight {name!r} has a sparse gradient: use sparse=False, or leave it out with select.")
-    if is_sharded(W) and W.grad.placements != W.placements:  # type: ignore[attr-defined]
-        W.grad = W.grad.redistribute(placements=W.placements)  # type: ignore[attr-defined]
-    return W.grad
 
 
 def _check(name: str, value: Any, fine: Callable[[Any], bool], what: str) -> None:
