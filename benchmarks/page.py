@@ -1,0 +1,108 @@
+"""docs/benchmarks.md from results/benchmarks.jsonl: a table for each benchmark and one plot."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
+PLOT = "benchmarks.svg"
+Line = dict[str, Any]
+
+INTRODUCTION = """# Benchmarks
+
+What spectreg costs beside its peers and beside the hardware's floor, made by `make benchmarks` from
+`results/benchmarks.jsonl`. Each row is timed A B A B …; shown are the median of the paired ratios and its quartiles.
+Times are of the processor, one thread, unless a row says wall time. The floor of a gradient penalty is one read of
+each weight and one read-modify-write of its gradient. Both sides compute the same quantity, up to the error shown.
+"""
+
+
+def read(path: Path = RESULTS) -> list[Line]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "—"
+    return f"{value:,.0f}" if abs(value) >= 10000 else f"{value:.4g}"
+
+
+def goal(line: Line) -> str:
+    bounds = [
+        f"{sign} {number(line[key])}" for sign, key in (("≤", "at_most"), ("≥", "at_least")) if line[key] is not None
+    ]
+    return f"{' '.join(bounds)}: {'met' if line['met'] else '**missed**'}" if bounds else ""
+
+
+def table(lines: Sequence[Line]) -> str:
+    rows = [
+        "| case | what | beside | median | quartiles | n | goal | error, remark |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for line in lines:
+        spread = "" if line["low"] is None else f"{number(line['low'])} to {number(line['high'])}"
+        value = "did not run" if line["value"] is None else f"{number(line['value'])} {line['unit']}"
+        error = "" if line["error"] is None else f"{line['error']:+.1e}"
+        remark = "; ".join(part.replace("|", "¦") for part in (error, line["note"]) if part)
+        cells = (line["case"], line["subject"], line["against"], value, spread, str(line["rounds"]), goal(line), remark)
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def origin(lines: Sequence[Line]) -> str:
+    """What the lines of a benchmark have in common."""
+    first = lines[0]
+    said = [f"torch {first['torch']}", f"{first['threads']} thread(s)", first["machine"], f"commit {first['commit']}"]
+    load = max(line["load"] for line in lines)
+    return f"{', '.join(said)}, from {first['started']}; load of the machine up to {load:.1f}."
+
+
+def page(lines: Sequence[Line]) -> str:
+    """The whole page."""
+    with_goal = [line for line in lines if line["met"] is not None]
+    missed = [line for line in with_goal if not line["met"]]
+    parts = [INTRODUCTION, f"![time against error]({PLOT})\n", "## Goals missed\n"]
+    parts.append(f"{len(with_goal) - len(missed)} of {len(with_goal)} rows with a goal meet it. Those that do not:\n")
+    parts.append(table(missed) + "\n" if missed else "None.\n")
+    for title in dict.fromkeys(line["benchmark"] for line in lines):
+        own = [line for line in lines if line["benchmark"] == title]
+        parts += [f"## {title[0].upper()}{title[1:]}\n", origin(own) + "\n", table(own) + "\n"]
+    return "\n".join(parts)
+
+
+def plot(lines: Sequence[Line], path: Path) -> None:
+    """Norms of convolutions: time against error, a panel for each number of channels."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "spectreg"
+    from matplotlib import pyplot as plt
+
+    points = [line for line in lines if line["unit"] == "ms" and line["error"] is not None]
+    cases = list(dict.fromkeys(line["case"] for line in points))
+    figure, axes = plt.subplots(
+        1, max(len(cases), 1), figsize=(4 * max(len(cases), 1), 3.6), squeeze=False, sharey=True
+    )
+    for ax, case in zip(axes[0], cases, strict=False):
+        own = [line for line in points if line["case"] == case]
+        for family in dict.fromkeys(line["subject"].split(", ")[0] for line in own):
+            these = [line for line in own if line["subject"].split(", ")[0] == family]
+            x, y = [max(abs(line["error"]), 1e-7) for line in these], [line["value"] for line in these]
+            ax.loglog(x, y, "o", label=family)
+        ax.set(title=case, xlabel="relative error")
+    axes[0][0].set_ylabel("milliseconds")
+    axes[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def write(results: Path = RESULTS, target: Path = PAGE) -> None:
+    """The page and its plot, from the lines."""
+    lines = read(results)
+    plot(lines, target.with_name(PLOT))
+    target.write_text(page(lines))

@@ -1,0 +1,112 @@
+"""Sharded weights under FSDP2: collectives and bytes of a step, ours and gathering each weight."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.harness import Call, Row, in_turn, quartiles, record, same
+from spectreg import SpectralNormRegularizer
+
+NAME = "sharded"
+COUNT, SIZE = 8, 1024
+
+
+class Traffic(TorchDispatchMode):
+    """Counts collectives, and the bytes that each hands to a rank (of a gather: what is received)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collectives = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        space, name = func.namespace, func.overloadpacket.__name__
+        if space in ("c10d", "_c10d_functional") and "wait" not in name and "barrier" not in name:
+            self.collectives += 1
+            tensors = torch.utils._pytree.tree_leaves((args, out))
+            self.bytes += max((t.nbytes for t in tensors if isinstance(t, torch.Tensor)), default=0)
+        return out
+
+
+def acts() -> tuple[dict[str, Call], SpectralNormRegularizer, nn.Module]:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(SIZE, SIZE, bias=False) for _ in range(COUNT)])
+    for layer in model:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    regularizer = SpectralNormRegularizer(model, 1e-9, warmup=15)
+    regularizer.sigma()
+    vectors = [regularizer._memories[w.name].v.flatten().clone() for w in regularizer.weights]
+
+    @torch.no_grad()
+    def gathering() -> None:
+        """Each weight whole on each rank, a power step there, and this rank's rows of the rank-one gradient."""
+        for parameter, v in zip(model.parameters(), vectors, strict=True):
+            W = parameter.full_tensor()
+            u = nn.functional.normalize(torch.mv(W, v), dim=0)
+            w = torch.mv(W.t(), u)
+            v.copy_(w / w.norm())
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            rows = u.chunk(dist.get_world_size())[dist.get_rank()]
+            parameter.grad.to_local().addr_(rows, w, alpha=1e-9)
+
+    return {"add_gradient": regularizer.add_gradient, "gathering the weights": gathering}, regularizer, model
+
+
+def on_rank(rank: int, count: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
+    calls, _, model = acts()
+    gradients, found = {}, {}
+    for name, call in calls.items():
+        model.zero_grad()
+        call()
+        gradients[name] = torch.cat([p.grad.to_local().flatten() for p in model.parameters()])
+        with Traffic() as traffic:
+            call()
+        found[name] = {"collectives": traffic.collectives, "bytes": traffic.bytes}
+    error = same("the gradients", *gradients.values(), 1e-3)
+    import time
+
+    times = in_turn(calls, 15, 2, dist.barrier, time.perf_counter)
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps({"counts": found, "error": error, "times": times}))
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    for count in (2, 4):
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(on_rank, (count, folder), nprocs=count)
+            found = json.loads(Path(folder, "found.json").read_text())
+        case = f"{COUNT} × {SIZE}² on {count} processes"
+        for name, counts in found["counts"].items():
+            goal = 1 if name == "add_gradient" else None
+            record(
+                Row(
+                    NAME,
+                    case,
+                    name,
+                    "",
+                    "collectives a step",
+                    counts["collectives"],
+                    at_most=goal,
+                    error=found["error"],
+                )
+            )
+            record(Row(NAME, case, name, "", "bytes a step", counts["bytes"]))
+        times = found["times"]
+        low, middle, high = quartiles([a / b for a, b in zip(*times.values(), strict=True)])
+        note = "wall time" + (
+            f"; more processes than the {os.cpu_count()} cores" if count > (os.cpu_count() or 1) else ""
+        )
+        record(Row(NAME, case, "add_gradient", "gathering the weights", "×", middle, low, high, 15, note=note))

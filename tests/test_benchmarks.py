@@ -1,0 +1,84 @@
+"""The harness of the benchmarks, at sizes where nothing is measured."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import page, penalties
+from benchmarks.harness import Row, in_turn, quartiles, ratio, record, same
+
+
+def model_with_a_clear_first_singular_value() -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 6, bias=False)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
+            p.view(-1)[0] += 10
+    return model
+
+
+def test_the_floor_every_rival_and_ours_add_the_same_gradient_of_the_svd():
+    model = model_with_a_clear_first_singular_value()
+    weights = penalties.matrices(model)
+    U, S, Vh = zip(*(torch.linalg.svd(W.detach()) for W in weights), strict=True)
+    truth = torch.cat([(0.3 * s[0] * torch.outer(u[:, 0], vh[0])).flatten() for u, s, vh in zip(U, S, Vh, strict=True)])
+    vectors = [vh[0].clone() for vh in Vh]
+    ours = penalties.ready(model, 0.3, warmup=60)
+    acts = [ours.add_gradient, penalties.by_penalty(ours), penalties.floor(weights, vectors, 0.3)]
+    acts += [penalties.bare(weights, vectors, 0.3), penalties.by_autograd(weights, vectors, 0.3)]
+    acts += [penalties.by_svd(weights, 0.3)]
+    for act in acts:
+        penalties.with_gradients(model)
+        act()
+        found = torch.cat([W.grad.flatten() for W in weights])
+        torch.testing.assert_close(found, truth)
+
+
+def test_calls_take_turns_and_warmup_rounds_do_not_count():
+    order: list[str] = []
+    times = in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, warmup=1)
+    assert order == ["a", "b"] * 3
+    assert {name: len(t) for name, t in times.items()} == {"a": 2, "b": 2}
+
+
+def test_a_ratio_is_the_median_of_the_paired_ratios():
+    row = ratio("b", "case", "ours", "peer", {"ours": [1.0, 2.0, 9.0], "peer": [1.0, 4.0, 3.0]}, at_most=0.9)
+    assert (row.low, row.value, row.high) == quartiles([1.0, 0.5, 3.0]) == (0.75, 1.0, 2.0)
+    assert row.met is False
+
+
+def test_two_sides_that_compute_different_things_stop_the_benchmark():
+    with pytest.raises(AssertionError, match=r"σ: the two sides differ by 1.0e\+00 relative, above 1e-03"):
+        same("σ", torch.tensor([2.0]), torch.tensor([1.0]), 1e-3)
+
+
+def test_the_page_shows_every_line_and_says_which_goals_are_missed(tmp_path):
+    lines, target = tmp_path / "benchmarks.jsonl", tmp_path / "benchmarks.md"
+    rows = [
+        Row("a step", "small", "ours", "peer", "×", 1.25, 1.0, 1.5, 15, at_most=1.5, error=1e-6),
+        Row("a step", "large", "ours", "peer", "×", 7.0, 6.0, 8.0, 15, at_most=1.5, note="the reason"),
+        Row("a step", "large", "absent peer", "ours", "×", note="ModuleNotFoundError: No module named 'peer'"),
+        Row("norms", "16", "FFT", "truth", "ms", 3.0, error=1e-3),
+    ]
+    for row in rows:
+        record(row, lines)
+    page.write(lines, target)
+    text = target.read_text()
+    assert "1 of 2 rows with a goal meet it" in text
+    assert "| large | ours | peer | 7 × | 6 to 8 | 15 | ≤ 1.5: **missed** | the reason |" in text
+    assert "did not run" in text
+    assert "No module named 'peer'" in text
+    assert (tmp_path / "benchmarks.svg").read_text().count("<svg") == 1
+    written = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [{key: line[key] for key in asdict(row)} for line, row in zip(written, rows, strict=True)] == list(
+        map(asdict, rows)
+    )
+    assert all(line["commit"] and line["threads"] and line["torch"] for line in written)
