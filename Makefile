@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test check fast slow docs clean
+.PHONY: help reproduce test check fast slow docs benchmarks clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -27,6 +27,9 @@ fast: $(VENV)/dev.stamp ## the fast tests and the doctests
 
 slow: $(VENV)/dev.stamp ## the tests marked slow
 	$(BIN)/python -m pytest -q -n 2 -m slow tests
+
+benchmarks: $(VENV)/bench.stamp ## measure cost beside every peer and write docs/benchmarks.md (some 10 minutes)
+	$(BIN)/python -m benchmarks
 
 docs: $(VENV)/dev.stamp ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
@@ -49,3 +52,9 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[lab,dev]'
 	$(INSTALL) --no-deps curvlinops-for-pytorch backpack-for-pytorch unfoldNd einconv
 	@touch $@ $(VENV)/lab.stamp
+
+# Peers that the benchmarks time, without what they ask for and these rows do not call.
+$(VENV)/bench.stamp: $(VENV)/dev.stamp
+	$(INSTALL) -e '.[bench]'
+	-$(INSTALL) --no-deps pyhessian orthogonium deel-torchlip weightwatcher
+	@touch $@

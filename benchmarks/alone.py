@@ -66,7 +66,8 @@ def main() -> None:
             case = f"{total / 1e6:.0f} M in {count} × {size}²"
             need = 8 * count * size**2 * 1.15
             if psutil.virtual_memory().available < need:
-                note = f"skipped: {need / 2**30:.1f} GiB of free memory needed, {psutil.virtual_memory().available / 2**30:.1f} there"
+                there = psutil.virtual_memory().available
+                note = f"skipped: {need / 2**30:.1f} GiB of free memory needed, {there / 2**30:.1f} there"
                 record(Row(NAME, case, "add_gradient", "floor", "×", note=note))
                 continue
             measure(case, linears(count, size), kind == "large")

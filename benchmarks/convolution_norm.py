@@ -68,7 +68,7 @@ def warm(layer: nn.Conv2d, size: int) -> Callable[[], float]:
 def methods(layer: nn.Conv2d, size: int) -> dict[str, Callable[[], float]]:
     shape = (layer.in_channels, size, size)
     found: dict[str, Callable[[], float]] = {"spectreg, warm": warm(layer, size)}
-    for tolerance in (0.2, 0.1, 0.05, 5e-3):
+    for tolerance in (0.2, 0.05, 0.02, 0.01, 5e-3):
         found[f"spectreg, cold, tolerance {tolerance:g}"] = lambda t=tolerance: (
             spectreg.operator_norm(layer, shape, tolerance=t, max_products=400).value
         )

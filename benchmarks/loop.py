@@ -133,7 +133,8 @@ def compare(case: str, config: Config, images: object, fabric: Fabric) -> None:
     record(ratio(NAME, case, "spectreg's loop", "by hand", times, at_most=1.05, note=note))
     try:
         times["Lightning Trainer"] = by_trainer(training)()[-ROUNDS:]  # type: ignore[index]
-        note = f"the Trainer {count / statistics.median(times['Lightning Trainer']):.0f} images a second; one after the other"
+        rate = count / statistics.median(times["Lightning Trainer"])
+        note = f"the Trainer {rate:.0f} images a second; one after the other"
         record(ratio(NAME, case, "spectreg's loop", "Lightning Trainer", times, at_most=1.0, note=note))
     except Exception as error:
         record(failed(NAME, case, "Lightning Trainer", "by hand", error))

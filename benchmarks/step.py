@@ -8,6 +8,7 @@ deel-torchlip) is timed as whole steps in turn, too, on the MLP, the transformer
 import copy
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -126,8 +127,9 @@ def within(case: str, model: nn.Module, x: Tensor, y: Tensor, limit: float | Non
         low, middle, high = (1 + q / whole for q in quartiles(extra))
         goal = limit if name == "add_gradient" else None
         note = f"adds {statistics.median(extra) * 1e3:.2f} ms"
-        record(Row(NAME, case, name, "vanilla step", "×", middle, low, high, len(extra), whole + statistics.median(extra),
-                   whole, goal, error=error, note=note))  # fmt: skip
+        taken = whole + statistics.median(extra)
+        row = Row(NAME, case, name, "vanilla step", "×", middle, low, high, len(extra), taken, whole, goal)
+        record(replace(row, error=error, note=note))
     ours = {name: added[name] for name in ("add_gradient", "floor", "autograd penalty", "torch's spectral_norm")}
     limits = {"floor": 1.5 if case.startswith("MLP") else None, "autograd penalty": 1.0, "torch's spectral_norm": 0.5}
     for other, at_most in limits.items():
