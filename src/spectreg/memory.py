@@ -15,7 +15,8 @@ from spectreg.weights import Weight
 class Memory:
     """The vectors of one weight, its σ, what its penalty aims at, and how often it was called.
 
-    ``counted`` is the number of singular values asked for; a block may have fewer.
+    ``counted`` is the number of singular values asked for; a block may have fewer. ``warm``: the vectors have been
+    iterated.
     """
 
     weight: Weight
@@ -25,6 +26,7 @@ class Memory:
     counted: int
     start: Float[Tensor, "blocks k"] | None = None
     calls: int = 0
+    warm: bool = False
 
     @classmethod
     def first(cls, weight: Weight, k: int, generator: torch.Generator) -> "Memory":
@@ -44,6 +46,7 @@ class Memory:
         """Become a copy of what was ``saved``."""
         self.u, self.v, self.sigma = (saved[x].clone() for x in ("u", "v", "sigma"))
         self.calls, self.start = int(saved["calls"]), saved["start"].clone() if "start" in saved else None
+        self.warm = bool(self.u.any())
 
 
 def check_same_weights(memories: Mapping[str, Memory], vectors: Mapping[str, Any]) -> None:

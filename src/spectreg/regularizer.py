@@ -300,9 +300,10 @@ class SpectralNormRegularizer:
     def _warm_up(self, weights: Sequence[Tensor]) -> None:
         """Bring vectors that were never stepped near the top singular pair; at least half a step, for a first σ."""
         for bundle, members, _ in self._bundles:
-            if all(m.calls == 0 and not m.u.any() for m in bundle.memories):
+            if not any(m.calls or m.warm for m in bundle.memories):
                 bundle.triplets.advance([weights[i].detach() for i in members], max(2 * self.warmup, 1))
                 for m in bundle.memories:
+                    m.warm = True
                     m.start = m.sigma.clone() if self.penalty_function.target == "start" else None
 
     @torch.no_grad()

@@ -487,7 +487,7 @@ from spectreg import SpectralNormRegularizer
 plain = nn.Sequential(nn.Linear(5, 4), nn.Conv2d(4, 4, 3, groups=2)).double()
 fast = nn.Sequential(nn.Linear(5, 4), nn.Conv2d(4, 4, 3, groups=2)).double()
 fast.load_state_dict(plain.state_dict())
-a, b = SpectralNormRegularizer(plain, 0.1), SpectralNormRegularizer(fast, 0.1)
+a, b = SpectralNormRegularizer(plain, 0.1, warmup=1), SpectralNormRegularizer(fast, 0.1, warmup=1)
 compiled = torch.compile(b.add_gradient, fullgraph=True)
 for strength in (0.1, 0.1, 0.2):
     a.strength = b.strength = strength
