@@ -110,7 +110,7 @@ def test_training_with_shards_replicated_over_a_second_dimension_equals_the_unsh
 def blocks_across_shards() -> None:
     plain, sharded = attention_and_convolution(), attention_and_convolution()
     fully_shard(sharded, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    ours, truth = (SpectralNormRegularizer(m, 0.1, map={"0.in*": "heads"}) for m in (sharded, plain))
+    ours, truth = (SpectralNormRegularizer(m, 0.1, map={"0.in*": "heads", "0.out*": 2}) for m in (sharded, plain))
     for _ in range(3):
         truth.add_gradient()
         ours.add_gradient()
