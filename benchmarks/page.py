@@ -29,6 +29,12 @@ REASONS = """## Where a goal is missed or a peer is ahead, and why
   in bare torch calls, without a check of any kind, that is 1.2 to 1.4 × the floor. The rest is about a millisecond
   for all weights together, whatever their number: normalising, slopes, the look whether a weight has moved, with caches
   swept. Half steps (`steps=0.5`) read once; from 100 M parameters on the millisecond no longer counts.
+- **VGG in whole steps.** What is timed from within a step overstates torch's `spectral_norm` (two and a half times on
+  the MLP, twice on the VGG), for a reason not found; for it the whole steps count. There the quartiles of VGG's
+  steps are as wide as the effect, so that they neither confirm nor refute what is timed from within.
+- **Peak memory.** Resident memory of the process: what torch frees and takes again does not show, so 0 is a lower
+  bound. In weights of 160² the vectors and their work space are an eighth of the weights: no goal holds there.
+- **bf16.** The vectors are float32 and the weight is converted piece by piece; the floor stays in bf16 throughout.
 - **Transformer, beside the autograd penalty.** That takes the packed query, key and value weight for one matrix; ours
   keeps a vector for each of the three, so it forms more and smaller products.
 - **Norm of a convolution, cold.** The kernels are Gaussian: their largest singular values lie close together, and
