@@ -15,7 +15,7 @@ Values = Float[Tensor, "*values"]
 
 @runtime_checkable
 class Penalty(Protocol):
-    """A function of σ, elementwise. ``target`` reaches it as a number, or one for each σ: see :class:`Square`."""
+    """A function of σ, elementwise. ``target`` reaches it as a number, or one for each σ: see `Square`."""
 
     @property
     def target(self) -> Target: ...
@@ -59,7 +59,7 @@ class Square:
 
 @dataclass(frozen=True)
 class Hinge:
-    """φ(σ) = max(σ − c, 0)²/2: only what is above ``target`` is pulled down. Arguments as for :class:`Square`.
+    """φ(σ) = max(σ − c, 0)²/2: only what is above ``target`` is pulled down. Arguments as for `Square`.
 
     >>> Hinge(2.0).slope(torch.tensor([1.0, 3.0]), torch.tensor(2.0))
     tensor([0., 1.])

@@ -30,12 +30,12 @@ class SpectralNormRegularizer:
     the host. Algorithm 1 of arXiv:1705.10941, as corrected in docs/paper.md.
 
     Args:
-        model: Its weights are regularized (:func:`spectreg.named_weights` says which).
+        model: Its weights are regularized (`spectreg.named_weights` says which).
         strength: λ of Eq. (1): a number, or a mapping from name patterns (``fnmatch``, the first match counts) to
             numbers; a weight that no pattern matches has strength 0. May be set anew between steps.
-        penalty: φ: ``"square"`` (σ²/2), ``"hinge"``, ``"power"``, an object of :mod:`spectreg.penalties`, or any
+        penalty: φ: ``"square"`` (σ²/2), ``"hinge"``, ``"power"``, an object of `spectreg.penalties`, or any
             elementwise function of σ.
-        map: The linear map that a weight is taken for; see :func:`spectreg.named_weights`.
+        map: The linear map that a weight is taken for; see `spectreg.named_weights`.
         input_size: Of convolutions, for ``map="operator"``.
         select: ``(name, weight) -> bool``: which weights to regularize; all by default.
         embeddings: Whether embedding tables count as weights.

@@ -25,7 +25,7 @@ class Piece(NamedTuple):
 
 
 class ShardedTriplets(Triplets):
-    """:class:`Triplets` of weights that are sharded over one device mesh.
+    """`Triplets` of weights that are sharded over one device mesh.
 
     Every rank holds the whole (short) vectors, so that its state is that of an unsharded run; no weight is gathered.
     A whole step of weights sharded by rows (``fully_shard``, column-wise parallel layers) takes one all-reduce for

@@ -11,7 +11,7 @@ from spectreg.regularizer import SpectralNormRegularizer
 
 
 class SpectralNorm(Callback):
-    """Attaches a :class:`spectreg.SpectralNormRegularizer` for the time of a fit.
+    """Attaches a `spectreg.SpectralNormRegularizer` for the time of a fit.
 
     ``Trainer(callbacks=[SpectralNorm(0.01)])``. Each weight's σ is logged as ``sigma/<name>`` at every
     ``log_every_n_steps`` of the trainer; the vectors are saved in the trainer's checkpoints and restored from them.

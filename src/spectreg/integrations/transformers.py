@@ -14,7 +14,7 @@ FILE = "spectral_norm.pt"
 
 
 class SpectralNorm(TrainerCallback):
-    """Attaches a :class:`spectreg.SpectralNormRegularizer` for the time of a training.
+    """Attaches a `spectreg.SpectralNormRegularizer` for the time of a training.
 
     ``Trainer(..., callbacks=[SpectralNorm(0.01)])``. Each weight's σ joins the trainer's logs as ``sigma/<name>``; the
     vectors are saved as ``spectral_norm.pt`` in the trainer's checkpoints and restored from them.
