@@ -30,7 +30,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
         space, name = func.namespace, func.overloadpacket.__name__
-        if space in ("c10d", "_c10d_functional") and "wait" not in name and "barrier" not in name:
+        if space in ("c10d", "_c10d_functional") and not any(word in name for word in ("wait", "barrier", "_wrap")):
             self.collectives += 1
             tensors = torch.utils._pytree.tree_leaves((args, out))
             self.bytes += max((t.nbytes for t in tensors if isinstance(t, torch.Tensor)), default=0)
