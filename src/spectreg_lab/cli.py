@@ -185,7 +185,9 @@ def _report(folder: Path) -> None:
 def train(
     model: Annotated[str, typer.Option(help="vgg, nin or densenet")] = "vgg",
     data: Annotated[str, typer.Option(help="digits, cifar10, cifar100, stl10, a hub name, a folder")] = "digits",
-    method: Annotated[str, typer.Option(help="vanilla, decay, adversarial or spectral")] = "spectral",
+    method: Annotated[
+        str, typer.Option(help="vanilla, decay, adversarial, spectral, jacobian or layerwise-jacobian")
+    ] = "spectral",
     batch_size: Annotated[int, typer.Option()] = 64,
     learning_rate: Annotated[float, typer.Option()] = 0.05,
     epochs: Annotated[int, typer.Option()] = 10,

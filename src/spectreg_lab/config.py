@@ -106,6 +106,22 @@ class Spectral(Setting):
     strength: Strength = 0.01
 
 
+class Jacobian(Setting):
+    """λ times the mean of ‖∂f/∂x‖²_F, which the paper compares with in words."""
+
+    name: Literal["jacobian"] = "jacobian"
+    strength: Strength = 0.01
+    projections: Positive | None = Field(1, description="random directions of the output; all outputs if unset")
+
+
+class LayerwiseJacobian(Setting):
+    """λ times the mean of Σ‖∂xˡ/∂xˡ⁻¹‖²_F (Gu & Rigazio 2014)."""
+
+    name: Literal["layerwise-jacobian"] = "layerwise-jacobian"
+    strength: Strength = 1e-4
+    projections: Positive | None = Field(1, description="random directions of each layer's output; all if unset")
+
+
 Curve: TypeAlias = Literal["input_gradient", "hessian", "jacobian", "perturbation"]
 
 
@@ -122,7 +138,9 @@ class Measuring(Setting):
 
 
 Model: TypeAlias = Annotated[VGG | NIN | DenseNet, Field(discriminator="name")]
-Method: TypeAlias = Annotated[Vanilla | Decay | Adversarial | Spectral, Field(discriminator="name")]
+Method: TypeAlias = Annotated[
+    Vanilla | Decay | Adversarial | Spectral | Jacobian | LayerwiseJacobian, Field(discriminator="name")
+]
 Precision: TypeAlias = Literal["32-true", "bf16-mixed", "64-true"]
 
 

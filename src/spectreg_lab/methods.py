@@ -1,4 +1,4 @@
-"""The paper's four methods: from a setting to what happens in a step of training."""
+"""The paper's four methods, and the two it compares with in words: from a setting to what happens in a step."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from spectreg import SpectralNormRegularizer
-from spectreg.baselines import adversarial_loss
+from spectreg.baselines import adversarial_loss, jacobian_penalty, layerwise_jacobian_penalty
 from spectreg.weights import named_weights
-from spectreg_lab.config import Adversarial, Config, Decay, Spectral
+from spectreg_lab.config import Adversarial, Config, Decay, Jacobian, LayerwiseJacobian, Spectral
 
 
 class Method:
@@ -64,6 +64,33 @@ class AdversarialTraining(Method):
         return adversarial_loss(self.model, cross_entropy, x, y, self.epsilon, self.alpha)
 
 
+class JacobianPenalty(Method):
+    """A penalty on the Jacobian of the network, or of each of its layers, as a term of the loss.
+
+    Random directions come from torch's own generator, which training seeds anew every epoch.
+    """
+
+    def __init__(self, model: nn.Module, strength: float, projections: int | None, layerwise: bool) -> None:
+        super().__init__(model)
+        self.strength, self.layerwise = strength, layerwise
+        self.draws: dict[str, Any] = {"projections": projections, "generator": torch.default_generator}
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """L(x) + λ times the penalty."""
+        if self.layerwise:
+            penalty = layerwise_jacobian_penalty(nn.Sequential(*_chain(self.model)), x, **self.draws)
+        else:
+            penalty = jacobian_penalty(self.model, x, **self.draws)
+        return super().loss(x, y) + self.strength * penalty
+
+
+def _chain(model: nn.Module) -> list[nn.Module]:
+    """The modules that follow one another in a network, plain containers opened."""
+    if type(model) is not nn.Sequential:
+        return [model]
+    return [module for child in model for module in _chain(child)]
+
+
 class SpectralNorm(Method):
     """Algorithm 1: λσuvᵀ on the gradient of each weight."""
 
@@ -96,6 +123,9 @@ def build(config: Config, model: nn.Module) -> Method:
         return WeightDecay(model, setting.strength)
     if isinstance(setting, Adversarial):
         return AdversarialTraining(model, setting.epsilon, setting.alpha)
+    if isinstance(setting, Jacobian | LayerwiseJacobian):
+        layerwise = isinstance(setting, LayerwiseJacobian)
+        return JacobianPenalty(model, setting.strength, setting.projections, layerwise)
     if isinstance(setting, Spectral):
         return SpectralNorm(model, setting.strength, config.seed)
     return Method(model)

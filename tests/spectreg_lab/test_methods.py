@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from spectreg_lab import methods
-from spectreg_lab.config import Adversarial, Decay, Spectral, Vanilla
+from spectreg_lab.config import Adversarial, Decay, Jacobian, LayerwiseJacobian, Spectral, Vanilla
 
 
 @pytest.fixture
@@ -79,3 +79,22 @@ def test_the_state_of_spectral_survives_a_round_trip_through_tensors(tiny, netwo
     assert any(not torch.equal(one.state()[key], other.state()[key]) for key in one.state())
     other.load_state(one.state())
     assert all(torch.equal(one.state()[key], other.state()[key]) for key in one.state())
+
+
+def test_jacobian_adds_the_squared_norm_of_the_dense_jacobian(tiny, network, batch):
+    network.eval()
+    x, y = batch
+    method = methods.build(tiny(Jacobian(strength=0.3, projections=None)), network)
+    J = torch.func.vmap(torch.func.jacrev(lambda one: network(one[None])[0]))(x)
+    expected = cross_entropy(network(x), y) + 0.3 * J.square().sum() / len(x)
+    torch.testing.assert_close(method.loss(x, y), expected)
+
+
+def test_layerwise_jacobian_takes_every_convolution_and_linear_layer_by_itself(tiny, batch):
+    x, y = batch
+    first = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.Flatten())
+    network = nn.Sequential(first, nn.Linear(8, 4, bias=False)).double()
+    method = methods.build(tiny(LayerwiseJacobian(strength=0.3, projections=None)), network)
+    kernel = 4 * first[0].weight.square().sum()  # each of the 2×2 outputs a channel sees the whole kernel
+    expected = cross_entropy(network(x), y) + 0.3 * (kernel + network[1].weight.square().sum())
+    torch.testing.assert_close(method.loss(x, y), expected)

@@ -5,18 +5,31 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from spectreg_lab.config import NIN, VGG, Adversarial, Augmentation, Data, Decay, DenseNet, Spectral, Vanilla
+from spectreg_lab.config import (
+    NIN,
+    VGG,
+    Adversarial,
+    Augmentation,
+    Data,
+    Decay,
+    DenseNet,
+    Jacobian,
+    LayerwiseJacobian,
+    Spectral,
+    Vanilla,
+)
 from spectreg_lab.data import batches, load
 from spectreg_lab.train import NonFiniteLossError, Training, evaluate, learning_rate, train
 
 METHODS = [Vanilla(), Decay(strength=0.01), Adversarial(), Spectral(strength=0.1)]
+JACOBIAN = [Jacobian(), LayerwiseJacobian()]
 
 
 def numbers(epoch):
     return {key: value for key, value in epoch.metrics.items() if key != "seconds"}
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", METHODS + JACOBIAN, ids=lambda method: method.name)
 @pytest.mark.parametrize(
     "model",
     [NIN(width=12), DenseNet(depth=7, growth=4), VGG(width=4, stages=(1, 1), hidden=8, dropout=0.3)],
