@@ -71,7 +71,9 @@ class Training:
             x, y = x[fabric.global_rank :: fabric.world_size], y[fabric.global_rank :: fabric.world_size]
         for part, labels in zip(x.split(self.config.micro_batch), y.split(self.config.micro_batch), strict=True):
             with fabric.autocast():
-                loss = self.method.loss(part, labels) * (len(labels) / size)
+                loss = self.method.loss(part, labels)
+            if len(labels) < size:
+                loss = loss * (len(labels) / size)
             loss.backward()
             total += loss.detach()
         if fabric.world_size > 1:
