@@ -79,11 +79,12 @@ def search(
     """Try a grid of learning rates and strengths on held-out training images, and say which to use."""
     folder, _ = _execute(study, out, processes, threads)
     from spectreg_lab.search import choose
+    from spectreg_lab.store import SEARCH
 
     choice = choose(folder)
     typer.echo(f"learning rates\n{choice.rates.to_string(index=False)}\n")
     typer.echo(f"strengths\n{choice.strengths.to_string(index=False)}\n")
-    typer.echo(f"all {len(choice.tried)} combinations: {folder / 'search.csv'}")
+    typer.echo(f"all {len(choice.tried)} combinations: {folder / SEARCH}")
 
 
 def _execute(

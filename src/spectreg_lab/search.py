@@ -15,15 +15,16 @@ from pathlib import Path
 import pandas as pd
 
 from spectreg_lab.files import write
-from spectreg_lab.store import read_study
+from spectreg_lab.store import SEARCH, read_study
 
 FIT = 0.95
 CELL = ["setting", "regime"]
+KEYS = [*CELL, "method", "learning_rate", "strength"]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a search found: every combination tried, a learning rate a cell, a strength a method."""
+    """What a search found: every combination tried, ``chosen`` or not; a learning rate a cell, a strength a method."""
 
     tried: pd.DataFrame
     rates: pd.DataFrame
@@ -31,11 +32,14 @@ class Choice:
 
 
 def choose(folder: Path) -> Choice:
-    """Judge the finished runs of a search's folder, and write the table of all of them to ``search.csv`` there."""
+    """Judge the finished runs of a search's folder, and write the table of all of them there."""
     tried = _tried(folder)
     rates = _best_rates(tried)
-    strengths = _best_strengths(tried.merge(rates[[*CELL, "learning_rate"]], on=[*CELL, "learning_rate"]))
-    write(folder / "search.csv", tried.to_csv(index=False, float_format="%.6g").encode())
+    at_rates = tried.merge(rates[[*CELL, "learning_rate"]], on=[*CELL, "learning_rate"])
+    strengths = _best_strengths(at_rates)
+    chosen = at_rates.merge(strengths[["method", "strength"]], on=["method", "strength"]).assign(chosen=True)
+    tried = tried.merge(chosen[[*KEYS, "chosen"]], on=KEYS, how="left").fillna({"chosen": False})
+    write(folder / SEARCH, tried.to_csv(index=False, float_format="%.6g").encode())
     return Choice(tried, rates, strengths)
 
 
@@ -55,9 +59,8 @@ def _tried(folder: Path) -> pd.DataFrame:
                 "validation": last.get("test_accuracy", 0.0),
             }
         )
-    keys = [*CELL, "method", "learning_rate", "strength"]
     frame = pd.DataFrame(rows).dropna(subset=["learning_rate"])
-    return frame.groupby(keys, as_index=False, sort=False).agg(
+    return frame.groupby(KEYS, as_index=False, sort=False).agg(
         n=("training", "size"), training=("training", "mean"), validation=("validation", "mean")
     )
 

@@ -2,7 +2,8 @@
 
 A run folder holds ``config.json`` (the setting), ``versions.json``, ``metrics.jsonl`` (one line an epoch), one or two
 ``checkpoint-N.safetensors``, ``outcome.json`` once the run has ended and ``measures.json`` once it has been measured.
-A study folder holds ``study.json``, its runs in ``runs/`` and its page in ``report/``. Nothing in either executes when
+A study folder holds ``study.json``, its runs in ``runs/``, its page in ``report/`` and, where a search chose its
+settings, that search's table in ``search.csv``. Nothing in either executes when
 it is read. Every file but ``metrics.jsonl`` is written under a temporary name and renamed. An epoch's line comes before
 its checkpoint, and lines newer than the checkpoint are dropped on resuming: a kill costs an epoch, never consistency.
 """
@@ -26,7 +27,7 @@ from spectreg_lab.files import write
 
 FORMAT = 1
 CONFIG, VERSIONS, METRICS, OUTCOME, LOCK = "config.json", "versions.json", "metrics.jsonl", "outcome.json", "lock"
-MEASURES, STUDY, RUNS, REPORT = "measures.json", "study.json", "runs", "report"
+MEASURES, STUDY, RUNS, REPORT, SEARCH = "measures.json", "study.json", "runs", "report", "search.csv"
 
 
 class RunError(Exception):

@@ -41,6 +41,7 @@ class Case(Setting):
     model: Model
     data: Data = Data()
     learning_rate: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field({}, description="by regime")
+    batch_size: dict[str, Positive] = Field({}, description="by regime, where it differs from the study's")
     epochs: Positive | None = Field(None, description="where they differ from the study's")
     micro_batch: Positive | None = Field(None, description="where it differs from the study's")
     alpha: dict[str, float] | None = Field(None, description="thresholds of the generalization gap, by regime")
@@ -82,6 +83,9 @@ class Study(Setting):
     training: Training = Training()
     measure: Measuring | None = None
     search: Search | None = Field(None, description="makes the study one for `spectreg search`")
+    searched: str | None = Field(
+        None, description="the search.csv of the search that chose the settings, seen from the study file"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -102,6 +106,11 @@ class Study(Setting):
             unknown = sorted(set(self.search.strength) - set(self.methods))
             if unknown:
                 raise ValueError(f"search.strength is given for {unknown}, but the methods are {sorted(self.methods)}")
+        for name, case in self.settings.items():
+            if unknown := sorted(set(case.batch_size) - set(self.regimes)):
+                raise ValueError(
+                    f"settings.{name}.batch_size is given for {unknown}, but the regimes are {sorted(self.regimes)}"
+                )
         for where, by_regime in rates.items():
             if set(by_regime) != set(self.regimes):
                 raise ValueError(
@@ -128,7 +137,7 @@ class Study(Setting):
             model=case.model,
             data=data,
             method=setting,
-            batch_size=self.regimes[regime].batch_size,
+            batch_size=case.batch_size.get(regime, self.regimes[regime].batch_size),
             learning_rate=rate,
             epochs=case.epochs or self.epochs,
             seed=seed,
@@ -205,9 +214,14 @@ def read_study(path: Path, precision: str | None = None) -> Study:
     if precision is not None:
         content["training"] = {**content.get("training", {}), "precision": precision}
     try:
-        return Study.model_validate(content)
+        study = Study.model_validate(content)
     except ValidationError as error:
         raise StudyError(f"study file {path}: " + "; ".join(explain(error, Study))) from None
+    if study.searched and not (path.parent / study.searched).is_file():
+        raise StudyError(
+            f"study file {path}: searched: there is no file {study.searched}; `spectreg search` writes one"
+        )
+    return study
 
 
 def explain(error: ValidationError, root: type[Setting]) -> list[str]:

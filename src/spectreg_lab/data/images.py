@@ -83,9 +83,12 @@ def load(setting: Data, progress: Callable[[str], None] = lambda text: None) -> 
             progress(f"reading {setting.name}")
             write(cached, save(_normalised(source, files, progress), {"source": source}))
     with safe_open(cached, framework="pt") as file:
-        train = _take(file, "train", setting.train_size)
-        test = _take(file, "test", setting.test_size)
-        classes = int(file.get_tensor("classes"))
+        there = int(file.get_tensor("classes"))
+        classes = setting.classes or there
+        if classes > there:
+            raise DataError(f"classes = {classes}, but {setting.name} has {there}")
+        train = _take(file, "train", setting.train_size, classes)
+        test = _take(file, "test", setting.test_size, classes)
     if setting.validation:
         held_out = round(len(train) * setting.validation)
         if not 0 < held_out < len(train):
@@ -97,9 +100,11 @@ def load(setting: Data, progress: Callable[[str], None] = lambda text: None) -> 
     return Images(train, test, classes)
 
 
-def _take(file: Any, split: str, size: int | None) -> Split:
-    """The first ``size`` images in an order shuffled once and for all: the same images in every run."""
+def _take(file: Any, split: str, size: int | None, classes: int) -> Split:
+    """The first ``size`` images of these classes in an order shuffled once and for all: the same ones in every run."""
     images, labels = file.get_tensor(f"{split}/images"), file.get_tensor(f"{split}/labels")
+    if not (kept := labels < classes).all():
+        images, labels = images[kept], labels[kept]
     if size is not None and size > len(labels):
         raise DataError(f"{split}_size = {size}, but there are {len(labels)} {split} images")
     if size is None or size == len(labels):

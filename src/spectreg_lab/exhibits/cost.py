@@ -32,7 +32,7 @@ def exhibit(study: StudyRecord, runs: pd.DataFrame) -> Exhibit:
     for setting, regime in regimes(study):
         here = select(values, setting=setting, regime=regime)
         cells = [_cell(select(here, method=method)) for method in study.study["methods"]]
-        rows.append([Cell(labels.setting(study, setting), [labels.batch(study, regime)]), *cells])
+        rows.append([Cell(labels.setting(study, setting), [labels.batch(study, regime, setting)]), *cells])
     panels = [
         drawing.strip(
             study,

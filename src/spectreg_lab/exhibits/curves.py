@@ -24,7 +24,7 @@ def _lines(study: StudyRecord, here: pd.DataFrame) -> list[Line]:
 def exhibit(study: StudyRecord, epochs: pd.DataFrame) -> Exhibit:
     """Accuracy on test and training data and the gap between them, mean over seeds with a band of one deviation."""
     panels = [
-        Panel(setting, labels.batch(study, regime), "epoch", "accuracy", lines)
+        Panel(setting, labels.batch(study, regime, setting), "epoch", "accuracy", lines)
         for setting, regime in regimes(study)
         if (lines := _lines(study, select(epochs, setting=setting, regime=regime)))
     ]

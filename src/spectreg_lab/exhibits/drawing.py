@@ -84,7 +84,8 @@ def scatter(study: StudyRecord, here: pd.DataFrame, x: str, y: str) -> list[Line
 
 
 def strip(study: StudyRecord, here: pd.DataFrame, column: str, **panel: Any) -> Panel:
-    """One mark a run above the name of its regime, the methods side by side."""
+    """One mark a run above the name of its regime, the methods side by side; ``here`` is of one setting."""
+    setting = next(iter(here.setting), None)
     places = {regime: place for place, regime in enumerate(study.study["regimes"])}
     methods = list(study.study["methods"])
     lines = []
@@ -93,7 +94,7 @@ def strip(study: StudyRecord, here: pd.DataFrame, column: str, **panel: Any) -> 
         aside = (methods.index(method) - (len(methods) - 1) / 2) * SPREAD / len(methods)
         x = [places[regime] + aside for regime in found.regime]
         lines.append(Line(method, method, x, list(found[column]), marker="circle"))
-    ticks = {float(place): labels.batch(study, regime) for regime, place in places.items()}
+    ticks = {float(place): labels.batch(study, regime, setting) for regime, place in places.items()}
     return Panel(**{"x": "", "y": "", "ticks": ticks, "lines": [line for line in lines if line.y]} | panel)
 
 

@@ -25,7 +25,7 @@ def exhibit(study: StudyRecord, runs: pd.DataFrame) -> Exhibit:
     rows, warnings = [], []
     for setting, regime in regimes(study):
         here = select(done, setting=setting, regime=regime)
-        title, batch = labels.setting(study, setting), labels.batch(study, regime)
+        title, batch = labels.setting(study, setting), labels.batch(study, regime, setting)
         found = {method: select(here, method=method).train_accuracy for method in study.study["methods"]}
         rows.append([Cell(title, [batch]), *map(_cell, found.values())])
         if short := [method for method, values in found.items() if not (values > ENOUGH).all()]:

@@ -36,7 +36,7 @@ def _panel(study: StudyRecord, here: pd.DataFrame, setting: str, regime: str) ->
         for column, mark in MARKS.items()
         if not (found := _positive(select(here, method=method), column)).empty
     ]
-    return Panel(setting, labels.batch(study, regime), "", "norm", lines, log=True)
+    return Panel(setting, labels.batch(study, regime, setting), "", "norm", lines, log=True)
 
 
 def exhibit(study: StudyRecord, values: pd.DataFrame) -> Exhibit:

@@ -38,10 +38,17 @@ def setting(study: StudyRecord, name: str) -> str:
     return study.study["settings"][name].get("title") or f"{name} on {data(study, name)}"
 
 
-def batch(study: StudyRecord, regime: str) -> str:
-    """The regime with its batch size."""
-    size: Any = study.study["regimes"][regime].get("batch_size")
-    return f"{regime} batch" if size is None else f"{regime} batch, B = {size}"
+def batch_size(study: StudyRecord, regime: str, setting: str) -> int | None:
+    """The batch size of a regime in a setting, None where none was recorded."""
+    own: dict[str, int] = study.study["settings"][setting].get("batch_size") or {}
+    size: Any = own.get(regime, study.study["regimes"][regime].get("batch_size"))
+    return size
+
+
+def batch(study: StudyRecord, regime: str, setting: str | None = None) -> str:
+    """The regime with its batch size in a setting, or in all of them where it is the same."""
+    sizes = {batch_size(study, regime, name) for name in ([setting] if setting else study.study["settings"])}
+    return f"{regime} batch" if None in sizes or len(sizes) != 1 else f"{regime} batch, B = {sizes.pop()}"
 
 
 def dash(study: StudyRecord, regime: str) -> str:

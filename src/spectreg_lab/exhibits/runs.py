@@ -18,7 +18,7 @@ def _row(study: StudyRecord, run: RunRecord) -> list[Cell]:
     return [
         Cell(run.status, tone="bad" if run.status == "failed" else "open"),
         Cell(labels.setting(study, run.setting)),
-        Cell(labels.batch(study, run.regime)),
+        Cell(labels.batch(study, run.regime, run.setting)),
         Cell(run.method),
         Cell(str(run.seed)),
         Cell(cause.replace(f"{study.folder}/", ""), [run.folder.name], tone="wrap"),

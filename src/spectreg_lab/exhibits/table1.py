@@ -55,7 +55,7 @@ def _row(study: StudyRecord, here: pd.DataFrame, label: dict[str, str]) -> list[
         rows.append(
             label
             | {
-                "batch_size": study.study["regimes"][label["regime"]].get("batch_size"),
+                "batch_size": labels.batch_size(study, label["regime"], label["setting"]),
                 "alpha": here.alpha.max() if metric == "generalization_gap" else math.nan,
                 "method": method,
                 "runs": len(found),
@@ -108,7 +108,7 @@ def _cell(row: dict[str, Any], found: pd.Series) -> Cell:
 
 
 def _head(study: StudyRecord, row: dict[str, Any]) -> list[Cell]:
-    head = [Cell(labels.setting(study, row["setting"]), [labels.batch(study, row["regime"])])]
+    head = [Cell(labels.setting(study, row["setting"]), [labels.batch(study, row["regime"], row["setting"])])]
     if row["metric"] == "test_accuracy":
         return head
     return [*head, Cell("–" if math.isnan(row["alpha"]) else f"{row['alpha']:.2f}")]
