@@ -1,6 +1,7 @@
 """The ``spectreg`` command: a skin over the other modules, which it imports only when a command runs."""
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,8 +23,17 @@ app = typer.Typer(
 )
 
 DEFAULT = Path("studies/digits.toml")
+
+
+class Source(StrEnum):
+    """Whose numbers may stand beside ours."""
+
+    PAPER = "paper"
+
+
 Out = Annotated[Path | None, typer.Option(help="study folder [default: runs/NAME]")]
 Processes = Annotated[int | None, typer.Option(min=1, help="runs at a time [default: one a core]")]
+Against = Annotated[Source | None, typer.Option(help="set its numbers beside ours where the setting is the same")]
 Threads = Annotated[int | None, typer.Option(min=1, help="threads a run [default: 1]")]
 
 
@@ -46,6 +56,7 @@ def reproduce(
     precision: Annotated[
         str | None, typer.Option(help="32-true, bf16-mixed or 64-true, instead of the study's")
     ] = None,
+    against: Against = None,
 ) -> None:
     """Do every run of a study that is not finished yet, and write its report."""
     from spectreg_lab.provenance import is_first_process
@@ -57,7 +68,7 @@ def reproduce(
         return
     folder, failed = _execute(study, out, processes, threads, only, accelerator, devices, nodes, precision)
     if is_first_process():
-        _report(folder)
+        _report(folder, against)
     if failed:
         raise typer.Exit(1)
 
@@ -102,6 +113,7 @@ def _execute(
     from spectreg_lab.execution import begin, execute, execute_together
     from spectreg_lab.pool import Pool, several_devices
     from spectreg_lab.provenance import command, is_first_process
+    from spectreg_lab.search import gather
     from spectreg_lab.studies import Selection, read_study
 
     content = read_study(study, precision)
@@ -110,6 +122,8 @@ def _execute(
     with StudyDisplay(_console(quiet=not is_first_process())) as display:
         try:
             waiting = begin(content, folder, command(), display, only or Selection())
+            if is_first_process():
+                gather([study.parent / table for table in content.searched], folder)
             if fabric is None:
                 execute(waiting, Pool.for_machine(processes, threads, accelerator), display)
             else:
@@ -120,10 +134,12 @@ def _execute(
     return folder, display.failed
 
 
-@app.command()
-def report(folder: Annotated[Path, typer.Argument(help="study folder, finished or not")]) -> None:
+@app.command(epilog="Example: `spectreg report runs/paper --against paper`")
+def report(
+    folder: Annotated[Path, typer.Argument(help="study folder, finished or not")], against: Against = None
+) -> None:
     """Write the report of a study folder anew, from what is stored there alone."""
-    _report(folder)
+    _report(folder, against)
 
 
 @app.command(epilog="Example: `spectreg measure runs/digits`, or `spectreg measure all` for every run under runs/")
@@ -176,10 +192,10 @@ def _console(quiet: bool = False) -> "Console":
     return Console(stderr=True, quiet=quiet)
 
 
-def _report(folder: Path) -> None:
+def _report(folder: Path, against: Source | None) -> None:
     from spectreg_lab.report import write
 
-    typer.echo(f"report: {write(folder).resolve()}")
+    typer.echo(f"report: {write(folder, against_paper=against is Source.PAPER).resolve()}")
 
 
 @app.command(epilog="Example: `spectreg train --model vgg --data digits --method spectral --stages 2,2 --epochs 5`")

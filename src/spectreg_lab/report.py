@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from spectreg_lab import store
-from spectreg_lab.exhibits import Exhibit, exhibits, labels, provenance, verdicts
+from spectreg_lab.exhibits import Exhibit, exhibits, labels, paper, provenance, verdicts
 from spectreg_lab.exhibits.exhibit import Panel, Table
 from spectreg_lab.exhibits.interactive import traces
 from spectreg_lab.exhibits.svg import svg
@@ -19,8 +19,12 @@ from spectreg_lab.exhibits.svg import svg
 PAGE = "report.html"
 
 
-def write(folder: Path) -> Path:
+def write(folder: Path, against_paper: bool = False) -> Path:
     """Write ``folder/report/report.html`` and the files of every exhibit; works at any moment of a study.
+
+    Args:
+        against_paper: Set the paper's numbers beside ours in every setting that is one of the paper's, whether or not
+            the study asks for them.
 
     Returns:
         The page's path.
@@ -29,6 +33,8 @@ def write(folder: Path) -> Path:
         RunError: ``folder`` is not a study folder, or one of another format version.
     """
     study = store.read_study(folder)
+    if against_paper:
+        study = paper.beside(study)
     shown = exhibits(study)
     report = folder / store.REPORT
     report.mkdir(exist_ok=True)

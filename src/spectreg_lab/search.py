@@ -43,6 +43,13 @@ def choose(folder: Path) -> Choice:
     return Choice(tried, rates, strengths)
 
 
+def gather(tables: list[Path], folder: Path) -> None:
+    """Put the tables of the searches that chose a study's settings into the study's folder, as one."""
+    if tables:
+        joined = pd.concat([pd.read_csv(table) for table in tables])
+        write(folder / SEARCH, joined.to_csv(index=False, float_format="%.6g").encode())
+
+
 def _tried(folder: Path) -> pd.DataFrame:
     rows = []
     for run in read_study(folder).runs:

@@ -83,8 +83,8 @@ class Study(Setting):
     training: Training = Training()
     measure: Measuring | None = None
     search: Search | None = Field(None, description="makes the study one for `spectreg search`")
-    searched: str | None = Field(
-        None, description="the search.csv of the search that chose the settings, seen from the study file"
+    searched: tuple[str, ...] = Field(
+        (), description="the search.csv of each search that chose the settings, seen from the study file"
     )
 
     @model_validator(mode="before")
@@ -217,10 +217,9 @@ def read_study(path: Path, precision: str | None = None) -> Study:
         study = Study.model_validate(content)
     except ValidationError as error:
         raise StudyError(f"study file {path}: " + "; ".join(explain(error, Study))) from None
-    if study.searched and not (path.parent / study.searched).is_file():
-        raise StudyError(
-            f"study file {path}: searched: there is no file {study.searched}; `spectreg search` writes one"
-        )
+    for table in study.searched:
+        if not (path.parent / table).is_file():
+            raise StudyError(f"study file {path}: searched: there is no file {table}; `spectreg search` writes one")
     return study
 
 

@@ -103,9 +103,18 @@ def test_the_images_held_out_for_validation_are_training_images_and_disjoint_fro
     assert torch.equal(torch.cat([split.train.images, split.test.images]), everything.train.images)
 
 
+def test_the_first_classes_alone_are_all_images_of_them_and_the_same_ones_as_among_all():
+    everything, few = load(Data()), load(Data(classes=3))
+    assert few.classes == 3
+    for all_of, kept in ((everything.train, few.train), (everything.test, few.test)):
+        assert torch.equal(kept.images, all_of.images[all_of.labels < 3])
+    assert set(load(Data(classes=3, train_size=100)).train.labels.tolist()) == {0, 1, 2}
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        (Data(classes=11), "classes = 11, but digits has 10"),
         (Data(name="digit"), "did you mean 'digits'"),
         (Data(name="nothing-like-it"), "no such folder or name; known: digits, cifar10"),
         (Data(name="./absent"), "no such folder"),

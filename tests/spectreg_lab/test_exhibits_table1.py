@@ -159,6 +159,28 @@ def test_a_stand_in_for_the_papers_data_is_marked_as_not_comparable_and_no_paper
     assert any("† Not comparable" in note for note in paper.notes(study))
 
 
+def test_against_the_paper_only_settings_that_are_the_papers_get_its_numbers(tmp_path: Path) -> None:
+    same = folders.write_study(tmp_path / "same", data=Data(name="cifar10"), batch_sizes=(64, 4096))
+    other = folders.write_study(tmp_path / "other", data=Data(name="cifar10", train_size=100))
+    for folder, printed in ((same, 0.904), (other, math.nan)):
+        study = paper.beside(store.read_study(folder))
+        table = table1.frame(study, table1.values(study, frames.epochs(study), frames.runs(study)))
+        found = row(table, metric="test_accuracy", setting="vgg", regime="small", method="spectral").paper
+        assert found == pytest.approx(printed, nan_ok=True)
+    assert any("The paper has no setting" in note for note in paper.notes(study))
+
+
+def test_a_setting_with_its_own_batch_size_is_labelled_with_it(tmp_path: Path) -> None:
+    settings = {
+        "vgg": {"model": {}, "data": {"name": "digits"}, "batch_size": {"large": 100}},
+        "other": {"model": {}, "data": {"name": "digits"}},
+    }
+    study = store.read_study(folders.write_study(tmp_path / "s", settings=settings, seeds=(0,)))
+    assert labels.batch(study, "large", "vgg") == "large batch, B = 100"
+    assert labels.batch(study, "large") == "large batch"
+    assert labels.batch(study, "small") == "small batch, B = 64"
+
+
 def test_the_packaged_table_is_the_papers() -> None:
     table = paper.table1()
     assert len(table) == 16

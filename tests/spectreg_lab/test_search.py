@@ -1,8 +1,12 @@
+import json
+
+import pandas as pd
 import pytest
 
 from spectreg_lab import store
 from spectreg_lab.config import VGG, Config, Decay, Spectral, Vanilla
-from spectreg_lab.search import choose
+from spectreg_lab.exhibits import search
+from spectreg_lab.search import choose, gather
 
 # (method, learning rate): (training, validation) accuracies
 GRID = {
@@ -44,3 +48,28 @@ def test_the_strength_chosen_is_the_best_at_the_chosen_rate(folder):
 def test_every_combination_is_in_the_table_and_on_disk(folder):
     assert len(choose(folder).tried) == len(GRID)
     assert len((folder / "search.csv").read_text().splitlines()) == len(GRID) + 1
+
+
+def test_the_table_says_which_combinations_were_chosen(folder):
+    choose(folder)
+    table = pd.read_csv(folder / "search.csv")
+    assert sorted(table.method[table.chosen]) == ["decay", "spectral", "vanilla"]
+    assert set(table.learning_rate[table.chosen]) == {0.1}
+
+
+def test_the_tables_of_several_searches_stand_in_the_study_as_one(folder, tmp_path):
+    choose(folder)
+    (study := tmp_path / "study").mkdir()
+    gather([folder / "search.csv"] * 2, study)
+    assert len(pd.read_csv(study / "search.csv")) == 2 * len(GRID)
+
+
+def test_the_report_shows_every_combination_with_those_chosen_in_bold(folder):
+    choose(folder)
+    (study := json.loads((folder / "study.json").read_text()))["study"] |= {"settings": {}, "regimes": {}}
+    (folder / "study.json").write_text(json.dumps(study))
+    record = store.read_study(folder)
+    (table,) = search.exhibit(record, search.values(record)).tables
+    shown = {(cells[0].text, cell.text) for cells in table.rows for cell in cells[1:] if cell.bold}
+    assert shown == {("vanilla", "0.800"), ("decay 0.2", "0.840"), ("spectral 0.3", "0.810")}
+    assert len(table.rows) == 4

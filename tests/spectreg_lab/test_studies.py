@@ -63,6 +63,11 @@ def test_a_study_is_every_setting_with_every_regime_method_and_seed(study_file):
     }
 
 
+def test_a_setting_may_have_its_own_batch_size_in_a_regime(study_file):
+    points = read_study(study_file(("learning_rate = {", "batch_size = { large = 8 }\nlearning_rate = {"))).points()
+    assert {(point.regime, point.config.batch_size) for point in points} == {("small", 16), ("large", 8)}
+
+
 def test_a_search_is_every_rate_with_every_strength_on_held_out_training_images(study_file):
     points = read_study(study_file(text=STUDY + SEARCH)).points()
     assert len(points) == 2 * (2 + 1) * (1 + 3 + 1)
@@ -95,6 +100,8 @@ def test_every_study_that_is_shipped_can_be_read(path):
         ),
         ("strength = 0.1", "strength = inf", "strength: .*finite number, got inf"),
         ("batch_size = 16", "batch_size = 0", r"regimes.small.batch_size: .*greater than 0, got 0"),
+        ("[methods.vanilla]", "batch_size = { huge = 8 }\n[methods.vanilla]", r"batch_size is given for \['huge'\]"),
+        ("epochs = 2", "epochs = 2\nsearched = ['none.csv']", "there is no file none.csv; `spectreg search` writes"),
         ("large = 0.1", "huge = 0.1", r"learning_rate is given for \['huge', 'small'\], but the regimes are"),
         ("seeds = [0, 1]", "", "seeds: Field required"),
         ("seeds = [0, 1]", "seeds = []", "seeds: .*at least 1 item"),

@@ -10,6 +10,7 @@ from spectreg_lab.exhibits import (
     jacobian,
     perturbation,
     runs,
+    search,
     sensitivity,
     sigma,
     spectra,
@@ -38,5 +39,6 @@ def exhibits(study: StudyRecord) -> list[Exhibit]:
         perturbation.exhibit(study, perturbation.values(study)),
         jacobian.exhibit(study, jacobian.values(study)),
         cost.exhibit(study, points),
+        search.exhibit(study, search.values(study)),
         runs.exhibit(study, points),
     ]

@@ -1,6 +1,6 @@
 """The paper's own numbers, and when ours may be compared with them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -49,12 +49,27 @@ def row(study: StudyRecord, setting: str, regime: str, metric: str) -> PaperRow:
     return PaperRow(values, differences(configs[0], model, dataset, batch_size) if configs else ())
 
 
+def beside(study: StudyRecord) -> StudyRecord:
+    """The study with the paper's numbers asked for in every setting that has one of its networks and data sets."""
+    settings = {
+        name: described | {"paper": described.get("paper") or _same_setting(study, name)}
+        for name, described in study.study["settings"].items()
+    }
+    return replace(study, study=study.study | {"settings": settings, "against": "paper"})
+
+
+def _same_setting(study: StudyRecord, setting: str) -> str | None:
+    config = next((run.config for run in study.runs if run.setting == setting and run.config), None)
+    rows = table1()[["model", "dataset"]].drop_duplicates().itertuples(index=False)
+    return next((f"{m}/{d}" for m, d in rows if config and not differences(config, m, d, config["batch_size"])), None)
+
+
 def differences(config: dict[str, Any], model: str, dataset: str, batch_size: int) -> tuple[str, ...]:
     """In what a run's setting is not the paper's; its numbers are comparable only where this is empty."""
     data = config["data"]
     same = {
         "data": data["name"].rsplit("/", 1)[-1] == dataset,
-        "number of images": not (data["train_size"] or data["test_size"] or data["validation"]),
+        "number of images": not any(data.get(key) for key in ("train_size", "test_size", "validation", "classes")),
         "batch size": config["batch_size"] == batch_size,
         "network": model in MODELS and config["model"] == MODELS[model].model_dump(mode="json"),
     }
@@ -62,14 +77,18 @@ def differences(config: dict[str, Any], model: str, dataset: str, batch_size: in
 
 
 def notes(study: StudyRecord) -> list[str]:
-    """Sentences that say whose values stand beside ours, and which of them are not comparable and why."""
-    beside = {name: described.get("paper") for name, described in study.study["settings"].items()}
-    said = []
-    for setting in (name for name, key in beside.items() if key):
-        found = [row(study, setting, regime, "test_accuracy").differing for regime in study.study["regimes"]]
-        if differing := list(dict.fromkeys(what for regime in found for what in regime)):
-            said.append(f"{labels.setting(study, setting)} ({', '.join(differing)})")
-    source = f"“paper”: {SOURCE}."
-    if said:
-        source += f" † Not comparable with ours, because these differ: {'; '.join(said)}."
-    return [source] if any(beside.values()) else []
+    """Sentences that say whose values stand beside ours, which are not comparable and why, and what has none."""
+    keys = {name: described.get("paper") for name, described in study.study["settings"].items()}
+    titles = {name: labels.setting(study, name) for name in keys}
+    differing = {name: _differing(study, name) for name, key in keys.items() if key}
+    said = [f"“paper”: {SOURCE}."] if differing else []
+    if not_comparable := [f"{titles[name]} ({', '.join(found)})" for name, found in differing.items() if found]:
+        said.append(f"† Not comparable with ours, because these differ: {'; '.join(not_comparable)}.")
+    if study.study.get("against") and (alone := [titles[name] for name, key in keys.items() if not key]):
+        said.append(f"The paper has no setting with the network and the images of: {'; '.join(alone)}.")
+    return said
+
+
+def _differing(study: StudyRecord, setting: str) -> list[str]:
+    rows = [row(study, setting, regime, "test_accuracy") for regime in study.study["regimes"]]
+    return list(dict.fromkeys(what for found in rows for what in found.differing))

@@ -24,7 +24,9 @@ def differing(study: StudyRecord) -> list[str]:
 def _data(study: StudyRecord, setting: str) -> str:
     data = study.study["settings"][setting].get("data") or {}
     sizes = {"training": data.get("train_size"), "test": data.get("test_size")}
-    return ", ".join([labels.data(study, setting), *(f"{size} {side} images" for side, size in sizes.items() if size)])
+    kept = [f"{data['classes']} of the classes"] if data.get("classes") else []
+    counts = [f"{size} {side} images" for side, size in sizes.items() if size]
+    return ", ".join([labels.data(study, setting), *kept, *counts])
 
 
 def foot(study: StudyRecord) -> list[tuple[str, str]]:
