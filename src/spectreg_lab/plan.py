@@ -68,7 +68,8 @@ def _images(config: Config) -> tuple[Images, tuple[int, int]]:
         shape, train, test, classes = SHAPES[config.data.name]
         draws = torch.Generator().manual_seed(0)
         split = Split(torch.randn(BATCH, *shape, generator=draws), torch.randint(classes, (BATCH,), generator=draws))
-        return Images(split, split, classes), (config.data.train_size or train, config.data.test_size or test)
+        images = Images(split, split, config.data.classes or classes)
+        return images, (config.data.train_size or train, config.data.test_size or test)
     images = data.load(config.data)
     return images, (len(images.train), len(images.test))
 

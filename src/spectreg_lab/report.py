@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from spectreg_lab import store
 from spectreg_lab.exhibits import Exhibit, exhibits, labels, paper, provenance, verdicts
-from spectreg_lab.exhibits.exhibit import Panel, Table
+from spectreg_lab.exhibits.exhibit import Cell, Panel, Table
 from spectreg_lab.exhibits.interactive import traces
 from spectreg_lab.exhibits.svg import svg
 
@@ -58,11 +58,17 @@ def _groups(exhibit: Exhibit) -> dict[str, list[Panel]]:
 
 def _write_files(report: Path, exhibit: Exhibit, colours: dict[str, str]) -> None:
     store.write(report / f"{exhibit.name}.csv", exhibit.frame.to_csv(index=False).encode())
-    if exhibit.tables:
-        text = "\n\n".join(markdown(table) for table in exhibit.tables)
+    if tables := [*_verdicts(exhibit), *exhibit.tables]:
+        text = "\n\n".join(markdown(table) for table in tables)
         store.write(report / f"{exhibit.name}.md", f"{text}\n".encode())
     for group, panels in _groups(exhibit).items():
         store.write(report / svg_name(exhibit, group), svg(panels, colours, exhibit.dashes).encode())
+
+
+def _verdicts(exhibit: Exhibit) -> list[Table]:
+    """Every claim with its outcome as one table, for the Markdown file."""
+    rows = [[Cell(v.section), Cell(v.sentence), Cell(v.outcome, bold=True), Cell(v.counts)] for v in exhibit.verdicts]
+    return [Table(["section", "the paper says", "here", "comparisons"], rows)] if rows else []
 
 
 def markdown(table: Table) -> str:

@@ -7,13 +7,13 @@ from spectreg_lab.exhibits.exhibit import Cell, Exhibit, Table
 from spectreg_lab.exhibits.frames import records, select
 from spectreg_lab.store import SEARCH, StudyRecord
 
-ROW = ["setting", "regime", "method", "strength"]
+COLUMNS = ["setting", "regime", "method", "learning_rate", "strength", "n", "training", "validation", "chosen"]
 
 
 def values(study: StudyRecord) -> pd.DataFrame:
     """Every combination that the search tried, as `spectreg_lab.search` wrote it; empty where there was no search."""
     path = study.folder / SEARCH
-    return pd.read_csv(path) if path.exists() else pd.DataFrame()
+    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=COLUMNS)
 
 
 def _cell(found: pd.DataFrame) -> Cell:
