@@ -73,6 +73,9 @@ class Data(Setting):
     train_size: Positive | None = Field(None, description="use this many training images, the same ones in every run")
     test_size: Positive | None = None
     classes: Annotated[int, Field(gt=1)] | None = Field(None, description="keep the first so many classes only")
+    shrink: Annotated[int, Field(gt=1)] | None = Field(
+        None, description="make images smaller by this factor: a box filter, then normalised again"
+    )
     validation: float = Field(
         0.0, ge=0, lt=1, description="hold this fraction of the training images out and test on it: for searches"
     )

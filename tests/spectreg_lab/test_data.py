@@ -111,9 +111,18 @@ def test_the_first_classes_alone_are_all_images_of_them_and_the_same_ones_as_amo
     assert set(load(Data(classes=3, train_size=100)).train.labels.tolist()) == {0, 1, 2}
 
 
+def test_smaller_images_are_means_over_squares_normalised_again():
+    large, small = load(Data(test_size=5)), load(Data(test_size=5, shrink=2))
+    means = large.test.images.numpy().reshape(5, 4, 2, 4, 2).mean(axis=(2, 4))
+    expected = (means - means.mean((1, 2), keepdims=True)) / means.std((1, 2), keepdims=True)
+    assert small.shape == (1, 4, 4)
+    np.testing.assert_allclose(small.test.images[:, 0].numpy(), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        (Data(shrink=9), r"shrink = 9 leaves nothing of images of \(8, 8\) pixels"),
         (Data(classes=11), "classes = 11, but digits has 10"),
         (Data(name="digit"), "did you mean 'digits'"),
         (Data(name="nothing-like-it"), "no such folder or name; known: digits, cifar10"),

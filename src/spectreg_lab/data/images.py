@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from spectreg_lab.config import Data
 from spectreg_lab.data.sources import DataError, decode, locate
@@ -87,8 +88,8 @@ def load(setting: Data, progress: Callable[[str], None] = lambda text: None) -> 
         classes = setting.classes or there
         if classes > there:
             raise DataError(f"classes = {classes}, but {setting.name} has {there}")
-        train = _take(file, "train", setting.train_size, classes)
-        test = _take(file, "test", setting.test_size, classes)
+        train = _take(file, "train", setting.train_size, classes, setting.shrink)
+        test = _take(file, "test", setting.test_size, classes, setting.shrink)
     if setting.validation:
         held_out = round(len(train) * setting.validation)
         if not 0 < held_out < len(train):
@@ -100,8 +101,17 @@ def load(setting: Data, progress: Callable[[str], None] = lambda text: None) -> 
     return Images(train, test, classes)
 
 
-def _take(file: Any, split: str, size: int | None, classes: int) -> Split:
+def _take(file: Any, split: str, size: int | None, classes: int, shrink: int | None) -> Split:
     """The first ``size`` images of these classes in an order shuffled once and for all: the same ones in every run."""
+    found = _chosen(file, split, size, classes)
+    if shrink is None:
+        return found
+    if shrink > min(found.images.shape[2:]):
+        raise DataError(f"shrink = {shrink} leaves nothing of images of {tuple(found.images.shape[2:])} pixels")
+    return Split(global_contrast_normalization(avg_pool2d(found.images, shrink)), found.labels)
+
+
+def _chosen(file: Any, split: str, size: int | None, classes: int) -> Split:
     images, labels = file.get_tensor(f"{split}/images"), file.get_tensor(f"{split}/labels")
     if not (kept := labels < classes).all():
         images, labels = images[kept], labels[kept]

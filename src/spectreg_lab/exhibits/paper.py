@@ -71,6 +71,7 @@ def differences(config: dict[str, Any], model: str, dataset: str, batch_size: in
         "data": data["name"].rsplit("/", 1)[-1] == dataset,
         "number of images": not any(data.get(key) for key in ("train_size", "test_size", "validation", "classes")),
         "batch size": config["batch_size"] == batch_size,
+        "image size": not data.get("shrink"),
         "network": model in MODELS and config["model"] == MODELS[model].model_dump(mode="json"),
     }
     return tuple(name for name, alike in same.items() if not alike)

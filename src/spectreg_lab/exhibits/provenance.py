@@ -25,6 +25,8 @@ def _data(study: StudyRecord, setting: str) -> str:
     data = study.study["settings"][setting].get("data") or {}
     sizes = {"training": data.get("train_size"), "test": data.get("test_size")}
     kept = [f"{data['classes']} of the classes"] if data.get("classes") else []
+    if data.get("shrink"):
+        kept.append(f"{data['shrink']} times smaller")
     counts = [f"{size} {side} images" for side, size in sizes.items() if size]
     return ", ".join([labels.data(study, setting), *kept, *counts])
 
