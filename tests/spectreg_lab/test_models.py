@@ -1,4 +1,4 @@
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 import pytest
 import torch
@@ -73,6 +73,30 @@ def test_a_small_network_gives_one_score_a_class_and_learns_by_every_parameter(s
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
+def averaging(module: nn.Module) -> nn.Module:
+    """An average pooling, which depends on all of its window, in place of a max pooling."""
+    if not isinstance(module, nn.MaxPool2d):
+        return module
+    return nn.AvgPool2d(module.kernel_size, module.stride, ceil_mode=module.ceil_mode)
+
+
+def pixels_seen(layers: list[nn.Module], size: int) -> int:
+    """Width of the part of an image that a unit in the middle of the last layer depends on, all weights positive."""
+    network = nn.Sequential(*map(averaging, layers)).double().eval()
+    for parameter in network.parameters():
+        nn.init.constant_(parameter, 0.1)
+    image = torch.ones(1, 1, size, size, dtype=torch.float64, requires_grad=True)
+    deep = network(image)
+    middle = deep.shape[-1] // 2
+    (gradient,) = torch.autograd.grad(deep[0, :, middle, middle].sum(), image)
+    seen = gradient[0, 0].abs().sum(0).nonzero().flatten()
+    return int(seen.max() - seen.min() + 1)
+
+
+def before_the_average(network: nn.Sequential) -> list[nn.Module]:
+    return list(takewhile(lambda module: not isinstance(module, nn.AdaptiveAvgPool2d), network))
+
+
 def test_vgg_sees_212_pixels_of_the_input():
     """2 pixels more for each convolution, at the stride of its stage, and 1 for each pooling."""
     field, stride = 1, 1
@@ -80,15 +104,21 @@ def test_vgg_sees_212_pixels_of_the_input():
         field += 2 * stride * convolutions + stride
         stride *= 2
     assert field == 212
-    network = build(VGG(batch_norm=False, width=1, hidden=2), (1, 256, 256), 2).double()
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.ones_(module.weight)
-    image = torch.ones(1, 1, 256, 256, dtype=torch.float64, requires_grad=True)
-    deep = nn.Sequential(*[nn.AvgPool2d(2) if isinstance(m, nn.MaxPool2d) else m for m in network[0]])(image)
-    (gradient,) = torch.autograd.grad(deep[0, 0, 4, 4], image)
-    seen = gradient[0, 0].abs().sum(0).nonzero().flatten()
-    assert seen.max() - seen.min() + 1 == 212
+    network = build(VGG(batch_norm=False, width=1, hidden=2), (1, 256, 256), 2)
+    assert pixels_seen(list(network[0]), 256) == 212
+
+
+def test_densenet_40_sees_174_pixels_of_the_input():
+    """2 more for each of 12 layers at the strides 1, 2 and 4, 1 and 2 for the poolings, 3 for the first convolution."""
+    assert 3 + 12 * 2 * (1 + 2 + 4) + 1 + 2 == 174
+    network = build(DenseNet(growth=1, initial=1), (1, 256, 256), 2)
+    assert pixels_seen(before_the_average(network), 256) == 174
+
+
+def test_nin_sees_27_pixels_of_the_input():
+    """5 by the first convolution; 3 × 3 poolings add 2 at their stride; 5 × 5 at stride 2, 3 × 3 at stride 4."""
+    assert 5 + 2 + 4 * 2 + 2 * 2 + 2 * 4 == 27
+    assert pixels_seen(before_the_average(build(NIN(width=6), (1, 64, 64), 2)), 64) == 27
 
 
 def test_the_same_seed_gives_the_same_network_and_the_global_generator_is_left_alone():

@@ -77,3 +77,24 @@ def test_the_files_of_two_reports_of_one_study_are_the_same_but_for_the_hour(tmp
 def test_a_folder_that_is_no_study_is_refused_with_what_makes_one(tmp_path: Path) -> None:
     with pytest.raises(store.RunError, match=r"not a study folder.*spectreg reproduce"):
         report.write(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_page_of_a_hundred_runs_of_200_epochs_is_under_12_mb(tmp_path: Path) -> None:
+    def curve(regime: str, method: str, seed: int) -> list[tuple[float, float]]:
+        return [(1 - 0.9**n, 0.8 - 0.7**n / (seed + 2)) for n in range(1, 201)]
+
+    def line(regime: str, method: str, seed: int, epoch: int) -> dict:
+        sigma = {f"features.{i}.weight": 1.0 + i / epoch for i in range(15)}
+        measured = {"input_gradient": {"train": 1 / epoch, "test": epoch / 200}} if epoch % 10 == 0 else {}
+        return {"sigma": sigma, "objective": 1 / epoch, "train_loss": 1 / epoch, "test_loss": 1 / epoch} | measured
+
+    def measures(regime: str, method: str, seed: int) -> dict:
+        return {"spectra": {f"features.{i}.weight": [2.0 / (k + 1) for k in range(256)] for i in range(15)}}
+
+    settings = {name: {"model": {"name": "vgg"}, "data": {"name": "digits"}} for name in ("one", "two")}
+    folder = folders.write_study(
+        tmp_path / "s", curve, seeds=tuple(range(7)), settings=settings, line=line, measures=measures
+    )
+    assert len(list((folder / "runs").iterdir())) >= 100
+    assert report.write(folder).stat().st_size < 12e6
