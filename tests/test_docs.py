@@ -2,9 +2,12 @@
 
 import importlib
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+
+from spectreg_lab import report
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,3 +44,21 @@ def test_every_file_and_picture_that_a_page_links_to_exists(page):
 def test_every_study_and_result_that_a_page_names_exists(page):
     for target in named(page, r"(?:studies|results)/[\w./-]*\w"):
         assert (ROOT / target).exists() or "{" in target, target
+
+
+@pytest.mark.parametrize(
+    ("page", "table"),
+    [("README.md", "results/cpu/report/table1.md"), ("docs/paper.md", "results/cpu/report/verdicts.md")],
+)
+def test_the_results_that_a_page_shows_are_those_in_the_report(page, table):
+    assert (ROOT / table).read_text().strip() in (ROOT / page).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", ["cpu", "digits"])
+def test_the_tables_kept_are_what_the_kept_runs_give(study, tmp_path):
+    kept = ROOT / "results" / study
+    copy = Path(shutil.copytree(kept, tmp_path / study, ignore=shutil.ignore_patterns("report")))
+    report.write(copy)
+    for name in ("table1.csv", "table1.md", "verdicts.csv", "verdicts.md", "figure1.csv"):
+        assert (copy / "report" / name).read_text() == (kept / "report" / name).read_text(), name
