@@ -28,7 +28,7 @@ fast: $(VENV)/dev.stamp ## the fast tests and the doctests
 slow: $(VENV)/dev.stamp ## the tests marked slow
 	$(BIN)/python -m pytest -q -n 2 -m slow tests
 
-benchmarks: $(VENV)/bench.stamp ## measure cost beside every peer and write docs/benchmarks.md (some 10 minutes)
+benchmarks: $(VENV)/bench.stamp ## measure cost beside every peer and write docs/benchmarks.md (within 25 minutes)
 	$(BIN)/python -m benchmarks
 
 docs: $(VENV)/dev.stamp ## build the documentation into site/

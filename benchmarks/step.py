@@ -1,26 +1,38 @@
-"""A training step: what the penalty adds to it, in each of the ways to have one.
+"""What the penalty adds to a training step at batch 64, in each of the ways to have one.
 
-What can be told apart from the rest of a step is timed from within it: one step of the network, then each penalty in
-turn with the caches swept, as a backward pass leaves them. What changes the forward pass itself (spectral_norm,
-deel-torchlip) is timed as whole steps in turn, too, on the MLP, the transformer and the VGG.
+Whole steps, with and without, are timed in turn; they decide the goals wherever the effect is larger than the spread
+of a step. What each way adds is also timed by itself, with the caches swept before, as a backward pass leaves them: for
+effects too small for whole steps. Torch's `spectral_norm` and deel-torchlip are parametrizations: theirs is the time
+of computing every weight and taking its gradient back, one layer after the other, less the accumulation that a plain
+weight has, too.
 """
 
 import copy
 import statistics
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import penalties as by
-from benchmarks.harness import ROUNDS, Call, Row, failed, in_turn, quartiles, ratio, record, same, seconds, sweep
+from benchmarks.harness import ROUNDS, Call, failed, in_turn, ratio, record, same, spread, sweep
 from spectreg.operators import input_sizes
 from spectreg_lab.config import NIN, VGG, DenseNet
 from spectreg_lab.models import build
 
 NAME = "training step"
+SECONDS = 430
+UNIT = "% of a step"
+OURS = "add_gradient"
+WHY = {
+    "floor": "A power step reads each weight twice, the second time from cache, where the floor reads it once; and "
+    "normalising all vectors takes a while that does not depend on the size of the weights. `steps=0.5` reads once.",
+    "torch's weight decay": "Decay needs no vectors: it is one pass over the weights inside the optimizer's own.",
+    "autograd penalty": "Of packed query, key and value weights ours keeps a vector each; the autograd penalty as "
+    "anyone would write it takes them for one matrix.",
+}
 
 
 class Transformer(nn.Module):
@@ -35,22 +47,36 @@ class Transformer(nn.Module):
         return self.out(self.encoder(x).mean(1))
 
 
-def mlp(linear: Callable[..., nn.Module] = nn.Linear) -> nn.Module:
-    return nn.Sequential(*[layer for _ in range(5) for layer in (linear(1024, 1024), nn.ReLU())])
+def mlp() -> nn.Module:
+    return nn.Sequential(*[layer for _ in range(5) for layer in (nn.Linear(1024, 1024), nn.ReLU())])
 
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], float | None]] = {
-    "MLP 5 × 1024": (mlp, (1024,), None),
-    "transformer 4 × 256": (Transformer, (32, 256), 1.04),
-    "VGG": (lambda: build(VGG(), (3, 32, 32), 10), (3, 32, 32), 1.01),
-    "NIN": (lambda: build(NIN(), (3, 32, 32), 10), (3, 32, 32), 1.01),
-    "DenseNet": (lambda: build(DenseNet(), (3, 32, 32), 10), (3, 32, 32), 1.01),
+class Network(NamedTuple):
+    """``limit``: per cent of a step that the penalty may add; ``whole``: ways that are timed as whole steps."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    limit: float | None
+    whole: tuple[str, ...]
+    rounds: int = ROUNDS
+
+
+PHOTOGRAPH = (3, 32, 32)
+FEW, MANY = (OURS, "torch's spectral_norm"), (OURS, "torch's spectral_norm", "floor", "autograd penalty", "half steps")
+NETWORKS = {
+    "MLP 5 × 1024": Network(mlp, (1024,), None, (*MANY, "penalty()", "decoupled", "torch's weight decay"), 45),
+    "transformer 4 × 256": Network(Transformer, (32, 256), 4.0, MANY),
+    "VGG": Network(lambda: build(VGG(), PHOTOGRAPH, 10), PHOTOGRAPH, 1.0, FEW, 31),
+    "NIN": Network(lambda: build(NIN(), PHOTOGRAPH, 10), PHOTOGRAPH, 1.0, FEW, 25),
+    "DenseNet": Network(lambda: build(DenseNet(), PHOTOGRAPH, 10), PHOTOGRAPH, 1.0, FEW),
 }
 
 
-def train_step(model: nn.Module, x: Tensor, y: Tensor, act: Call = lambda: None) -> Call:
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, nesterov=True)
+def sgd(model: nn.Module, **settings: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, nesterov=True, **settings)  # type: ignore[arg-type]
 
+
+def train_step(model: nn.Module, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer, act: Call) -> Call:
     def step() -> None:
         optimizer.zero_grad(set_to_none=False)
         F.cross_entropy(model(x), y).backward()
@@ -80,101 +106,112 @@ def check() -> float:
     return max(same(name, g, found["ours"], 1e-4) for name, g in found.items())
 
 
-def acts_of(model: nn.Module, x: Tensor) -> dict[str, tuple[Call, str | None]]:
-    """Each way of having a penalty, and what it takes the place of."""
+class Way(NamedTuple):
+    """What a way of having a penalty does in a step, and what that takes the place of."""
+
+    act: Call
+    instead_of: str | None = None
+    calls: int = 1
+
+
+def additions(model: nn.Module) -> dict[str, Way]:
+    """The ways that act between ``backward`` and the optimizer."""
     weights = by.matrices(model)
     vectors = [F.normalize(torch.randn(W[0].numel()), dim=0) for W in weights]
     eighth = by.ready(model, every=8)
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=d) for d in (0.0, 1e-4, 0.0)]
-    by.ready(model, decoupled=True).attach(optimizers[2])
-    normal = by.normalized(copy.deepcopy(model))
-    acts: dict[str, tuple[Call, str | None]] = {
-        "floor": (by.floor(weights), None),
-        "add_gradient": (by.ready(model).add_gradient, None),
-        "add_gradient, half steps": (by.ready(model, steps=0.5).add_gradient, None),
-        "add_gradient, every=8 (8 calls)": (lambda: [eighth.add_gradient() for _ in range(8)], None),
-        "penalty()": (by.by_penalty(by.ready(model)), None),
-        "SGD": (optimizers[0].step, None),
-        "decoupled": (optimizers[2].step, "SGD"),
-        "torch's weight decay": (optimizers[1].step, "SGD"),
-        "autograd penalty": (by.by_autograd(weights, vectors), None),
-        "torch's spectral_norm": (by.parametrized_weights(normal), None),
+    return {
+        OURS: Way(by.ready(model).add_gradient),
+        "half steps": Way(by.ready(model, steps=0.5).add_gradient),
+        "every=8": Way(lambda: [eighth.add_gradient() for _ in range(8)], None, 8),
+        "penalty()": Way(by.by_penalty(by.ready(model))),
+        "floor": Way(by.floor(weights)),
+        "autograd penalty": Way(by.by_autograd(weights, vectors)),
+        "SVD penalty": Way(by.by_svd(weights)),
     }
+
+
+def optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    """The ways that act inside of the optimizer's step."""
+    found = {"vanilla": sgd(model), "decoupled": sgd(model), "torch's weight decay": sgd(model, weight_decay=1e-4)}
+    by.ready(model, decoupled=True).attach(found["decoupled"])
+    return found
+
+
+def whole_steps(case: str, network: Network, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, list[float]]:
+    """Seconds of whole steps in turn. The model is shared, but for those that change its weights' definition."""
+    inside, between = optimizers(model), additions(model)
+    steps = {name: train_step(model, x, y, inside[name], lambda: None) for name in inside}
+    steps |= {name: train_step(model, x, y, inside["vanilla"], way.act) for name, way in between.items()}
+    peer = by.normalized(copy.deepcopy(model))
+    steps["torch's spectral_norm"] = train_step(peer, x, y, sgd(peer), lambda: None)
+    return in_turn({name: steps[name] for name in ("vanilla", *network.whole)}, network.rounds, 2)
+
+
+def alone(case: str, model: nn.Module, x: Tensor) -> dict[str, list[float]]:
+    """Seconds that each way adds, timed by itself with swept caches."""
+    ways = additions(model)
+    inside = optimizers(model)
+    ways |= {name: Way(optimizer.step, "vanilla") for name, optimizer in inside.items()}
+    ways["accumulation"] = Way(by.accumulation(by.matrices(model)))
     convolutions = {f"{n}.weight".lstrip("."): "operator" for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     if convolutions:
         operator = by.ready(model, map=convolutions, input_size=input_sizes(model, x), warmup=1)
-        acts["add_gradient, operator"] = operator.add_gradient, None
-    return acts
-
-
-def within(case: str, model: nn.Module, x: Tensor, y: Tensor, limit: float | None, error: float) -> None:
-    """Rows of what each way adds to a step of this network."""
-    acts = acts_of(by.with_gradients(model), x)
-    step = train_step(model, x, y)
-    heavy = x.ndim == 4
-    base = in_turn({"step": step}, 3 if heavy else ROUNDS, 1)["step"]
-    times = in_turn({name: act for name, (act, _) in acts.items()}, ROUNDS, 1, sweep)
-    whole = statistics.median(base)
-    decompose = by.by_svd(by.matrices(model))
-    times["SVD penalty"] = [seconds(decompose) for _ in range(1 if heavy else 3)]
-    added = {
-        name: [a - b for a, b in zip(t, times[acts[name][1]], strict=True)] if acts.get(name, (0, None))[1] else t
-        for name, t in times.items()
-        if name != "SGD"
-    }
-    added["add_gradient, every=8 (8 calls)"] = [t / 8 for t in added["add_gradient, every=8 (8 calls)"]]
-    for name, extra in added.items():
-        low, middle, high = (1 + q / whole for q in quartiles(extra))
-        goal = limit if name == "add_gradient" else None
-        note = f"adds {statistics.median(extra) * 1e3:.2f} ms"
-        taken = whole + statistics.median(extra)
-        row = Row(NAME, case, name, "vanilla step", "×", middle, low, high, len(extra), taken, whole, goal)
-        record(replace(row, error=error, note=note))
-    ours = {name: added[name] for name in ("add_gradient", "floor", "autograd penalty", "torch's spectral_norm")}
-    limits = {"floor": 1.5 if case.startswith("MLP") else None, "autograd penalty": 1.0, "torch's spectral_norm": 0.5}
-    for other, at_most in limits.items():
-        record(ratio(NAME, f"{case}: what is added", "add_gradient", other, ours, at_most=at_most))
-
-
-def torchlip(model: nn.Module) -> nn.Module:
-    """The model with deel-torchlip's layers in place of the linear layers and convolutions."""
-    from deel.torchlip.modules import SpectralConv2d, SpectralLinear
-
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Conv2d):
-                bias = child.bias is not None
-                setattr(parent, name, SpectralConv2d(child.in_channels, child.out_channels, 3, padding=1, bias=bias))
-            elif isinstance(child, nn.Linear):
-                setattr(parent, name, SpectralLinear(child.in_features, child.out_features))
-    return model
-
-
-def whole_steps(case: str, make: Callable[[], nn.Module], x: Tensor, y: Tensor) -> None:
-    """Rows of whole steps in turn."""
-    ours = make()
-    steps = {
-        "vanilla": train_step(make(), x, y),
-        "add_gradient": train_step(ours, x, y, by.ready(ours).add_gradient),
-        "torch's spectral_norm": train_step(by.normalized(make()), x, y),
-    }
-    if case != "transformer 4 × 256":
+        ways["operator map"] = Way(operator.add_gradient)
+    for name, change in (("torch's spectral_norm", by.normalized), ("deel-torchlip", by.lipschitz_layers)):
         try:
-            peer = train_step(torchlip(make()), x, y)
-            peer()
-            steps["deel-torchlip"] = peer
+            act = by.parametrized_weights(change(copy.deepcopy(model)))
+            act()
+            ways[name] = Way(act, "accumulation")
         except Exception as error:
-            record(failed(NAME, f"{case}, whole steps", "deel-torchlip", "vanilla", error))
-    times = in_turn(steps, ROUNDS, 1)
-    for name in list(steps)[1:]:
-        record(ratio(NAME, f"{case}, whole steps", name, "vanilla", times))
+            record(failed(NAME, case, name, "vanilla step", error))
+    times = in_turn({name: way.act for name, way in ways.items()}, ROUNDS, 1, sweep)
+    return {
+        name: [(a - b) / way.calls for a, b in zip(times[name], times[way.instead_of], strict=True)]
+        if way.instead_of
+        else [a / way.calls for a in times[name]]
+        for name, way in ways.items()
+        if name not in ("vanilla", "accumulation")
+    }
+
+
+def added(case: str, times: Mapping[str, list[float]], step: float, limit: float | None, error: float) -> None:
+    """Rows of what each way adds, in per cent of a step of ``step`` seconds."""
+    for name, extra in times.items():
+        more = {"at_most": limit, "goal": f"a step: at most {limit:g} % more"} if limit and name == OURS else {}
+        note = f"{statistics.median(extra) * 1e3:.2f} ms"
+        percent = [100 * t / step for t in extra]
+        record(spread(NAME, case, name, "vanilla step", UNIT, percent, error=error, note=note, **more))
+
+
+def compare(case: str, times: Mapping[str, list[float]], how: str) -> None:
+    """Rows of what ours adds over what each of the others adds."""
+    goals = {
+        "autograd penalty": (1.0, "a step: adds less than the autograd penalty"),
+        "torch's spectral_norm": (0.5, "a step: adds at most half of what torch's spectral_norm does"),
+    }
+    if case.startswith("MLP"):
+        goals["floor"] = (1.5, "a step: on the MLP at most 1.5 × what the floor adds")
+    for other in (*WHY, "torch's spectral_norm", "SVD penalty", "deel-torchlip"):
+        if other in times:
+            limit, goal = goals.get(other, (None, ""))
+            more = {"at_most": limit, "goal": goal, "why": WHY.get(other, ""), "note": how}
+            record(ratio(NAME, f"{case}: what is added", OURS, other, times, **more))
 
 
 def main() -> None:
     error = check()
-    for case, (make, shape, limit) in NETWORKS.items():
+    for name, network in NETWORKS.items():
         torch.manual_seed(0)
-        x, y = torch.randn(64, *shape), torch.randint(10, (64,))
-        within(f"{case}, B=64", make(), x, y, limit, error)
-        if case not in ("NIN", "DenseNet"):
-            whole_steps(case, make, x, y)
+        case, model = f"{name}, B=64", by.with_gradients(network.make())
+        x, y = torch.randn(64, *network.shape), torch.randint(10, (64,))
+        whole = whole_steps(case, network, model, x, y)
+        base = whole.pop("vanilla")
+        step = statistics.median(base)
+        in_steps = {n: [a - b for a, b in zip(times, base, strict=True)] for n, times in whole.items()}
+        by_itself = alone(case, model, x)
+        added(f"{case}: whole steps of {step * 1e3:.0f} ms", in_steps, step, network.limit, error)
+        added(f"{case}: each by itself", by_itself, step, None, error)
+        # On the MLP, and there alone, every effect is larger than the spread of a step.
+        decided = in_steps if name.startswith("MLP") else {}
+        compare(case, decided, "whole steps")
+        compare(case, {n: t for n, t in by_itself.items() if n == OURS or n not in decided}, "by itself")
