@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import penalties as by
-from benchmarks.harness import ROUNDS, Row, in_turn, ratio, record, spread
+from benchmarks.harness import ROUNDS, Call, Row, in_turn, ratio, record, spread, sweep
 from spectreg import SpectralNormRegularizer
 
 NAME = "regularizer alone"
 SECONDS = 130
 F32, BF16 = torch.float32, torch.bfloat16
-# Of every model, the first so many weights are regularized: all sizes of a model are timed in the same rounds.
+# Kind, size, how many of its first weights are regularized, precision.
 MODELS = (
     ("few large weights", 4096, (6, 18, 60), F32),
     ("few large weights", 1024, (1, 10), F32),
@@ -78,62 +78,65 @@ def case_of(count: int, size: int, dtype: torch.dtype) -> str:
 def measure(kind: str, size: int, counts: tuple[int, ...], dtype: torch.dtype) -> None:
     """All rows of a model of ``counts[-1]`` weights and of its first few."""
     counts = fitting(counts, size, dtype)
-    if not counts:
-        return
-    model = linears(counts[-1], size, dtype)
-    calls: dict[str, Callable[[], object]] = {}
-    weights: dict[int, list[Tensor]] = {}
+    model = linears(max(counts, default=0), size, dtype)
+    taken: dict[int, list[float]] = {}
     for count in counts:
-        part = model[:count]
-        weights[count] = by.matrices(part)
+        case, part = case_of(count, size, dtype), model[:count]
+        weights = by.matrices(part)
         made: list[SpectralNormRegularizer] = []
         extra = peak(lambda p=part, m=made: m.append(by.ready(p, warmup=1)) or m[0].add_gradient())
-        memory(case_of(count, size, dtype), kind, extra, weights[count])
-        calls[f"add_gradient {count}"] = made[0].add_gradient
-        calls[f"half steps {count}"] = by.ready(part, steps=0.5, warmup=1).add_gradient
-        calls[f"floor {count}"] = by.floor(weights[count])
+        memory(case, kind, extra, weights)
+        calls: dict[str, Call] = {
+            "add_gradient": made[0].add_gradient,
+            "half steps": by.ready(part, steps=0.5, warmup=1).add_gradient,
+            "floor": by.floor(weights),
+        }
         if dtype == F32 and size < 1000:
-            vectors = [F.normalize(torch.randn(size), dim=0) for _ in weights[count]]
-            calls[f"bare torch calls {count}"] = by.bare(weights[count], vectors)
-    times = in_turn(calls, ROUNDS, 2)
-    for count in counts:
-        own = {name.removesuffix(f" {count}"): t for name, t in times.items() if name.endswith(f" {count}")}
-        speed(case_of(count, size, dtype), kind, own, dtype, count * size**2)
-    if len(counts) > 1:
-        growth(f"{kind} of {size}²{', bf16' if dtype == BF16 else ''}", times, counts, size)
+            calls["bare torch calls"] = by.bare(weights, [F.normalize(torch.randn(size), dim=0) for _ in weights])
+        times = in_turn(calls, ROUNDS, 2)
+        beside_floor(case, kind, times, dtype, count * size**2)
+        if "bare torch calls" in calls:
+            limit = 1.0 if count * size**2 < 2e6 else None
+            beside_calls(case, times, limit)
+            if limit:
+                beside_calls(f"{case}, caches swept", in_turn(calls, ROUNDS, 2, sweep), None)
+        taken[count] = times["add_gradient"]
+    growth(f"{kind} of {size}²{', bf16' if dtype == BF16 else ''}", taken, size)
 
 
-def speed(case: str, kind: str, times: dict[str, list[float]], dtype: torch.dtype, total: int) -> None:
+def beside_floor(case: str, kind: str, times: dict[str, list[float]], dtype: torch.dtype, total: int) -> None:
     why = WHY_BF16 if dtype == BF16 else WHY_SMALL if kind.startswith("many") else WHY_LARGE
     stated = kind.startswith("few") and total >= 9e7 and dtype == F32
     for name, limit in (("add_gradient", 1.4), ("half steps", 1.08)):
         goal = f"alone, 100 M to 1 G parameters: {'half steps ' * (name != 'add_gradient')}at most {limit} × the floor"
         more = {"at_most": limit, "goal": goal} if stated else {}
         record(ratio(NAME, case, name, "floor", times, why=why, **more))
-    if "bare torch calls" in times:
-        pairs = zip(times["add_gradient"], times["bare torch calls"], strict=True)
-        goal = "alone, 1 M parameters in 40 weights: at most 1 ms more than bare torch calls"
-        more = {"at_most": 1.0, "goal": goal} if total < 2e6 else {}
-        record(
-            spread(NAME, case, "add_gradient", "bare torch calls", "ms more", [1e3 * (a - b) for a, b in pairs], **more)
-        )
-        pairs = zip(times["bare torch calls"], times["floor"], strict=True)
-        note = "a power step in torch calls, without any check"
-        record(spread(NAME, case, "bare torch calls", "floor", "× the floor", [a / b for a, b in pairs], note=note))
 
 
-def growth(case: str, times: dict[str, list[float]], counts: tuple[int, ...], size: int) -> None:
-    """Time a parameter of each size over that of the smallest from 100 M on, or of the smallest."""
-    large = [count for count in counts if count * size**2 > 9e7]
-    base, *others = large if len(large) > 1 else counts
-    for count in others:
-        own, first = times[f"add_gradient {count}"], times[f"add_gradient {base}"]
-        values = [a / count / (b / base) for a, b in zip(own, first, strict=True)]
+def beside_calls(case: str, times: dict[str, list[float]], limit: float | None) -> None:
+    """What ours takes longer than a power step in torch calls, and what those take by themselves."""
+    ours, calls, floor = (times[name] for name in ("add_gradient", "bare torch calls", "floor"))
+    more = [1e3 * (a - b) for a, b in zip(ours, calls, strict=True)]
+    goal = "alone, 1 M parameters in 40 weights: at most 1 ms more than bare torch calls" if limit else ""
+    record(spread(NAME, case, "add_gradient", "bare torch calls", "ms more", more, at_most=limit, goal=goal))
+    ratios, note = [a / b for a, b in zip(calls, floor, strict=True)], "a power step without any check"
+    record(spread(NAME, case, "bare torch calls", "floor", "× the floor", ratios, note=note))
+
+
+def growth(case: str, taken: dict[int, list[float]], size: int) -> None:
+    """Time a parameter, of each size over that of the smallest from 100 M on, or of the smallest."""
+    large = {count: times for count, times in taken.items() if count * size**2 > 9e7}
+    stated = len(large) > 1
+    if not taken:
+        return
+    (base, first), *others = (large if stated else taken).items()
+    for count, times in others:
+        values = [a / count / (b / base) for a, b in zip(times, first, strict=True)]
         goal = "alone, 100 M to 1 G parameters: time grows linearly (at most 1.1 × a parameter)"
-        more = {"at_most": 1.1, "goal": goal} if len(large) > 1 else {}
-        sizes = [f"{c * size**2 / 1e6:.0f} M" for c in (count, base)]
-        note = f"{statistics.median(own) / count / size**2 * 1e9:.3f} ms a million parameters"
-        record(spread(NAME, case, sizes[0], sizes[1], "× time a parameter", values, note=note, **more))
+        more = {"at_most": 1.1, "goal": goal} if stated else {}
+        names = [f"{c * size**2 / 1e6:.0f} M" for c in (count, base)]
+        note = f"{statistics.median(times) / count / size**2 * 1e9:.3f} ms a million parameters"
+        record(spread(NAME, case, *names, "× time a parameter", values, note=note, **more))
 
 
 def memory(case: str, kind: str, extra: int, weights: list[Tensor]) -> None:

@@ -1,9 +1,10 @@
 """The norm of a convolution of 3 × 3 with zero padding, at 16 to 512 channels: time against error, for every way to it.
 
-The truth is SciPy's `eigsh` on AᵀA in float64. Errors below zero are of estimates from below, errors above zero of
-upper bounds. *Warm* is one power step from vectors that have followed the weight, as in training; *cold* starts from
+Orthogonium's own power iteration is for a kernel taken as a matrix; that of the convolution itself is written in torch
+calls. The truth is SciPy's `eigsh` on AᵀA in float64. Errors below zero are of estimates from below, errors above zero
+of upper bounds. *Warm* is one power step from vectors that have followed the weight, as in training; *cold* starts from
 nothing; *certified* adds an upper bound that holds. FFT with SVD treats the image as a circle, exactly its own size or
-padded; at equal error the faster of ours that is at least as near to the truth is set against the nearer of the two.
+padded; at equal error the fastest of ours that is at least as near to the truth is set against the nearer of the two.
 """
 
 from collections.abc import Callable

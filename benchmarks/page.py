@@ -123,7 +123,10 @@ def about(benchmark: str) -> str:
 def page(lines: Sequence[Line]) -> str:
     """The whole page."""
     parts = [INTRODUCTION, "## Goals\n", goals(lines) + "\n"]
-    parts += ["## Time against error\n", about("norm of a convolution"), f"![time against error]({PLOT})\n"]
+    parts += [
+        f"![Time against error]({PLOT})\n",
+        "*The norm of a convolution, by every way to it; the table is below.*\n",
+    ]
     for benchmark in dict.fromkeys(line["benchmark"] for line in lines):
         own = [line for line in lines if line["benchmark"] == benchmark]
         parts += [f"## {title(benchmark)}\n", about(benchmark), "\n".join(table(own)) + "\n", origin(own) + "\n"]
@@ -153,12 +156,14 @@ def plot(lines: Sequence[Line], path: Path) -> None:
     for ax, case in zip(axes.flat, cases, strict=False):
         for line in (line for line in points if line["case"] == case):
             family = next((f for f in FAMILIES if line["subject"].startswith(f)), None)
-            x, marker = max(abs(line["error"]), 1e-6), "v" if line["error"] < 0 else "^"
+            x, marker = max(abs(line["error"]), 1e-6), "v" if line["error"] < 1e-6 else "^"
             ax.loglog([x], [line["value"]], marker, color=FAMILIES.get(family or "", "black"), alpha=0.85)
         ax.set_title(case, fontsize=10)
         ax.grid(alpha=0.3)
     for ax in axes.flat[len(cases) :]:
         ax.set_axis_off()
+    for ax in axes.flat[max(len(cases) - columns, 0) : len(cases)]:
+        ax.tick_params(labelbottom=True)
     for ax in axes[:, 0]:
         ax.set_ylabel("milliseconds")
     figure.supxlabel("relative error (10⁻⁶ or less at the left edge); ▼ estimate from below, ▲ upper bound", fontsize=9)

@@ -1,15 +1,14 @@
 """What the penalty adds to a training step at batch 64, in each of the ways to have one.
 
-Whole steps, with and without, are timed in turn; they decide the goals wherever the effect is larger than the spread
-of a step. What each way adds is also timed by itself, with the caches swept before, as a backward pass leaves them: for
-effects too small for whole steps. Torch's `spectral_norm` and deel-torchlip are parametrizations: theirs is the time
-of computing every weight and taking its gradient back, one layer after the other, less the accumulation that a plain
-weight has, too.
+Whole steps, with and without, in turn. What a penalty adds does not depend on the batch, but the spread of a step does:
+ways that add less than a step of 64 varies are told apart in steps of 2 or 4. The slowest ways are timed by themselves,
+with the caches swept before, as a backward pass leaves them; of deel-torchlip, whose layers compute their weights anew,
+that is the time of computing each and taking its gradient back, less the accumulation that a plain weight has, too.
 """
 
 import copy
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,23 +51,34 @@ def mlp() -> nn.Module:
 
 
 class Network(NamedTuple):
-    """``limit``: per cent of a step that the penalty may add; ``whole``: ways that are timed as whole steps."""
+    """``limit``: per cent of a step at B=64 that the penalty may add. ``decides``: the batch that tells ways apart."""
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
     limit: float | None
-    whole: tuple[str, ...]
     rounds: int = ROUNDS
+    decides: int = 2
 
 
+SPECTRAL_NORM = "torch's spectral_norm"
+WAYS = (
+    OURS,
+    "half steps",
+    "penalty()",
+    "decoupled",
+    "floor",
+    "torch's weight decay",
+    "autograd penalty",
+    SPECTRAL_NORM,
+)
+SLOW = (OURS, "every=8", "operator map", "SVD penalty", "deel-torchlip")
 PHOTOGRAPH = (3, 32, 32)
-FEW, MANY = (OURS, "torch's spectral_norm"), (OURS, "torch's spectral_norm", "floor", "autograd penalty", "half steps")
 NETWORKS = {
-    "MLP 5 × 1024": Network(mlp, (1024,), None, (*MANY, "penalty()", "decoupled", "torch's weight decay"), 45),
-    "transformer 4 × 256": Network(Transformer, (32, 256), 4.0, MANY),
-    "VGG": Network(lambda: build(VGG(), PHOTOGRAPH, 10), PHOTOGRAPH, 1.0, FEW, 31),
-    "NIN": Network(lambda: build(NIN(), PHOTOGRAPH, 10), PHOTOGRAPH, 1.0, FEW, 25),
-    "DenseNet": Network(lambda: build(DenseNet(), PHOTOGRAPH, 10), PHOTOGRAPH, 1.0, FEW),
+    "MLP 5 × 1024": Network(mlp, (1024,), None, 45, decides=64),
+    "transformer 4 × 256": Network(Transformer, (32, 256), 4.0, decides=4),
+    "VGG": Network(lambda: build(VGG(), PHOTOGRAPH, 10), PHOTOGRAPH, 1.0, 31),
+    "NIN": Network(lambda: build(NIN(), PHOTOGRAPH, 10), PHOTOGRAPH, 1.0, 25),
+    "DenseNet": Network(lambda: build(DenseNet(), PHOTOGRAPH, 10), PHOTOGRAPH, 1.0),
 }
 
 
@@ -107,10 +117,9 @@ def check() -> float:
 
 
 class Way(NamedTuple):
-    """What a way of having a penalty does in a step, and what that takes the place of."""
+    """What a way of having a penalty does in a step, and for how many steps that is."""
 
     act: Call
-    instead_of: str | None = None
     calls: int = 1
 
 
@@ -122,7 +131,7 @@ def additions(model: nn.Module) -> dict[str, Way]:
     return {
         OURS: Way(by.ready(model).add_gradient),
         "half steps": Way(by.ready(model, steps=0.5).add_gradient),
-        "every=8": Way(lambda: [eighth.add_gradient() for _ in range(8)], None, 8),
+        "every=8": Way(lambda: [eighth.add_gradient() for _ in range(8)], 8),
         "penalty()": Way(by.by_penalty(by.ready(model))),
         "floor": Way(by.floor(weights)),
         "autograd penalty": Way(by.by_autograd(weights, vectors)),
@@ -137,41 +146,38 @@ def optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
     return found
 
 
-def whole_steps(case: str, network: Network, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, list[float]]:
-    """Seconds of whole steps in turn. The model is shared, but for those that change its weights' definition."""
+def whole_steps(model: nn.Module, x: Tensor, y: Tensor, ways: Sequence[str], rounds: int) -> dict[str, list[float]]:
+    """Seconds of whole steps in turn. The model is shared, but for the way that changes how its weights are made."""
     inside, between = optimizers(model), additions(model)
     steps = {name: train_step(model, x, y, inside[name], lambda: None) for name in inside}
     steps |= {name: train_step(model, x, y, inside["vanilla"], way.act) for name, way in between.items()}
     peer = by.normalized(copy.deepcopy(model))
-    steps["torch's spectral_norm"] = train_step(peer, x, y, sgd(peer), lambda: None)
-    return in_turn({name: steps[name] for name in ("vanilla", *network.whole)}, network.rounds, 2)
+    steps[SPECTRAL_NORM] = train_step(peer, x, y, sgd(peer), lambda: None)
+    return in_turn({name: steps[name] for name in ("vanilla", *ways)}, rounds, 2)
 
 
-def alone(case: str, model: nn.Module, x: Tensor) -> dict[str, list[float]]:
-    """Seconds that each way adds, timed by itself with swept caches."""
-    ways = additions(model)
-    inside = optimizers(model)
-    ways |= {name: Way(optimizer.step, "vanilla") for name, optimizer in inside.items()}
-    ways["accumulation"] = Way(by.accumulation(by.matrices(model)))
+def by_itself(case: str, model: nn.Module, x: Tensor) -> dict[str, list[float]]:
+    """Seconds that each of the slow ways adds."""
+    ways = additions(model) | {"accumulation": Way(by.accumulation(by.matrices(model)))}
     convolutions = {f"{n}.weight".lstrip("."): "operator" for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     if convolutions:
         operator = by.ready(model, map=convolutions, input_size=input_sizes(model, x), warmup=1)
         ways["operator map"] = Way(operator.add_gradient)
-    for name, change in (("torch's spectral_norm", by.normalized), ("deel-torchlip", by.lipschitz_layers)):
-        try:
-            act = by.parametrized_weights(change(copy.deepcopy(model)))
-            act()
-            ways[name] = Way(act, "accumulation")
-        except Exception as error:
-            record(failed(NAME, case, name, "vanilla step", error))
-    times = in_turn({name: way.act for name, way in ways.items()}, ROUNDS, 1, sweep)
-    return {
-        name: [(a - b) / way.calls for a, b in zip(times[name], times[way.instead_of], strict=True)]
-        if way.instead_of
-        else [a / way.calls for a in times[name]]
-        for name, way in ways.items()
-        if name not in ("vanilla", "accumulation")
-    }
+    try:
+        act = by.parametrized_weights(by.lipschitz_layers(copy.deepcopy(model)))
+        act()
+        ways["deel-torchlip"] = Way(act)
+    except Exception as error:
+        record(failed(NAME, case, "deel-torchlip", "vanilla step", error))
+    chosen = {name: ways[name] for name in (*SLOW, "accumulation") if name in ways}
+    times = in_turn({name: way.act for name, way in chosen.items()}, ROUNDS, 1, sweep)
+    if "deel-torchlip" in times:
+        times["deel-torchlip"] = less(times["deel-torchlip"], times["accumulation"])
+    return {name: [t / chosen[name].calls for t in times[name]] for name in chosen if name != "accumulation"}
+
+
+def less(times: Sequence[float], base: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(times, base, strict=True)]
 
 
 def added(case: str, times: Mapping[str, list[float]], step: float, limit: float | None, error: float) -> None:
@@ -183,35 +189,38 @@ def added(case: str, times: Mapping[str, list[float]], step: float, limit: float
         record(spread(NAME, case, name, "vanilla step", UNIT, percent, error=error, note=note, **more))
 
 
-def compare(case: str, times: Mapping[str, list[float]], how: str) -> None:
-    """Rows of what ours adds over what each of the others adds."""
+def compare(case: str, times: Mapping[str, list[float]]) -> None:
+    """Rows of what ours adds over what each of the peers adds."""
     goals = {
         "autograd penalty": (1.0, "a step: adds less than the autograd penalty"),
-        "torch's spectral_norm": (0.5, "a step: adds at most half of what torch's spectral_norm does"),
+        SPECTRAL_NORM: (0.5, "a step: adds at most half of what torch's spectral_norm does"),
     }
-    if case.startswith("MLP"):
+    others = ["autograd penalty", SPECTRAL_NORM, "SVD penalty", "deel-torchlip"]
+    if case.startswith("MLP"):  # elsewhere these two add too little for a ratio
         goals["floor"] = (1.5, "a step: on the MLP at most 1.5 × what the floor adds")
-    for other in (*WHY, "torch's spectral_norm", "SVD penalty", "deel-torchlip"):
+        others = ["floor", "torch's weight decay", *others]
+    for other in others:
         if other in times:
             limit, goal = goals.get(other, (None, ""))
-            more = {"at_most": limit, "goal": goal, "why": WHY.get(other, ""), "note": how}
-            record(ratio(NAME, f"{case}: what is added", OURS, other, times, **more))
+            record(ratio(NAME, case, OURS, other, times, at_most=limit, goal=goal, why=WHY.get(other, "")))
 
 
 def main() -> None:
     error = check()
     for name, network in NETWORKS.items():
         torch.manual_seed(0)
-        case, model = f"{name}, B=64", by.with_gradients(network.make())
-        x, y = torch.randn(64, *network.shape), torch.randint(10, (64,))
-        whole = whole_steps(case, network, model, x, y)
-        base = whole.pop("vanilla")
-        step = statistics.median(base)
-        in_steps = {n: [a - b for a, b in zip(times, base, strict=True)] for n, times in whole.items()}
-        by_itself = alone(case, model, x)
-        added(f"{case}: whole steps of {step * 1e3:.0f} ms", in_steps, step, network.limit, error)
-        added(f"{case}: each by itself", by_itself, step, None, error)
-        # On the MLP, and there alone, every effect is larger than the spread of a step.
-        decided = in_steps if name.startswith("MLP") else {}
-        compare(case, decided, "whole steps")
-        compare(case, {n: t for n, t in by_itself.items() if n == OURS or n not in decided}, "by itself")
+        model, x, y = by.with_gradients(network.make()), torch.randn(64, *network.shape), torch.randint(10, (64,))
+        few = network.decides
+        ways = WAYS if few == 64 else (OURS, SPECTRAL_NORM)
+        times = whole_steps(model, x, y, ways, network.rounds)
+        step = statistics.median(times["vanilla"])
+        extra = {way: less(times[way], times["vanilla"]) for way in ways}
+        added(f"{name}, B=64: whole steps of {step * 1e3:.0f} ms", extra, step, network.limit, error)
+        if few < 64:
+            times = whole_steps(model, x[:few], y[:few], WAYS, 3 * ROUNDS)
+            extra = {way: less(times[way], times["vanilla"]) for way in WAYS}
+            added(f"{name}: whole steps of B={few}, in % of one of B=64", extra, step, None, error)
+        compare(f"{name}: what is added, whole steps of B={few}", extra)
+        slow = by_itself(f"{name}: by itself", model, x)
+        added(f"{name}: by itself, in % of a step of B=64", slow, step, None, error)
+        compare(f"{name}: what is added, by itself", slow)
