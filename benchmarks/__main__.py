@@ -50,6 +50,7 @@ def main(names: list[str]) -> int:
     names = names or list(NAMES)
     modules = {name: importlib.import_module(f"benchmarks.{name}") for name in names}
     forget({module.NAME for module in modules.values()} | {NAME})
+    print(f"torch {torch.__version__}, {THREADS} thread(s), load {os.getloadavg()}", flush=True)
     worst, begin, left = 0, time.time(), sum(module.SECONDS for module in modules.values())
     for name, module in modules.items():
         print(f"--- {name}: some {module.SECONDS} s; with what follows {left / 60:.1f} min", flush=True)

@@ -157,6 +157,7 @@ def memory(case: str, kind: str, extra: int, weights: list[Tensor]) -> None:
 
 
 def main() -> None:
+    by.check()
     by.ready(linears(2, 64)).add_gradient()  # what torch loads at its first call is no memory of the regularizer
     for kind, size, counts, dtype in MODELS:
         measure(kind, size, counts, dtype)

@@ -17,7 +17,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.harness import ROUNDS, Call, failed, in_turn, ratio, record, spread
+from benchmarks.harness import ROUNDS, Call, failed, in_turn, ratio, record, same, spread
 from spectreg_lab import models
 from spectreg_lab.config import VGG, Augmentation, Config, Data, DenseNet, Vanilla
 from spectreg_lab.data import Images, batches, load
@@ -43,8 +43,8 @@ def epoch_of(training: Training, number: int) -> Iterator[tuple[Tensor, Tensor]]
     return batches(training.train, config.batch_size, config.seed, number, config.data.augmentation)
 
 
-def by_hand(training: Training) -> Call:
-    model, optimizer = network(training)
+def by_hand(training: Training, made: tuple[nn.Module, torch.optim.Optimizer] | None = None) -> Call:
+    model, optimizer = made or network(training)
     done = [0]
 
     def epoch() -> None:
@@ -143,13 +143,24 @@ def first_steps(config: Config, images: Images, fabric: Fabric) -> dict[str, Cal
     return {LAB: lab, HAND: hand, TRAINER: lightning}
 
 
+def check(config: Config, images: Images, fabric: Fabric) -> float:
+    """How far apart an epoch of the lab's loop and one by hand leave the weights; an error if that is far."""
+    training = Training(config, images, fabric)
+    training.epoch(1)
+    made = network(training)
+    by_hand(training, made)()
+    flat = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in (training.model, made[0])]
+    return same("the weights after an epoch", *flat, 1e-3)
+
+
 def compare(case: str, config: Config, images: Images, fabric: Fabric) -> None:
+    error = check(config, images, fabric)
     training = Training(config, images, fabric)
     calls, starts = {LAB: by_lab(training), HAND: by_hand(training)}, first_steps(config, images, fabric)
     try:
         times = with_the_trainer(training, calls)
-    except Exception as error:
-        record(failed(NAME, case, LAB, TRAINER, error))
+    except Exception as said:
+        record(failed(NAME, case, LAB, TRAINER, said))
         times = in_turn(calls, EPOCHS, WARMUP)
         del starts[TRAINER]
     count = len(training.train) // config.batch_size * config.batch_size
@@ -160,7 +171,9 @@ def compare(case: str, config: Config, images: Images, fabric: Fabric) -> None:
         if other in times:
             rates = [count / statistics.median(times[name]) for name in (LAB, other)]
             note = f"{rates[0]:.0f} images a second for {rates[1]:.0f}"
-            record(ratio(NAME, case, LAB, other, times, at_most=limit, goal=f"the loop: {goal}", note=note))
+            record(
+                ratio(NAME, case, LAB, other, times, at_most=limit, goal=f"the loop: {goal}", note=note, error=error)
+            )
     for name, taken in in_turn(starts, ROUNDS, 1, clock=time.perf_counter).items():
         record(spread(NAME, case, name, "the first step", "ms", [1e3 * t for t in taken]))
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from benchmarks.harness import same
 from spectreg import SpectralNormRegularizer
 
 Act = Callable[[], None]
@@ -92,6 +93,27 @@ def by_svd(weights: Sequence[Tensor], strength: float = 1e-9) -> Act:
 
 def by_penalty(regularizer: SpectralNormRegularizer) -> Act:
     return lambda: regularizer.penalty().backward()
+
+
+def check() -> float:
+    """How far the gradients of all these ways lie apart, once their vectors have converged; an error if that is far."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(3)])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.outer(torch.randn(64), torch.randn(64)) / 8)
+    weights = matrices(model)
+    vectors = [torch.linalg.svd(W.detach())[2][0].clone() for W in weights]
+    ours = ready(model, 1.0, warmup=60)
+    acts = {"ours": ours.add_gradient, "penalty()": by_penalty(ours), "floor": floor(weights, vectors, 1.0)}
+    acts |= {"bare torch calls": bare(weights, vectors, 1.0), "autograd": by_autograd(weights, vectors, 1.0)}
+    acts |= {"SVD": by_svd(weights, 1.0)}
+    found = {}
+    for name, act in acts.items():
+        with_gradients(model)
+        act()
+        found[name] = torch.cat([W.grad.flatten() for W in weights])  # type: ignore[union-attr]
+    return max(same(name, g, found["ours"], 1e-4) for name, g in found.items())
 
 
 def normalized(model: nn.Module) -> nn.Module:

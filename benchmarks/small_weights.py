@@ -176,5 +176,6 @@ def under_compile() -> None:
 
 
 def main() -> None:
+    by.check()
     counted()
     under_compile()
