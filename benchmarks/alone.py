@@ -146,8 +146,8 @@ def memory(case: str, kind: str, extra: int, weights: list[Tensor]) -> None:
     kind += " in bf16" if weights[0].dtype == BF16 else ""
     goal = f"alone, 100 M to 1 G parameters, {kind}: peak memory at most 1 % of the weights"
     more = {"at_most": 1.0, "goal": goal} if stated else {}
-    why = f"By arithmetic the vectors of these weights are {100 * vectors / held:.2g} % of them; "
-    why += "on top of that come their next values, and an index for each element."
+    why = f"By arithmetic the two vectors of each of these weights are {100 * vectors / held:.2g} % of it; what a step "
+    why += "needs to work on them comes on top."
     if weights[0].dtype == BF16:
         why = "The piece of a weight that is converted to float32 counts, and a bf16 weight is half as large."
     note = f"{extra / 2**20:.1f} MiB"

@@ -138,7 +138,7 @@ def record(row: Row, path: Path = RESULTS) -> None:
         value += f" [{row.low:.4g}, {row.high:.4g}]"
     taken = f" ({row.seconds * 1e3:.2f} ms)" if row.seconds is not None else ""
     goal = {None: "", True: "  goal met", False: "  GOAL MISSED"}[row.met]
-    left = f"{(END - time.time()) / 60:4.1f} min left | " if END else ""
+    left = f"{max(END - time.time(), 0) / 60:4.1f} min left | " if END else ""
     print(f"{left}{row.case} | {row.subject} / {row.against}: {value}{taken}{goal} {row.note}", flush=True)
 
 

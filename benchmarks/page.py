@@ -80,7 +80,7 @@ def goals(lines: Sequence[Line]) -> str:
 
 
 def remark(line: Line) -> str:
-    mark = " ".join(["**goal missed**"] * (line["met"] is False) + ["peer ahead"] * line["behind"])
+    mark = ", ".join(["**goal missed**"] * (line["met"] is False) + ["peer ahead"] * line["behind"])
     why = f"◄ {mark}: {line['why'] or 'for a reason not known'}" if mark else ""
     error = "" if line["error"] is None else f"error {line['error']:+.1e}"
     return "; ".join(part.replace("|", "¦") for part in (error, line["note"], why) if part)

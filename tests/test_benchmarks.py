@@ -111,7 +111,7 @@ def test_the_page_shows_every_line_and_says_which_goals_are_missed_and_why(tmp_p
     assert "0 of 1 goals are met" in text
     assert "| A step: next to free | **missed** | 1 of 2 | large: 7 × (limit ≤ 1.5) |" in text
     assert (
-        "| ours | peer | 7 × | 6 to 8 | 15 | ≤ 1.5: **missed** | a note; ◄ **goal missed** peer ahead: it waits |"
+        "| ours | peer | 7 × | 6 to 8 | 15 | ≤ 1.5: **missed** | a note; ◄ **goal missed**, peer ahead: it waits |"
         in text
     )
     assert "≤ 1.5: met | error +1.0e-06; ◄ peer ahead: it checks |" in text
