@@ -2,8 +2,8 @@
 
 Orthogonium's own power iteration is for a kernel taken as a matrix; that of the convolution itself is written in torch
 calls. The truth is SciPy's `eigsh` on AᵀA in float64. Errors below zero are of estimates from below, errors above zero
-of upper bounds. *Warm* is one power step from vectors that have followed the weight, as in training; *cold* starts from
-nothing; *certified* adds an upper bound that holds. FFT with SVD treats the image as a circle, exactly its own size or
+of upper bounds. *Warm* is one power step from vectors that have followed the weight, as in training; *cold* has
+none; *certified* adds an upper bound that holds. FFT with SVD treats the image as a circle, exactly its own size or
 padded; at equal error the fastest of ours that is at least as near to the truth is set against the nearer of the two.
 """
 
@@ -23,9 +23,8 @@ SECONDS = 220
 SIZES = {16: 32, 64: 32, 128: 16, 256: 8, 512: 4}
 FFT = "FFT and SVD"
 WHY = (
-    "Kernels drawn at random have many singular values close to the largest: a start from nothing needs tens of "
-    "products with the convolution and its transpose to tell them apart, where FFT and SVD do not care. In training "
-    "the vectors are warm."
+    "Kernels drawn at random have many singular values close to the largest: without vectors from the step before it "
+    "takes many products with the convolution and its transpose to tell them apart, where FFT and SVD do not care."
 )
 WHY_ROUGH = (
     "A bound this rough is had from a few products of small kernels; ours aims nearer from its first product on."
