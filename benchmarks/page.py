@@ -1,13 +1,15 @@
-"""docs/benchmarks.md from results/benchmarks.jsonl: a table for each benchmark and one plot.
+"""docs/benchmarks.md from results/benchmarks.jsonl: the goals, one plot, and a table for each benchmark.
 
 python -m benchmarks.page       writes the page anew from the lines that are there
 """
 
+import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import NAMES
 from benchmarks.harness import RESULTS
 
 ROOT = Path(__file__).parents[1]
@@ -17,35 +19,15 @@ Line = dict[str, Any]
 
 INTRODUCTION = """# Benchmarks
 
-What spectreg costs beside its peers and beside the hardware's floor, made by `make benchmarks` from
-`results/benchmarks.jsonl`. Each row is timed A B A B …; shown are the median of the paired ratios and its quartiles.
-Times are of the processor, one thread, unless a row says wall time. The floor of a gradient penalty is one read of
-each weight and one read-modify-write of its gradient. Both sides compute the same quantity, up to the error shown.
-"""
+What spectreg costs, beside its peers and beside the floor that the hardware sets. `make benchmarks` measures all of it
+and writes this page from `results/benchmarks.jsonl`; nothing here is written by hand but what each benchmark is and why
+a row may fall behind.
 
-REASONS = """## Where a goal is missed or a peer is ahead, and why
-
-- **MLP, what is added.** Beyond the floor's one read, a whole power step reads each weight a second time, from cache:
-  in bare torch calls, without a check of any kind, that is 1.2 to 1.4 × the floor. The rest is about a millisecond
-  for all weights together, whatever their number: normalising, slopes, the look whether a weight has moved, with caches
-  swept. Half steps (`steps=0.5`) read once; from 100 M parameters on the millisecond no longer counts.
-- **VGG in whole steps.** What is timed from within a step overstates torch's `spectral_norm` (two and a half times on
-  the MLP, twice on the VGG), for a reason not found; for it the whole steps count. There the quartiles of VGG's
-  steps are as wide as the effect, so that they neither confirm nor refute what is timed from within.
-- **Peak memory.** Resident memory of the process: what torch frees and takes again does not show, so 0 is a lower
-  bound. In weights of 160² the vectors and their work space are an eighth of the weights: no goal holds there.
-- **bf16.** The vectors are float32 and the weight is converted piece by piece; the floor stays in bf16 throughout.
-- **Transformer, beside the autograd penalty.** That takes the packed query, key and value weight for one matrix; ours
-  keeps a vector for each of the three, so it forms more and smaller products.
-- **Norm of a convolution, cold.** The kernels are Gaussian: their largest singular values lie close together, and
-  Lanczos needs 25 to 60 products of two convolutions each, while FFT and SVD do not care. On top of them comes the
-  certificate `upper`, in float64: for 512 channels more than half of the time. Warm, as in training, one step does.
-- **All singular values.** Ours are in float64 and good to 1e-14 of σ₁, NumPy's in float32.
-- **The 4 largest beside svds.** Both do Lanczos; ours runs to a smaller error.
-- **Jacobian norm by power iteration** loses to the formed Jacobian wherever outputs are few, which is why the default
-  forms it there.
-- **torch's weight decay** needs no vectors: it is one pass over the weights, inside the optimizer's own.
-- **Many small weights beside torch calls by hand.** The hand-written calls check nothing and keep no float64 sums.
+How to read a row: both sides are timed in turn, A B A B …, n rounds after warm-up. The value is the median of the
+paired ratios or differences, followed by its quartiles. In **×** it is ours over the other's: below 1 ours is faster;
+where the goal is a least value, it is theirs over ours. Times are of the processor, on one thread, unless a row says
+wall time; the allocator keeps the memory that is freed. Rows marked ◄ are those where the other side is ahead or a goal
+is missed, with the reason.
 """
 
 
@@ -59,48 +41,101 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 10000 else f"{value:.4g}"
 
 
-def goal(line: Line) -> str:
-    bounds = [
-        f"{sign} {number(line[key])}" for sign, key in (("≤", "at_most"), ("≥", "at_least")) if line[key] is not None
-    ]
-    return f"{' '.join(bounds)}: {'met' if line['met'] else '**missed**'}" if bounds else ""
+def limit(line: Line) -> str:
+    bounds = (("≤", "at_most"), ("≥", "at_least"))
+    return " ".join(f"{sign} {number(line[key])}" for sign, key in bounds if line[key] is not None)
 
 
-def table(lines: Sequence[Line]) -> str:
-    rows = [
-        "| case | what | beside | median | quartiles | n | goal | error, remark |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def value(line: Line) -> str:
+    return "did not run" if line["value"] is None else f"{number(line['value'])} {line['unit']}"
+
+
+def strain(line: Line) -> float:
+    """How near a row is to its limit, or how far beyond: above 1 it is missed."""
+    if line["value"] is None:
+        return float("inf")
+    if line["at_most"] is not None:
+        return line["value"] / line["at_most"] if line["at_most"] else float(line["value"] > 0)
+    return line["at_least"] / line["value"] if line["value"] else float("inf")
+
+
+def title(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def goals(lines: Sequence[Line]) -> str:
+    """One row a goal: how many of its rows meet it, and the one that is the nearest to its limit or farthest beyond."""
+    with_goal = [line for line in lines if line["met"] is not None]
+    rows = ["| goal | | rows that meet it | hardest row |", "|---|---|---|---|"]
+    names = dict.fromkeys(line["goal"] for line in with_goal)
+    kept = 0
+    for name in names:
+        own = [line for line in with_goal if line["goal"] == name]
+        met, hardest = sum(line["met"] for line in own), max(own, key=strain)
+        kept += met == len(own)
+        verdict = "met" if met == len(own) else "**missed**"
+        case = f"{hardest['case']}: {value(hardest)} (limit {limit(hardest)})"
+        rows.append(f"| {title(name)} | {verdict} | {met} of {len(own)} | {case} |")
+    return f"{kept} of {len(names)} goals are met.\n\n" + "\n".join(rows)
+
+
+def remark(line: Line) -> str:
+    mark = ", ".join(["**goal missed**"] * (line["met"] is False) + ["peer ahead"] * line["behind"])
+    why = f"◄ {mark}: {line['why'] or 'for a reason not known'}" if mark else ""
+    error = "" if line["error"] is None else f"error {line['error']:+.1e}"
+    return "; ".join(part.replace("|", "¦") for part in (error, line["note"], why) if part)
+
+
+def table(lines: Sequence[Line]) -> Iterator[str]:
+    """The rows of a benchmark; a case is named where it begins."""
+    yield "| what | beside | median | quartiles | n | goal | remark |"
+    yield "|---|---|---|---|---|---|---|"
+    before = None
     for line in lines:
+        if line["case"] != before:
+            yield f"| **{line['case']}** | | | | | | |"
+        before = line["case"]
         spread = "" if line["low"] is None else f"{number(line['low'])} to {number(line['high'])}"
-        value = "did not run" if line["value"] is None else f"{number(line['value'])} {line['unit']}"
-        error = "" if line["error"] is None else f"{line['error']:+.1e}"
-        remark = "; ".join(part.replace("|", "¦") for part in (error, line["note"]) if part)
-        cells = (line["case"], line["subject"], line["against"], value, spread, str(line["rounds"]), goal(line), remark)
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        goal = "" if line["met"] is None else f"{limit(line)}: {'met' if line['met'] else '**missed**'}"
+        cells = line["subject"], line["against"], value(line), spread, str(line["rounds"]), goal, remark(line)
+        yield f"| {' | '.join(cells)} |"
 
 
 def origin(lines: Sequence[Line]) -> str:
-    """What the lines of a benchmark have in common."""
-    first = lines[0]
-    said = [f"torch {first['torch']}", f"{first['threads']} thread(s)", first["machine"], f"commit {first['commit']}"]
+    """Where the lines of a benchmark come from."""
+    seen = {(line["commit"], line["machine"], line["threads"], line["torch"]) for line in lines}
+    said = [
+        f"torch {torch}, {threads} thread(s), {machine}, commit {commit}" for commit, machine, threads, torch in seen
+    ]
     load = max(line["load"] for line in lines)
-    return f"{', '.join(said)}, from {first['started']}; load of the machine up to {load:.1f}."
+    return f"{'; '.join(sorted(said))}; from {lines[0]['started']}; load of the machine up to {load:.1f}."
+
+
+def about(benchmark: str) -> str:
+    """What a benchmark says of itself."""
+    for name in NAMES:
+        module = importlib.import_module(f"benchmarks.{name}")
+        if benchmark == module.NAME:
+            return f"{(module.__doc__ or '').strip()}\n"
+    return ""
 
 
 def page(lines: Sequence[Line]) -> str:
     """The whole page."""
-    with_goal = [line for line in lines if line["met"] is not None]
-    missed = [line for line in with_goal if not line["met"]]
-    parts = [INTRODUCTION, f"![time against error]({PLOT})\n", "## Goals missed\n"]
-    parts.append(f"{len(with_goal) - len(missed)} of {len(with_goal)} rows with a goal meet it. Those that do not:\n")
-    parts.append(table(missed) + "\n" if missed else "None.\n")
-    parts.append(REASONS)
-    for title in dict.fromkeys(line["benchmark"] for line in lines):
-        own = [line for line in lines if line["benchmark"] == title]
-        parts += [f"## {title[0].upper()}{title[1:]}\n", origin(own) + "\n", table(own) + "\n"]
-    return "\n".join(parts)
+    parts = [INTRODUCTION, "## Goals\n", goals(lines) + "\n"]
+    parts += [
+        f"![Time against error]({PLOT})\n",
+        "*The norm of a convolution, by every way to it; the table is below.*\n",
+    ]
+    for benchmark in dict.fromkeys(line["benchmark"] for line in lines):
+        own = [line for line in lines if line["benchmark"] == benchmark]
+        parts += [f"## {title(benchmark)}\n", about(benchmark), "\n".join(table(own)) + "\n", origin(own) + "\n"]
+    peers = ", ".join(f"{name} {version}" for name, version in lines[-1].get("peers", {}).items())
+    return "\n".join([*parts, f"Peers: {peers}.\n"])
+
+
+FAMILIES = {"spectreg, warm": "C0", "spectreg, cold": "C1", "spectreg, certified": "C2", "FFT and SVD": "C3",
+            "power iteration": "C7", "Gram iteration": "C8"}  # fmt: skip
 
 
 def plot(lines: Sequence[Line], path: Path) -> None:
@@ -110,22 +145,31 @@ def plot(lines: Sequence[Line], path: Path) -> None:
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "spectreg"
     from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
 
-    points = [line for line in lines if line["unit"] == "ms" and line["error"] is not None]
-    cases = list(dict.fromkeys(line["case"] for line in points))
-    figure, axes = plt.subplots(
-        1, max(len(cases), 1), figsize=(4 * max(len(cases), 1), 3.6), squeeze=False, sharey=True
-    )
-    for ax, case in zip(axes[0], cases, strict=False):
-        own = [line for line in points if line["case"] == case]
-        for family in dict.fromkeys(line["subject"].split(", ")[0] for line in own):
-            these = [line for line in own if line["subject"].split(", ")[0] == family]
-            x, y = [max(abs(line["error"]), 1e-7) for line in these], [line["value"] for line in these]
-            ax.loglog(x, y, "o", label=family)
-        ax.set(title=case, xlabel="relative error")
-    axes[0][0].set_ylabel("milliseconds")
-    axes[0][-1].legend(fontsize=7)
-    figure.tight_layout()
+    points = [line for line in lines if line["against"] == "truth" and line["error"] is not None]
+    cases = list(dict.fromkeys(line["case"] for line in points)) or ["nothing measured"]
+    columns = min(len(cases), 3)
+    shape = -(-len(cases) // columns), columns
+    figure, axes = plt.subplots(*shape, figsize=(3.6 * columns, 3.0 * shape[0] + 0.6), squeeze=False, sharex=True,
+                                sharey=True)  # fmt: skip
+    for ax, case in zip(axes.flat, cases, strict=False):
+        for line in (line for line in points if line["case"] == case):
+            family = next((f for f in FAMILIES if line["subject"].startswith(f)), None)
+            x, marker = max(abs(line["error"]), 1e-6), "v" if line["error"] < 1e-6 else "^"
+            ax.loglog([x], [line["value"]], marker, color=FAMILIES.get(family or "", "black"), alpha=0.85)
+        ax.set_title(case, fontsize=10)
+        ax.grid(alpha=0.3)
+    for ax in axes.flat[len(cases) :]:
+        ax.set_axis_off()
+    for ax in axes.flat[max(len(cases) - columns, 0) : len(cases)]:
+        ax.tick_params(labelbottom=True)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("milliseconds")
+    figure.supxlabel("relative error (10⁻⁶ or less at the left edge); ▼ estimate from below, ▲ upper bound", fontsize=9)
+    handles = [Line2D([], [], linestyle="", marker="o", color=c, label=f) for f, c in FAMILIES.items()]
+    figure.legend(handles=handles, ncols=len(FAMILIES), fontsize=8, loc="upper center", frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 

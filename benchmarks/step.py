@@ -1,26 +1,37 @@
-"""A training step: what the penalty adds to it, in each of the ways to have one.
+"""What the penalty adds to a training step at batch 64, in each of the ways to have one.
 
-What can be told apart from the rest of a step is timed from within it: one step of the network, then each penalty in
-turn with the caches swept, as a backward pass leaves them. What changes the forward pass itself (spectral_norm,
-deel-torchlip) is timed as whole steps in turn, too, on the MLP, the transformer and the VGG.
+Whole steps, with and without, in turn. What a penalty adds does not depend on the batch, but the spread of a step does:
+ways that add less than a step of 64 varies are told apart in steps of 2 or 4. The slowest ways are timed by themselves,
+with the caches swept before, as a backward pass leaves them; of deel-torchlip, whose layers compute their weights anew,
+that is the time of computing each and taking its gradient back, less the accumulation that a plain weight has, too.
 """
 
 import copy
 import statistics
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import penalties as by
-from benchmarks.harness import ROUNDS, Call, Row, failed, in_turn, quartiles, ratio, record, same, seconds, sweep
+from benchmarks.harness import ROUNDS, Call, failed, in_turn, ratio, record, spread, sweep
 from spectreg.operators import input_sizes
 from spectreg_lab.config import NIN, VGG, DenseNet
 from spectreg_lab.models import build
 
 NAME = "training step"
+SECONDS = 450
+UNIT = "% of a step"
+OURS = "add_gradient"
+WHY = {
+    "floor": "A power step reads each weight twice, the second time from cache, where the floor reads it once; and "
+    "normalising all vectors takes a while that does not depend on the size of the weights. `steps=0.5` reads once.",
+    "torch's weight decay": "Decay needs no vectors: it is one pass over the weights inside the optimizer's own.",
+    "autograd penalty": "Of packed query, key and value weights ours keeps a vector each; the autograd penalty as "
+    "anyone would write it takes them for one matrix.",
+}
 
 
 class Transformer(nn.Module):
@@ -35,22 +46,48 @@ class Transformer(nn.Module):
         return self.out(self.encoder(x).mean(1))
 
 
-def mlp(linear: Callable[..., nn.Module] = nn.Linear) -> nn.Module:
-    return nn.Sequential(*[layer for _ in range(5) for layer in (linear(1024, 1024), nn.ReLU())])
+def mlp() -> nn.Module:
+    return nn.Sequential(*[layer for _ in range(5) for layer in (nn.Linear(1024, 1024), nn.ReLU())])
 
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], float | None]] = {
-    "MLP 5 × 1024": (mlp, (1024,), None),
-    "transformer 4 × 256": (Transformer, (32, 256), 1.04),
-    "VGG": (lambda: build(VGG(), (3, 32, 32), 10), (3, 32, 32), 1.01),
-    "NIN": (lambda: build(NIN(), (3, 32, 32), 10), (3, 32, 32), 1.01),
-    "DenseNet": (lambda: build(DenseNet(), (3, 32, 32), 10), (3, 32, 32), 1.01),
+class Network(NamedTuple):
+    """``limit``: per cent of a step at B=64 that the penalty may add. ``decides``: the batch that tells ways apart."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    limit: float | None
+    kind: str = "the paper's networks"
+    rounds: int = ROUNDS
+    decides: int = 2
+
+
+SPECTRAL_NORM = "torch's spectral_norm"
+WAYS = (
+    OURS,
+    "half steps",
+    "penalty()",
+    "decoupled",
+    "floor",
+    "torch's weight decay",
+    "autograd penalty",
+    SPECTRAL_NORM,
+)
+SLOW = (OURS, "every=8", "operator map", "SVD penalty", "deel-torchlip")
+PHOTOGRAPH = (3, 32, 32)
+NETWORKS = {
+    "MLP 5 × 1024": Network(mlp, (1024,), None, rounds=45, decides=64),
+    "transformer 4 × 256": Network(Transformer, (32, 256), 4.0, "the transformer", decides=4),
+    "VGG": Network(lambda: build(VGG(), PHOTOGRAPH, 10), PHOTOGRAPH, 1.0, rounds=31),
+    "NIN": Network(lambda: build(NIN(), PHOTOGRAPH, 10), PHOTOGRAPH, 1.0, rounds=25),
+    "DenseNet": Network(lambda: build(DenseNet(), PHOTOGRAPH, 10), PHOTOGRAPH, 1.0),
 }
 
 
-def train_step(model: nn.Module, x: Tensor, y: Tensor, act: Call = lambda: None) -> Call:
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, nesterov=True)
+def sgd(model: nn.Module, **settings: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, nesterov=True, **settings)  # type: ignore[arg-type]
 
+
+def train_step(model: nn.Module, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer, act: Call) -> Call:
     def step() -> None:
         optimizer.zero_grad(set_to_none=False)
         F.cross_entropy(model(x), y).backward()
@@ -60,121 +97,125 @@ def train_step(model: nn.Module, x: Tensor, y: Tensor, act: Call = lambda: None)
     return step
 
 
-def check() -> float:
-    """All ways add the same gradient, once their vectors have converged."""
-    torch.manual_seed(0)
-    model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(3)])
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.outer(torch.randn(64), torch.randn(64)) / 8)
-    weights = by.matrices(model)
-    vectors = [torch.linalg.svd(W.detach())[2][0].clone() for W in weights]
-    ours = by.ready(model, 1.0, warmup=60)
-    acts = {"ours": ours.add_gradient, "penalty()": by.by_penalty(ours), "floor": by.floor(weights, vectors, 1.0)}
-    acts |= {"autograd": by.by_autograd(weights, vectors, 1.0), "SVD": by.by_svd(weights, 1.0)}
-    found = {}
-    for name, act in acts.items():
-        by.with_gradients(model)
-        act()
-        found[name] = torch.cat([W.grad.flatten() for W in weights])
-    return max(same(name, g, found["ours"], 1e-4) for name, g in found.items())
+class Way(NamedTuple):
+    """What a way of having a penalty does in a step, and for how many steps that is."""
+
+    act: Call
+    calls: int = 1
 
 
-def acts_of(model: nn.Module, x: Tensor) -> dict[str, tuple[Call, str | None]]:
-    """Each way of having a penalty, and what it takes the place of."""
+def additions(model: nn.Module) -> dict[str, Way]:
+    """The ways that act between ``backward`` and the optimizer."""
     weights = by.matrices(model)
     vectors = [F.normalize(torch.randn(W[0].numel()), dim=0) for W in weights]
     eighth = by.ready(model, every=8)
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=d) for d in (0.0, 1e-4, 0.0)]
-    by.ready(model, decoupled=True).attach(optimizers[2])
-    normal = by.normalized(copy.deepcopy(model))
-    acts: dict[str, tuple[Call, str | None]] = {
-        "floor": (by.floor(weights), None),
-        "add_gradient": (by.ready(model).add_gradient, None),
-        "add_gradient, half steps": (by.ready(model, steps=0.5).add_gradient, None),
-        "add_gradient, every=8 (8 calls)": (lambda: [eighth.add_gradient() for _ in range(8)], None),
-        "penalty()": (by.by_penalty(by.ready(model)), None),
-        "SGD": (optimizers[0].step, None),
-        "decoupled": (optimizers[2].step, "SGD"),
-        "torch's weight decay": (optimizers[1].step, "SGD"),
-        "autograd penalty": (by.by_autograd(weights, vectors), None),
-        "torch's spectral_norm": (by.parametrized_weights(normal), None),
+    return {
+        OURS: Way(by.ready(model).add_gradient),
+        "half steps": Way(by.ready(model, steps=0.5).add_gradient),
+        "every=8": Way(lambda: [eighth.add_gradient() for _ in range(8)], 8),
+        "penalty()": Way(by.by_penalty(by.ready(model))),
+        "floor": Way(by.floor(weights)),
+        "autograd penalty": Way(by.by_autograd(weights, vectors)),
+        "SVD penalty": Way(by.by_svd(weights)),
     }
+
+
+def optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    """The ways that act inside of the optimizer's step."""
+    found = {"vanilla": sgd(model), "decoupled": sgd(model), "torch's weight decay": sgd(model, weight_decay=1e-4)}
+    by.ready(model, decoupled=True).attach(found["decoupled"])
+    return found
+
+
+def whole_steps(model: nn.Module, x: Tensor, y: Tensor, ways: Sequence[str], rounds: int) -> dict[str, list[float]]:
+    """Seconds of whole steps in turn. The model is shared, but for the way that changes how its weights are made."""
+    inside, between = optimizers(model), additions(model)
+    steps = {name: train_step(model, x, y, inside[name], lambda: None) for name in inside}
+    steps |= {name: train_step(model, x, y, inside["vanilla"], way.act) for name, way in between.items()}
+    peer = by.normalized(copy.deepcopy(model))
+    steps[SPECTRAL_NORM] = train_step(peer, x, y, sgd(peer), lambda: None)
+    return in_turn({name: steps[name] for name in ("vanilla", *ways)}, rounds, 2)
+
+
+def by_itself(case: str, model: nn.Module, x: Tensor) -> dict[str, list[float]]:
+    """Seconds that each of the slow ways adds."""
+    ways = additions(model) | {"accumulation": Way(by.accumulation(by.matrices(model)))}
     convolutions = {f"{n}.weight".lstrip("."): "operator" for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     if convolutions:
         operator = by.ready(model, map=convolutions, input_size=input_sizes(model, x), warmup=1)
-        acts["add_gradient, operator"] = operator.add_gradient, None
-    return acts
+        ways["operator map"] = Way(operator.add_gradient)
+    try:
+        act = by.parametrized_weights(by.lipschitz_layers(copy.deepcopy(model)))
+        act()
+        ways["deel-torchlip"] = Way(act)
+    except Exception as error:
+        record(failed(NAME, case, "deel-torchlip", "vanilla step", error))
+    chosen = {name: ways[name] for name in (*SLOW, "accumulation") if name in ways}
+    times = in_turn({name: way.act for name, way in chosen.items()}, ROUNDS, 1, sweep)
+    if "deel-torchlip" in times:
+        times["deel-torchlip"] = less(times["deel-torchlip"], times["accumulation"])
+    return {name: [t / chosen[name].calls for t in times[name]] for name in chosen if name != "accumulation"}
 
 
-def within(case: str, model: nn.Module, x: Tensor, y: Tensor, limit: float | None, error: float) -> None:
-    """Rows of what each way adds to a step of this network."""
-    acts = acts_of(by.with_gradients(model), x)
-    step = train_step(model, x, y)
-    heavy = x.ndim == 4
-    base = in_turn({"step": step}, 3 if heavy else ROUNDS, 1)["step"]
-    times = in_turn({name: act for name, (act, _) in acts.items()}, ROUNDS, 1, sweep)
-    whole = statistics.median(base)
-    decompose = by.by_svd(by.matrices(model))
-    times["SVD penalty"] = [seconds(decompose) for _ in range(1 if heavy else 3)]
-    added = {
-        name: [a - b for a, b in zip(t, times[acts[name][1]], strict=True)] if acts.get(name, (0, None))[1] else t
-        for name, t in times.items()
-        if name != "SGD"
+def less(times: Sequence[float], base: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(times, base, strict=True)]
+
+
+def added(case: str, times: Mapping[str, list[float]], step: float, **stated: Any) -> None:
+    """Rows of what each way adds, in per cent of a step of ``step`` seconds; ``stated`` goes with the row of ours."""
+    for name, extra in times.items():
+        note = f"{statistics.median(extra) * 1e3:.2f} ms"
+        more = stated if name == OURS else {}
+        record(spread(NAME, case, name, "vanilla step", UNIT, [100 * t / step for t in extra], note=note, **more))
+
+
+def compare(case: str, times: Mapping[str, list[float]], error: float) -> None:
+    """Rows of what ours adds over what each of the peers adds."""
+    goals = {
+        "autograd penalty": (1.0, "a step: adds less than the autograd penalty"),
+        SPECTRAL_NORM: (0.5, "a step: adds at most half of what torch's spectral_norm does"),
     }
-    added["add_gradient, every=8 (8 calls)"] = [t / 8 for t in added["add_gradient, every=8 (8 calls)"]]
-    for name, extra in added.items():
-        low, middle, high = (1 + q / whole for q in quartiles(extra))
-        goal = limit if name == "add_gradient" else None
-        note = f"adds {statistics.median(extra) * 1e3:.2f} ms"
-        taken = whole + statistics.median(extra)
-        row = Row(NAME, case, name, "vanilla step", "×", middle, low, high, len(extra), taken, whole, goal)
-        record(replace(row, error=error, note=note))
-    ours = {name: added[name] for name in ("add_gradient", "floor", "autograd penalty", "torch's spectral_norm")}
-    limits = {"floor": 1.5 if case.startswith("MLP") else None, "autograd penalty": 1.0, "torch's spectral_norm": 0.5}
-    for other, at_most in limits.items():
-        record(ratio(NAME, f"{case}: what is added", "add_gradient", other, ours, at_most=at_most))
+    others = ["autograd penalty", SPECTRAL_NORM, "SVD penalty", "deel-torchlip"]
+    if case.startswith("MLP"):  # elsewhere these two add too little for a ratio
+        goals["floor"] = (1.5, "a step: on the MLP at most 1.5 × what the floor adds")
+        others = ["floor", "torch's weight decay", *others]
+    for other in others:
+        if other in times:
+            limit, goal = goals.get(other, (None, ""))
+            same = None if other in (SPECTRAL_NORM, "torch's weight decay", "deel-torchlip") else error
+            why = WHY.get(other, "")
+            record(ratio(NAME, case, OURS, other, times, at_most=limit, goal=goal, why=why, error=same))
 
 
-def torchlip(model: nn.Module) -> nn.Module:
-    """The model with deel-torchlip's layers in place of the linear layers and convolutions."""
-    from deel.torchlip.modules import SpectralConv2d, SpectralLinear
+def measure(name: str, network: Network, error: float) -> None:
+    """All rows of a network."""
+    torch.manual_seed(0)
+    model, x, y = by.with_gradients(network.make()), torch.randn(64, *network.shape), torch.randint(10, (64,))
+    few = network.decides
+    times = whole_steps(model, x, y, WAYS if few == 64 else (OURS, SPECTRAL_NORM), network.rounds)
+    step, extra = statistics.median(times["vanilla"]), differences(times)
+    decided = extra if few == 64 else differences(whole_steps(model, x[:few], y[:few], WAYS, 3 * ROUNDS))
+    stated = {}
+    if network.limit:
+        floor = 100 * statistics.median(decided["floor"]) / step
+        why = f"The floor alone, which reads each weight once and its gradient, adds {floor:.2g} %."
+        goal = f"a step: at most {network.limit:g} % more on {network.kind}"
+        stated = {"at_most": network.limit, "goal": goal, "why": why}
+    added(f"{name}, B=64: whole steps of {step * 1e3:.0f} ms", extra, step, **stated)
+    if few < 64:
+        added(f"{name}: whole steps of B={few}, in % of one of B=64", decided, step)
+    compare(f"{name}: what is added, whole steps of B={few}", decided, error)
+    slow = by_itself(f"{name}: by itself", model, x)
+    added(f"{name}: by itself, in % of a step of B=64", slow, step)
+    compare(f"{name}: what is added, by itself", slow, error)
 
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Conv2d):
-                bias = child.bias is not None
-                setattr(parent, name, SpectralConv2d(child.in_channels, child.out_channels, 3, padding=1, bias=bias))
-            elif isinstance(child, nn.Linear):
-                setattr(parent, name, SpectralLinear(child.in_features, child.out_features))
-    return model
 
-
-def whole_steps(case: str, make: Callable[[], nn.Module], x: Tensor, y: Tensor) -> None:
-    """Rows of whole steps in turn."""
-    ours = make()
-    steps = {
-        "vanilla": train_step(make(), x, y),
-        "add_gradient": train_step(ours, x, y, by.ready(ours).add_gradient),
-        "torch's spectral_norm": train_step(by.normalized(make()), x, y),
-    }
-    if case != "transformer 4 × 256":
-        try:
-            peer = train_step(torchlip(make()), x, y)
-            peer()
-            steps["deel-torchlip"] = peer
-        except Exception as error:
-            record(failed(NAME, f"{case}, whole steps", "deel-torchlip", "vanilla", error))
-    times = in_turn(steps, ROUNDS, 1)
-    for name in list(steps)[1:]:
-        record(ratio(NAME, f"{case}, whole steps", name, "vanilla", times))
+def differences(times: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """Of each way to the steps without."""
+    return {name: less(taken, times["vanilla"]) for name, taken in times.items() if name != "vanilla"}
 
 
 def main() -> None:
-    error = check()
-    for case, (make, shape, limit) in NETWORKS.items():
-        torch.manual_seed(0)
-        x, y = torch.randn(64, *shape), torch.randint(10, (64,))
-        within(f"{case}, B=64", make(), x, y, limit, error)
-        if case not in ("NIN", "DenseNet"):
-            whole_steps(case, make, x, y)
+    error = by.check()
+    for name, network in NETWORKS.items():
+        measure(name, network, error)

@@ -65,11 +65,12 @@ class Training:
         the batch's mean loss.
         """
         self.optimizer.zero_grad()
-        total, size = torch.zeros((), device=x.device), len(y)
+        total, size, most = torch.zeros((), device=x.device), len(y), self.config.micro_batch
         fabric = self.fabric
         if fabric.world_size > 1:
             x, y = x[fabric.global_rank :: fabric.world_size], y[fabric.global_rank :: fabric.world_size]
-        for part, labels in zip(x.split(self.config.micro_batch), y.split(self.config.micro_batch), strict=True):
+        parts = zip(x.split(most), y.split(most), strict=True) if len(y) > most else ((x, y),)  # splitting takes time
+        for part, labels in parts:
             with fabric.autocast():
                 loss = self.method.loss(part, labels)
             if len(labels) < size:
