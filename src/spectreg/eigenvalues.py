@@ -35,12 +35,14 @@ def lanczos(
     max_products: int,
     generator: torch.Generator,
     basis_size: int | None = None,
+    every: int = 1,
 ) -> Eigenvalues:
     """The ``k`` largest eigenvalues of ``A`` by Lanczos from ``start``, reorthogonalized, with thick restarts.
 
-    Stops at the first product after which every residual is at most ``tolerance·|θ|``. An eigenvalue that occurs more
-    than once may be found once. Ctrl-C returns the best so far. Holds ``basis_size + 1`` vectors (thick restart: Wu
-    & Simon, SIAM J. Matrix Anal. Appl. 22, 2000); for k = 1 only three, see ``lanczos_largest``.
+    Stops at the first product after which every residual is at most ``tolerance·|θ|``; looks only after ``every``
+    products, which pays where one costs no more than an eigendecomposition of the basis. An eigenvalue that occurs
+    more than once may be found once. Ctrl-C returns the best so far. Holds ``basis_size + 1`` vectors (thick restart:
+    Wu & Simon, SIAM J. Matrix Anal. Appl. 22, 2000); for k = 1 only three, see ``lanczos_largest``.
 
     >>> A = torch.diag(torch.tensor([-9.0, 1.0, 2.0, 4.0]))
     >>> found = lanczos(A.mv, torch.ones(4), 2, 1e-6, 100, torch.Generator().manual_seed(0))
@@ -54,7 +56,7 @@ def lanczos(
     Q = start.new_empty(size + 1, n)
     T = torch.zeros(size, size, dtype=torch.float64)
     Q[0] = normalised(start)
-    best, j = Eigenvalues((), (), 0, False), 0
+    best, j, scale = Eigenvalues((), (), 0, False), 0, 0.0
     for product in range(1, max_products + 1):
         try:
             w = A(Q[j])
@@ -64,24 +66,28 @@ def lanczos(
             return best
         h, beta = orthogonalise(w, Q[: j + 1])
         T[: j + 1, j] = T[j, : j + 1] = h.to(T)
-        theta, S = torch.linalg.eigh(T[: j + 1, : j + 1])
-        scale = theta.abs().max().item()
-        exhausted = beta <= 4 * torch.finfo(w.dtype).eps * scale  # the space reached is invariant
-        beta = 0.0 if exhausted else beta
-        found = min(k, j + 1)
-        residuals = beta * S[-1].abs()
-        best = Eigenvalues(descending(theta, found), descending(residuals, found), product, False)
-        floor = 10 * torch.finfo(w.dtype).eps * scale
-        if found == k and all(
-            r <= max(tolerance * abs(t), floor) for t, r in zip(best.values, best.residuals, strict=True)
-        ):
-            return Eigenvalues(best.values, best.residuals, product, True)
+        scale = max(scale, torch.linalg.vector_norm(h).item())
+        beta = 0.0 if beta <= 4 * torch.finfo(w.dtype).eps * scale else beta  # the space reached is invariant
+        if product % every == 0 or not beta or j + 1 == size or product == max_products:
+            theta, S = torch.linalg.eigh(T[: j + 1, : j + 1])
+            best = ritz_values(theta, beta * S[-1].abs(), k, product, tolerance, torch.finfo(w.dtype).eps)
+            if best.converged:
+                return best
         following = w / beta if beta else fresh_direction(start, Q[: j + 1], generator)
         j += 1
         if j == size:
             j = restart(Q, T, theta, S, keep=k + (size - k) // 2)
         Q[j] = following
     return best
+
+
+def ritz_values(theta: Tensor, residuals: Tensor, k: int, product: int, tolerance: float, eps: float) -> Eigenvalues:
+    """The ``k`` largest of ascending ``theta`` with their residuals, and whether these are small enough."""
+    floor = 10 * eps * theta.abs().max().item()
+    found = min(k, len(theta))
+    best, away = descending(theta, found), descending(residuals, found)
+    met = all(r <= max(tolerance * abs(t), floor) for t, r in zip(best, away, strict=True))
+    return Eigenvalues(best, away, product, found == k and met)
 
 
 def lanczos_largest(A: Operator, start: Float[Tensor, " n"], tolerance: float, max_products: int) -> Eigenvalues:
@@ -112,11 +118,8 @@ def lanczos_largest(A: Operator, start: Float[Tensor, " n"], tolerance: float, m
             T = torch.diag(torch.tensor(alphas, dtype=torch.float64))
             T += torch.diag(torch.tensor(betas, dtype=torch.float64), -1)
             theta, S = torch.linalg.eigh(T, UPLO="L")
-            residual = beta * S[-1, -1].abs().item()
-            floor = 10 * torch.finfo(w.dtype).eps * theta.abs().max().item()
-            converged = residual <= max(tolerance * theta[-1].abs().item(), floor)
-            best = Eigenvalues((theta[-1].item(),), (residual,), j + 1, converged)
-            if converged:
+            best = ritz_values(theta, beta * S[-1].abs(), 1, j + 1, tolerance, torch.finfo(w.dtype).eps)
+            if best.converged:
                 return best
         betas.append(beta)
         previous, v = v, w / beta

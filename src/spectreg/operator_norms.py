@@ -106,7 +106,8 @@ def first_vector(layer: _ConvNd, A: OperatorMap, W: Tensor, generator: torch.Gen
         return v
     wave = top_wave(kernel, size, generator).reshape(-1)
     wave = wave if transposed else A.adjoint(W, wave)
-    return wave + CHANCE * wave.norm() / v.norm() * v if wave.any() else v
+    length = wave.norm().item()
+    return wave + CHANCE * length / v.norm() * v if 0 < length < math.inf else v  # a kernel may be zero
 
 
 def finite(layer: nn.Linear | _ConvNd) -> Tensor:

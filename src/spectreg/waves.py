@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from spectreg.directions import gaussian_like
 
 CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-TILE, STEPS = 16, 8  # points a dimension on which all frequencies are compared, by so many power steps
-CANDIDATES, ROUNDS = 8, 4  # frequencies that are refined, each round to half the distance
+TILE, STEPS = 16, 6  # points a dimension on which all frequencies are compared, by so many power steps
+CANDIDATES, ROUNDS = 8, 4  # frequencies that are refined, each round at half the distance
 
 
 def top_wave(
@@ -36,8 +36,7 @@ def top_wave(
         W, omega, u = kernel, omega[None], u.T[None]
     else:
         W, omega, u = kernel[group], omega[:, None], u[:, :, None]
-    for turn in range(ROUNDS):
-        omega, u, gain = refined(W, omega, u, math.pi / TILE / 2**turn)
+    omega, u, gain = refined(W, omega, u)
     best = int(gain.argmax())
     channels = u.new_zeros(kernel.shape[:2])
     channels[group[best]] = u.movedim(2, 1).flatten(0, 1)[best]
@@ -57,10 +56,11 @@ def promising(
     dims = tuple(range(-len(points), 0))
     y = gaussian_like(kernel.new_empty(1, kernel.shape[0] * kernel.shape[1], *points), generator)
     for _ in range(STEPS):
-        before = y / torch.linalg.vector_norm(y).clamp_min(torch.finfo(y.dtype).tiny)
+        before = y / torch.linalg.vector_norm(y)
         y = forth_and_back(kernel, before)
     new, old = (torch.fft.rfftn(x.view(*kernel.shape[:2], *points), dim=dims) for x in (y, before))
-    growth = new.norm(dim=1) / old.norm(dim=1).clamp_min(torch.finfo(y.dtype).tiny)
+    amplitude = old.norm(dim=1)
+    growth = new.norm(dim=1) / amplitude.clamp_min(1e-3 * amplitude.max())  # below lies what rounding left of others
     top = growth.flatten().topk(min(CANDIDATES, growth.numel())).indices
     group, *frequency = torch.unravel_index(top, growth.shape)
     omega = torch.stack([2 * math.pi * j / n for j, n in zip(frequency, points, strict=True)], 1)
@@ -78,24 +78,27 @@ def forth_and_back(kernel: Float[Tensor, "groups outputs inputs *taps"], y: Tens
 
 
 def refined(
-    W: Float[Tensor, "g outputs inputs *taps"],
-    omega: Float[Tensor, "g c dimensions"],
-    u: Complex[Tensor, "g outputs c"],
-    radius: float,
+    W: Float[Tensor, "g outputs inputs *taps"], omega: Float[Tensor, "g c dimensions"], u: Complex[Tensor, "g outputs c"]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best for ``u`` of the frequencies at ``omega`` and ``radius`` around it, one power step there, and σ."""
-    lags = torch.cartesian_prod(*[torch.arange(k) for k in W.shape[3:]]).view(-1, omega.shape[2]).to(omega)
-    steps = torch.cartesian_prod(*[torch.arange(-1, 2)] * omega.shape[2]).view(-1, omega.shape[2]).to(omega)
-    matrix = W.flatten(2)
-    by_tap = product(matrix.mT, u).unflatten(1, (W.shape[2], -1))
-    near = omega[:, :, None] + radius * steps
-    waves = torch.polar(near.new_ones(()), near @ lags.T)
-    v = torch.einsum("gitc,gcnt->gcni", by_tap, waves.conj())
-    best = v.norm(dim=3).argmax(2)[:, :, None, None]
-    omega, wave, v = (torch.take_along_dim(x, best, 2)[:, :, 0] for x in (near, waves, v))
-    u = product(matrix, torch.einsum("gci,gct->gitc", v, wave).flatten(1, 2))
-    tiny = torch.finfo(near.dtype).tiny
-    return omega, u / u.norm(dim=1, keepdim=True).clamp_min(tiny), u.norm(dim=1) / v.norm(dim=2).clamp_min(tiny)
+    """Frequencies and vectors after rounds of: the best frequency nearby for ``u``, a power step there; and σ."""
+    lags, steps = (grid(r, omega) for r in ([range(k) for k in W.shape[3:]], [range(-1, 2)] * omega.shape[2]))
+    matrix, inputs, tiny = W.flatten(2), W.shape[2], torch.finfo(omega.dtype).tiny
+    for turn in range(ROUNDS):
+        by_tap = product(matrix.mT, u).unflatten(1, (inputs, -1))
+        near = omega[:, :, None] + math.pi / TILE / 2**turn * steps
+        waves = torch.polar(near.new_ones(()), near @ lags.T)
+        v = waves.conj() @ by_tap.movedim(3, 1).mT
+        best = v.norm(dim=3).argmax(2)[:, :, None, None]
+        omega, wave, v = (torch.take_along_dim(x, best, 2)[:, :, 0] for x in (near, waves, v))
+        u = product(matrix, (v[..., None] * wave[:, :, None]).flatten(2).mT)
+        sigma = u.norm(dim=1)
+        u = u / sigma[:, None].clamp_min(tiny)
+    return omega, u, sigma / v.norm(dim=2).clamp_min(tiny)
+
+
+def grid(ranges: list[range], like: Tensor) -> Float[Tensor, "points dimensions"]:
+    """All points whose coordinates lie in ``ranges``, in the type of ``like``."""
+    return torch.cartesian_prod(*[torch.tensor(r) for r in ranges]).view(-1, len(ranges)).to(like)
 
 
 def product(A: Float[Tensor, "g m n"], z: Complex[Tensor, "g n c"]) -> Complex[Tensor, "g m c"]:
