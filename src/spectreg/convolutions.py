@@ -20,13 +20,12 @@ ROUNDING = 1 + 1e-10  # a certificate stays one when float64 rounds it
 CHUNK = 2**22  # entries of K(ω) in memory at a time
 
 
-def norm_bound(
-    layer: _ConvNd, input_size: tuple[int, ...], weight: Tensor | None = None, *, grid: int = 40
-) -> float:
+def norm_bound(layer: _ConvNd, input_size: tuple[int, ...], weight: Tensor | None = None, *, grid: int = 40) -> float:
     """An upper bound on the norm of ``layer`` on inputs of ``input_size`` (without batch and channels).
 
-    ``weight`` takes the place of the layer's own. For zero padding it exceeds the truth only by what the border takes away, and, where ``input_size`` plus the
-    kernel exceeds ``grid``, by the factor 1/cos(π(k−1)/2·grid) a dimension (1.003 for a 3-tap kernel).
+    ``weight`` takes the place of the layer's own. For zero padding the bound exceeds the truth only by what the border
+    takes away, and, where ``input_size`` plus the kernel exceeds ``grid``, by the factor 1/cos(π(k−1)/2·grid) a
+    dimension (1.003 for a 3-tap kernel).
 
     >>> layer = torch.nn.Conv2d(1, 1, 3, padding=1, bias=False)
     >>> _ = torch.nn.init.ones_(layer.weight)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from spectreg.convolutions import ROUNDING, kernel_phases, largest, norm_bound, quick_norm_bound
+from spectreg.convolutions import ROUNDING, kernel_phases, largest, norm_bound, quick_norm_bound, wraps
 from spectreg.directions import gaussian_like, own_generator
 from spectreg.eigenvalues import lanczos_largest
 from spectreg.operators import OperatorMap
@@ -97,12 +97,16 @@ def operator_norm(
 
 
 def first_vector(layer: _ConvNd, A: OperatorMap, W: Tensor, generator: torch.Generator) -> Tensor:
-    """A random vector; on an input large enough only a small part of it, beside the best plane wave."""
+    """A random vector; on an input large enough only a small part of it, beside the best plane wave.
+
+    Padding that repeats entries stretches vectors at the border most, and a wave has none of these.
+    """
     v = gaussian_like(W.new_empty(A.inputs), generator)
     transposed = isinstance(layer, _ConvTransposeNd)
     size = (A.input_shape if transposed else A.output_shape)[1:]
     kernel = kernel_phases(layer, W)
-    if math.prod(size) < 3 * math.prod(tile(kernel.shape[3:])):  # the search would cost more than it saves
+    worthwhile = math.prod(size) >= 3 * math.prod(tile(kernel.shape[3:]))  # else the search costs more than it saves
+    if not worthwhile or (layer.padding_mode != "zeros" and not wraps(layer)):
         return v
     wave = top_wave(kernel, size, generator).reshape(-1)
     wave = wave if transposed else A.adjoint(W, wave)

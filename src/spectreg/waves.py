@@ -78,7 +78,9 @@ def forth_and_back(kernel: Float[Tensor, "groups outputs inputs *taps"], y: Tens
 
 
 def refined(
-    W: Float[Tensor, "g outputs inputs *taps"], omega: Float[Tensor, "g c dimensions"], u: Complex[Tensor, "g outputs c"]
+    W: Float[Tensor, "g outputs inputs *taps"],
+    omega: Float[Tensor, "g c dimensions"],
+    u: Complex[Tensor, "g outputs c"],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Frequencies and vectors after rounds of: the best frequency nearby for ``u``, a power step there; and σ."""
     lags, steps = (grid(r, omega) for r in ([range(k) for k in W.shape[3:]], [range(-1, 2)] * omega.shape[2]))
