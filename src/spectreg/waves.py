@@ -5,6 +5,7 @@ nearly such waves, of the frequency with the largest σ(K(ω)), under half a per
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Complex, Float
@@ -14,8 +15,8 @@ from torch.nn import functional as F
 from spectreg.directions import gaussian_like
 
 CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-TILE, STEPS = 16, 6  # points a dimension on which all frequencies are compared, by so many power steps
-CANDIDATES, ROUNDS = 8, 4  # frequencies that are refined, each round at half the distance
+TILE, STEPS = 16, 10  # points a dimension on which all frequencies are compared, by so many power steps
+CANDIDATES, ROUNDS = 4, 4  # frequencies that are refined, each round at half the distance
 
 
 def top_wave(
@@ -55,9 +56,10 @@ def promising(
     points = tile(tuple(kernel.shape[3:]))
     dims = tuple(range(-len(points), 0))
     y = gaussian_like(kernel.new_empty(1, kernel.shape[0] * kernel.shape[1], *points), generator)
+    gram = circular_gram(kernel)
     for _ in range(STEPS):
         before = y / torch.linalg.vector_norm(y)
-        y = forth_and_back(kernel, before)
+        y = gram(before)
     new, old = (torch.fft.rfftn(x.view(*kernel.shape[:2], *points), dim=dims) for x in (y, before))
     amplitude = old.norm(dim=1)
     growth = new.norm(dim=1) / amplitude.clamp_min(1e-3 * amplitude.max())  # below lies what rounding left of others
@@ -67,14 +69,19 @@ def promising(
     return group, omega.to(y.dtype), new.movedim(1, -1)[(group, *frequency)]
 
 
-def forth_and_back(kernel: Float[Tensor, "groups outputs inputs *taps"], y: Tensor) -> Tensor:
-    """AAᵀy for the circular convolution A."""
-    taps = kernel.shape[3:]
-    conv, dims = CONVOLUTION[len(taps)], tuple(range(2, 2 + len(taps)))
-    back = kernel.transpose(1, 2).flatten(0, 1).flip(dims)
-    left, right = ([n for k in reversed(taps) for n in pair(k - 1)] for pair in (lambda n: (n, 0), lambda n: (0, n)))
-    x = conv(F.pad(y, left, mode="circular"), back, groups=len(kernel))
-    return conv(F.pad(x, right, mode="circular"), kernel.flatten(0, 1), groups=len(kernel))
+def circular_gram(kernel: Float[Tensor, "groups outputs inputs *taps"]) -> Callable[[Tensor], Tensor]:
+    """``y ↦ AAᵀy`` for the circular convolution A."""
+    taps, groups = kernel.shape[3:], len(kernel)
+    conv = CONVOLUTION[len(taps)]
+    W, back = kernel.flatten(0, 1), kernel.transpose(1, 2).flatten(0, 1).flip(tuple(range(2, 2 + len(taps))))
+    left = [n for k in reversed(taps) for n in (k - 1, 0)]
+    right = [n for k in reversed(taps) for n in (0, k - 1)]
+
+    def product(y: Tensor) -> Tensor:
+        x = conv(F.pad(y, left, mode="circular"), back, groups=groups)
+        return conv(F.pad(x, right, mode="circular"), W, groups=groups)
+
+    return product
 
 
 def refined(
