@@ -8,6 +8,7 @@ from spectreg_lab.exhibits import (
     fit,
     frames,
     jacobian,
+    layers,
     perturbation,
     runs,
     sensitivity,
@@ -37,6 +38,7 @@ def exhibits(study: StudyRecord) -> list[Exhibit]:
         sigma.exhibit(study, sigma.values(study)),
         perturbation.exhibit(study, perturbation.values(study)),
         jacobian.exhibit(study, jacobian.values(study)),
+        layers.exhibit(study, layers.values(study)),
         cost.exhibit(study, points),
         runs.exhibit(study, points),
     ]
