@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from spectreg.convolutions import ROUNDING, kernel_phases, largest, norm_bound, quick_norm_bound, wraps
 from spectreg.directions import gaussian_like, own_generator
-from spectreg.eigenvalues import lanczos_largest
+from spectreg.eigenvalues import Goal, lanczos_largest
 from spectreg.operators import OperatorMap
 from spectreg.waves import tile, top_wave
 
@@ -90,7 +90,7 @@ def operator_norm(
     W = W.to(torch.promote_types(W.dtype, torch.float32), copy=True)
     A = OperatorMap.of(layer, input_shape[1:])
     v = first_vector(layer, A, W, own_generator(generator))
-    found = lanczos_largest(lambda v: A.adjoint(W, A.forward(W, v)), v, tolerance, max_products)
+    found = lanczos_largest(lambda v: A.adjoint(W, A.forward(W, v)), v, Goal(1, tolerance, max_products))
     value = max(found.values[0], 0.0) ** 0.5
     bound = partial(norm_bound if tight else quick_norm_bound, layer, input_shape[1:], W)
     return OperatorNorm(value, found.residuals[0] / value if value else 0.0, found.products, found.converged, bound)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spectreg.checkpoints import read_tensors
 from spectreg.directions import gaussian_like, own_generator
-from spectreg.eigenvalues import Eigenvalues, lanczos
+from spectreg.eigenvalues import Eigenvalues, Goal, lanczos
 from spectreg.linear_maps import MatrixMap
 from spectreg.weights import Select, named_weights
 
@@ -170,7 +170,7 @@ def top_eigenvalues_of_gram(
 ) -> Eigenvalues:
     W = W if W.shape[0] <= W.shape[1] else W.T
     start, basis = gaussian_like(W[:, 0], generator), max(48, 4 * top)
-    return lanczos(lambda v: W @ (W.T @ v), start, top, tolerance, 100 * top, generator, basis, every=4)
+    return lanczos(lambda v: W @ (W.T @ v), start, Goal(top, tolerance, 100 * top), generator, basis, every=4)
 
 
 def all_values(W: Float[Tensor, "outputs inputs"]) -> Float[Tensor, " count"]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from spectreg.convolutions import kernel_phases, norm_bound, quick_norm_bound
 from spectreg.directions import gaussian_like
-from spectreg.eigenvalues import lanczos_largest
+from spectreg.eigenvalues import Goal, lanczos_largest
 from spectreg.operator_norms import operator_norm
 from spectreg.operators import OperatorMap
 from spectreg.waves import top_wave
@@ -135,7 +135,7 @@ def test_the_wave_saves_most_of_the_products():
     layer = layer_of(nn.Conv2d, 8, 8, 3, padding=1, dtype=torch.float32)
     W, A = layer.weight.detach(), OperatorMap.of(layer, (40, 40))
     start = gaussian_like(W.new_empty(A.inputs), torch.Generator().manual_seed(0))
-    random = lanczos_largest(lambda v: A.adjoint(W, A.forward(W, v)), start, 1e-2, 200)
+    random = lanczos_largest(lambda v: A.adjoint(W, A.forward(W, v)), start, Goal(1, 1e-2, 200))
     assert 4 * operator_norm(layer, (8, 40, 40), tolerance=1e-2).products <= random.products
 
 
