@@ -59,7 +59,7 @@ def operator_norm(
         tight: Certify by frequencies (``norm_bound``: within a few per cent, seconds for hundreds of channels) and
             not by the kernel alone (``quick_norm_bound``: often twice the norm, at the price of one matrix's).
         tolerance: Share of the value that the residual may be. The error of the value itself is of second order in
-            it, over the gap to the next singular values: mostly below 1e-3 at the default, 2.2e-3 at worst seen.
+            it, over the gap to the next singular values: below 1e-3 on 181 of 182 layers at the default, 2.1e-3 on one.
         max_products: With AᵀA at most.
         generator: Draws the first vector; by default a private one with seed 0.
 

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from spectreg.directions import gaussian_like
 
 CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-TILE, STEPS = 16, 10  # points a dimension on which all frequencies are compared, by so many power steps
-CANDIDATES, ROUNDS = 4, 4  # frequencies that are refined, each round at half the distance
+TILE, STEPS = 16, 20  # points a dimension on which all frequencies are compared, by so many power steps
+CANDIDATES, ROUNDS = 8, 5  # frequencies that are refined, each round at half the distance
 
 
 def top_wave(
