@@ -94,7 +94,7 @@ WIDE = [  # inputs so large that the iteration starts from a wave
     (nn.Conv1d, (3, 60), 4, 1, {}),
     (nn.Conv1d, (3, 60), 2, 3, {"padding": 1, "padding_mode": "circular"}),
     (nn.Conv2d, (1, 28, 28), 2, 3, {"padding": 1}),
-    (nn.Conv2d, (2, 8, 60), 2, (1, 3), {"stride": (2, 1)}),
+    (nn.Conv2d, (2, 3, 60), 2, (1, 3), {"stride": (2, 1)}),
     (nn.Conv3d, (2, 3, 50, 2), 2, (1, 3, 1), {"padding": (0, 1, 0)}),
     (nn.ConvTranspose1d, (3, 60), 2, 4, {"stride": 2, "padding": 1}),
     (nn.ConvTranspose1d, (4, 60), 6, 3, {"groups": 2, "dilation": 2}),
@@ -105,10 +105,12 @@ WIDE = [  # inputs so large that the iteration starts from a wave
 @pytest.mark.parametrize(("kind", "input_shape", "outputs", "kernel", "options"), WIDE)
 def test_on_a_wide_input_too_the_value_is_the_norm_of_the_dense_matrix(kind, input_shape, outputs, kernel, options):
     layer = build(kind, input_shape, outputs, kernel, options)
-    truth = singular_values(layer, input_shape)[0]
+    sigma = singular_values(layer, input_shape)
+    truth = sigma[0]
     exact = operator_norm(layer, input_shape, tolerance=1e-7, max_products=2000)
     assert exact.converged
-    assert exact.value == pytest.approx(truth, rel=1e-7)
+    assert np.abs(sigma - exact.value).min() <= exact.residual
+    assert exact.value == pytest.approx(truth, rel=1e-6)  # waves of ±ω differ by as little as 6e-7 here
     assert truth * (1 - 2e-3) <= operator_norm(layer, input_shape).value <= truth * (1 + 1e-12)
 
 
