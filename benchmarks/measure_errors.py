@@ -70,6 +70,16 @@ def norm(seed: int) -> float:
     return abs(spectreg.operator_norm(layer, (3, 8, 8)).value / truth - 1)
 
 
+def norm_of_a_wide_input(seed: int) -> float:
+    """Where the iteration starts from a wave."""
+    torch.manual_seed(seed)
+    layer = nn.Conv2d(2, 2, 3, padding=1, bias=False).double()
+    eye = torch.eye(2 * 28 * 28, dtype=torch.float64).view(-1, 2, 28, 28)
+    A = layer(eye).flatten(1).detach()
+    truth = torch.linalg.eigvalsh(A @ A.T)[-1].sqrt().item()
+    return abs(spectreg.operator_norm(layer, (2, 28, 28)).value / truth - 1)
+
+
 def tight_bound(seed: int) -> float:
     layer, truth = convolution(seed)
     excess = spectreg.operator_norm(layer, (3, 8, 8), tight=True).upper / truth - 1
@@ -105,6 +115,28 @@ def input_gradient(seed: int) -> float:
     return abs(spectreg.input_gradient_norm(model, F.cross_entropy, [(x, y)]).value / truth - 1)
 
 
+def stretch(kind: str) -> Callable[[int], float]:
+    """Of a linear model with the loss ⟨g, Wx⟩: every perturbation and what it does are known."""
+
+    def error(seed: int) -> float:
+        torch.manual_seed(seed)
+        model, g = nn.Linear(12, 5, bias=False).double(), torch.randn(5, dtype=torch.float64)
+        x, y = torch.randn(8, 12, dtype=torch.float64), torch.zeros(8)
+        (point,) = spectreg.perturbation_curve(model, lambda o, t: (o @ g).sum(), [(x, y)], [0.7], kind)
+        pulled = g @ model.weight.detach()
+        truth = (model.weight.detach() @ pulled / pulled.norm()).norm().item()
+        loss = (model(x) @ g).mean().item() + 0.7 * pulled.norm().item()
+        return max(abs(point.stretch / truth - 1), abs(point.loss / loss - 1))
+
+    return error
+
+
+def gap(seed: int) -> float:
+    training, test = np.random.default_rng(seed).random((2, 50))
+    truth = (training - test)[test > 0.3].min()
+    return abs(spectreg.generalization_gap(list(training), list(test), 0.3) - truth)
+
+
 def hessian(method: str) -> Callable[[int], float]:
     def error(seed: int) -> float:
         model, (x, y) = network(seed), examples(seed)
@@ -135,6 +167,7 @@ ROWS = {
     "singular values, float32 weight, of σ₁ | NumPy SVD in float64": spectra,
     "the 4 largest, float32, relative | NumPy SVD in float64": top,
     "operator norm at the default tolerance | SVD of the dense convolution": norm,
+    "the same on 28², from a wave | SVD of the dense convolution": norm_of_a_wide_input,
     "its tight bound: excess over the truth | SVD of the dense convolution": tight_bound,
     "largest local ‖J‖₂ over the network's bound (must be ≤ 1) | dense Jacobian": bound,
     "Jacobian norm, formed | dense Jacobian": jacobian(exact=True),
@@ -143,6 +176,9 @@ ROWS = {
     "input gradient norm | closed form from the dense Jacobian": input_gradient,
     "Hessian eigenvalue, Lanczos to 1e-3 | torch.func.hessian": hessian("lanczos"),
     "Hessian eigenvalue, power iteration to 1e-3 | torch.func.hessian": hessian("power"),
+    "perturbation by the gradient: stretch and loss | closed form of a linear model": stretch("gradient"),
+    "perturbation by PGD: stretch and loss | closed form of a linear model": stretch("pgd"),
+    "generalization gap | NumPy": gap,
     "Jacobian penalty | dense Jacobian": penalty,
     "adversarial loss | Eq. (3) example by example": adversarial,
 }

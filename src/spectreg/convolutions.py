@@ -20,23 +20,24 @@ ROUNDING = 1 + 1e-10  # a certificate stays one when float64 rounds it
 CHUNK = 2**22  # entries of K(ω) in memory at a time
 
 
-def norm_bound(layer: _ConvNd, input_size: tuple[int, ...], *, grid: int = 40) -> float:
+def norm_bound(layer: _ConvNd, input_size: tuple[int, ...], weight: Tensor | None = None, *, grid: int = 40) -> float:
     """An upper bound on the norm of ``layer`` on inputs of ``input_size`` (without batch and channels).
 
-    For zero padding it exceeds the truth only by what the border takes away, and, where ``input_size`` plus the
-    kernel exceeds ``grid``, by the factor 1/cos(π(k−1)/2·grid) a dimension (1.003 for a 3-tap kernel).
+    ``weight`` takes the place of the layer's own. For zero padding the bound exceeds the truth only by what the border
+    takes away, and, where ``input_size`` plus the kernel exceeds ``grid``, by the factor 1/cos(π(k−1)/2·grid) a
+    dimension (1.003 for a 3-tap kernel).
 
     >>> layer = torch.nn.Conv2d(1, 1, 3, padding=1, bias=False)
     >>> _ = torch.nn.init.ones_(layer.weight)
     >>> round(norm_bound(layer, (32, 32)), 4)  # all frequencies at zero: the sum of the kernel
     9.0
     """
-    phases = kernel_phases(layer)
+    phases = exact_phases(layer, weight)
     tight = fourier_bound(phases, circle_size(layer, input_size, phases.shape[3:]), grid)
     return min(tight, taps_bound(phases)) * padding_growth(layer, input_size) * ROUNDING
 
 
-def quick_norm_bound(layer: _ConvNd, input_size: tuple[int, ...]) -> float:
+def quick_norm_bound(layer: _ConvNd, input_size: tuple[int, ...], weight: Tensor | None = None) -> float:
     """A looser upper bound, at the price of one spectral norm: ``√taps`` times that of the reshaped kernel.
 
     >>> layer = torch.nn.Conv2d(1, 1, 3, padding=1, bias=False)
@@ -44,18 +45,26 @@ def quick_norm_bound(layer: _ConvNd, input_size: tuple[int, ...]) -> float:
     >>> round(quick_norm_bound(layer, (32, 32)), 4)  # √9 · ‖1₉‖
     9.0
     """
-    return taps_bound(kernel_phases(layer)) * padding_growth(layer, input_size) * ROUNDING
+    return taps_bound(exact_phases(layer, weight)) * padding_growth(layer, input_size) * ROUNDING
 
 
-@torch.no_grad()
-def kernel_phases(layer: _ConvNd) -> Float[Tensor, "groups outputs inputs *taps"]:
-    """The float64 kernel of the stride-1 convolution on the phases of the input that ``layer`` amounts to."""
-    W = layer.weight.detach().to("cpu", torch.float64)
+def exact_phases(layer: _ConvNd, weight: Tensor | None) -> Float[Tensor, "groups outputs inputs *taps"]:
+    """``kernel_phases`` of the layer's weight, or of the one given, in float64."""
+    W = (layer.weight if weight is None else weight).detach().to("cpu", torch.float64)
     if not W.isfinite().all():
         raise ValueError(f"the weight of {layer} has entries that are NaN or infinite: it has no norm.")
+    return kernel_phases(layer, W)
+
+
+def kernel_phases(layer: _ConvNd, W: Tensor) -> Float[Tensor, "groups outputs inputs *taps"]:
+    """The kernel of the stride-1 convolution on the phases of the input that ``layer`` with the weight W amounts to.
+
+    Of a transposed convolution, of the one that it transposes: ``outputs`` are then its inputs.
+    """
     W = W.unflatten(0, (layer.groups, -1))
     for dim, (s, d) in enumerate(zip(layer.stride, layer.dilation, strict=True)):
-        W = split_phases(W.movedim(3 + dim, -1), s, d).movedim(-1, 3 + dim)
+        if s > 1 or d > 1:
+            W = split_phases(W.movedim(3 + dim, -1), s, d).movedim(-1, 3 + dim)
     return W
 
 

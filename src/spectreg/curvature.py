@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spectreg.directions import gaussian_like, own_generator
-from spectreg.eigenvalues import Eigenvalues, Operator, lanczos, shifted_power
+from spectreg.eigenvalues import Eigenvalues, Goal, Operator, lanczos
 from spectreg.evaluation import Batches, as_found, batches_on, device_of
 from spectreg.gradients import LossFunction, example_losses
+from spectreg.shifted_power import shifted_power
 
 
 def hessian_top_eigenvalues(
@@ -65,7 +66,7 @@ def hessian_top_eigenvalues(
     with as_found(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         product = hessian_product(model, loss_fn, batches, parameters)
         generator = own_generator(generator)
-        return solvers[method](product, gaussian_like(like, generator), k, tolerance, max_products, generator)
+        return solvers[method](product, gaussian_like(like, generator), Goal(k, tolerance, max_products), generator)
 
 
 def hessian_product(

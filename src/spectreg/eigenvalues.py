@@ -1,4 +1,4 @@
-"""Largest eigenvalues of a symmetric operator known by its products alone: Lanczos, and shifted power iteration."""
+"""Largest eigenvalues of a symmetric operator known by its products alone, by Lanczos."""
 
 import math
 from collections.abc import Callable
@@ -27,35 +27,44 @@ class Eigenvalues:
     converged: bool
 
 
+@dataclass(frozen=True)
+class Goal:
+    """``k`` values, each with a residual of at most ``tolerance·|θ|``, by ``max_products`` applications of A."""
+
+    k: int
+    tolerance: float
+    max_products: int
+
+
 def lanczos(
     A: Operator,
     start: Float[Tensor, " n"],
-    k: int,
-    tolerance: float,
-    max_products: int,
+    goal: Goal,
     generator: torch.Generator,
     basis_size: int | None = None,
+    every: int = 1,
 ) -> Eigenvalues:
     """The ``k`` largest eigenvalues of ``A`` by Lanczos from ``start``, reorthogonalized, with thick restarts.
 
-    Stops at the first product after which every residual is at most ``tolerance·|θ|``. An eigenvalue that occurs more
-    than once may be found once. Ctrl-C returns the best so far. Holds ``basis_size + 1`` vectors (thick restart: Wu
-    & Simon, SIAM J. Matrix Anal. Appl. 22, 2000); for k = 1 only three, see ``lanczos_largest``.
+    Stops at the first product after which the goal is met; looks only after ``every``
+    products, which pays where one costs no more than an eigendecomposition of the basis. An eigenvalue that occurs
+    more than once may be found once. Ctrl-C returns the best so far. Holds ``basis_size + 1`` vectors (thick restart:
+    Wu & Simon, SIAM J. Matrix Anal. Appl. 22, 2000); for k = 1 only three, see ``lanczos_largest``.
 
     >>> A = torch.diag(torch.tensor([-9.0, 1.0, 2.0, 4.0]))
-    >>> found = lanczos(A.mv, torch.ones(4), 2, 1e-6, 100, torch.Generator().manual_seed(0))
+    >>> found = lanczos(A.mv, torch.ones(4), Goal(2, 1e-6, 100), torch.Generator().manual_seed(0))
     >>> [round(value, 5) for value in found.values]
     [4.0, 2.0]
     """
+    k, n = goal.k, start.numel()
     if k == 1:
-        return lanczos_largest(A, start, tolerance, max_products)
-    n = start.numel()
+        return lanczos_largest(A, start, goal)
     size = min(n, basis_size or max(2 * k + 2, 32))
     Q = start.new_empty(size + 1, n)
     T = torch.zeros(size, size, dtype=torch.float64)
     Q[0] = normalised(start)
-    best, j = Eigenvalues((), (), 0, False), 0
-    for product in range(1, max_products + 1):
+    best, j, scale = Eigenvalues((), (), 0, False), 0, 0.0
+    for product in range(1, goal.max_products + 1):
         try:
             w = A(Q[j])
         except KeyboardInterrupt:
@@ -64,18 +73,13 @@ def lanczos(
             return best
         h, beta = orthogonalise(w, Q[: j + 1])
         T[: j + 1, j] = T[j, : j + 1] = h.to(T)
-        theta, S = torch.linalg.eigh(T[: j + 1, : j + 1])
-        scale = theta.abs().max().item()
-        exhausted = beta <= 4 * torch.finfo(w.dtype).eps * scale  # the space reached is invariant
-        beta = 0.0 if exhausted else beta
-        found = min(k, j + 1)
-        residuals = beta * S[-1].abs()
-        best = Eigenvalues(descending(theta, found), descending(residuals, found), product, False)
-        floor = 10 * torch.finfo(w.dtype).eps * scale
-        if found == k and all(
-            r <= max(tolerance * abs(t), floor) for t, r in zip(best.values, best.residuals, strict=True)
-        ):
-            return Eigenvalues(best.values, best.residuals, product, True)
+        scale = max(scale, torch.linalg.vector_norm(h).item())
+        beta = 0.0 if beta <= 4 * torch.finfo(w.dtype).eps * scale else beta  # the space reached is invariant
+        if product % every == 0 or not beta or j + 1 == size or product == goal.max_products:
+            theta, S = torch.linalg.eigh(T[: j + 1, : j + 1])
+            best = ritz_values(theta, beta * S[-1].abs(), goal, product, torch.finfo(w.dtype).eps)
+            if best.converged:
+                return best
         following = w / beta if beta else fresh_direction(start, Q[: j + 1], generator)
         j += 1
         if j == size:
@@ -84,20 +88,29 @@ def lanczos(
     return best
 
 
-def lanczos_largest(A: Operator, start: Float[Tensor, " n"], tolerance: float, max_products: int) -> Eigenvalues:
+def ritz_values(theta: Tensor, residuals: Tensor, goal: Goal, product: int, eps: float) -> Eigenvalues:
+    """The ``k`` largest of ascending ``theta`` with their residuals, and whether these are small enough."""
+    floor = 10 * eps * theta.abs().max().item()
+    found = min(goal.k, len(theta))
+    best, away = descending(theta, found), descending(residuals, found)
+    met = all(r <= max(goal.tolerance * abs(t), floor) for t, r in zip(best, away, strict=True))
+    return Eigenvalues(best, away, product, found == goal.k and met)
+
+
+def lanczos_largest(A: Operator, start: Float[Tensor, " n"], goal: Goal) -> Eigenvalues:
     """The largest eigenvalue of ``A`` by the three-term recurrence alone: three vectors, no restart.
 
     Vectors that lose their orthogonality only repeat a value already found (Paige 1971), which harms no largest one.
 
     >>> A = torch.diag(torch.tensor([-9.0, 1.0, 2.0, 4.0]))
-    >>> round(lanczos_largest(A.mv, torch.ones(4), 1e-6, 100).values[0], 5)
+    >>> round(lanczos_largest(A.mv, torch.ones(4), Goal(1, 1e-6, 100)).values[0], 5)
     4.0
     """
     previous, v, beta = torch.zeros_like(start), normalised(start), 0.0
     alphas: list[float] = []
     betas: list[float] = []
     best = Eigenvalues((), (), 0, False)
-    for j in range(max_products):
+    for j in range(goal.max_products):
         try:
             w = A(v) - beta * previous
         except KeyboardInterrupt:
@@ -108,15 +121,12 @@ def lanczos_largest(A: Operator, start: Float[Tensor, " n"], tolerance: float, m
         w = w.sub_(v, alpha=alpha)
         beta = finite_length(w)
         alphas.append(alpha)
-        if j < 50 or j % 10 == 9 or j + 1 == max_products:
+        if j < 50 or j % 10 == 9 or j + 1 == goal.max_products:
             T = torch.diag(torch.tensor(alphas, dtype=torch.float64))
             T += torch.diag(torch.tensor(betas, dtype=torch.float64), -1)
             theta, S = torch.linalg.eigh(T, UPLO="L")
-            residual = beta * S[-1, -1].abs().item()
-            floor = 10 * torch.finfo(w.dtype).eps * theta.abs().max().item()
-            converged = residual <= max(tolerance * theta[-1].abs().item(), floor)
-            best = Eigenvalues((theta[-1].item(),), (residual,), j + 1, converged)
-            if converged:
+            best = ritz_values(theta, beta * S[-1].abs(), goal, j + 1, torch.finfo(w.dtype).eps)
+            if best.converged:
                 return best
         betas.append(beta)
         previous, v = v, w / beta
@@ -165,54 +175,3 @@ def restart(Q: Tensor, T: Tensor, theta: Tensor, S: Tensor, keep: int) -> int:
     T.zero_()
     T[:keep, :keep] = torch.diag(theta[-keep:])
     return keep
-
-
-def shifted_power(
-    A: Operator,
-    start: Float[Tensor, " n"],
-    k: int,
-    tolerance: float,
-    max_products: int,
-    generator: torch.Generator,
-) -> Eigenvalues:
-    """The ``k`` largest eigenvalues of ``A`` by power iteration, one after the other, the found ones projected out.
-
-    Plain power iteration goes to the eigenvalue that is largest in magnitude. Where that is a negative one, the
-    iteration goes on with ``A + s`` for s its magnitude, whose dominant eigenvalue is the largest algebraic one of A.
-
-    >>> A = torch.diag(torch.tensor([-9.0, 1.0, 2.0, 4.0]))
-    >>> found = shifted_power(A.mv, torch.ones(4), 1, 1e-6, 1000, torch.Generator().manual_seed(0))
-    >>> [round(value, 5) for value in found.values]
-    [4.0]
-    """
-    values: list[float] = []
-    residuals: list[float] = []
-    found = start.new_zeros(0, start.numel())
-    products, shift, growth, v = 0, 0.0, 0.0, normalised(start)
-    theta = residual = float("nan")
-    try:
-        while products < max_products:
-            w = A(v)
-            products += 1
-            orthogonalise(w, found)
-            theta = torch.dot(v, w).item()
-            residual = torch.linalg.vector_norm(w - theta * v).item()
-            w += shift * v
-            length = torch.linalg.vector_norm(w).item()
-            settled = abs(length - growth) <= 0.01 * tolerance * length
-            growth = length
-            if residual <= tolerance * abs(theta) and (theta >= 0 or shift):
-                values.append(theta)
-                residuals.append(residual)
-                if len(values) == k:
-                    return Eigenvalues(tuple(values), tuple(residuals), products, True)
-                found = torch.cat([found, v[None]])
-                shift, growth, v = 0.0, 0.0, fresh_direction(start, found, generator)
-            elif settled and not shift:  # on a negative eigenvalue, or torn between two of equal size
-                shift, growth, v = length, 0.0, fresh_direction(start, found, generator)
-            else:
-                v = w / length if length else v
-    except KeyboardInterrupt:
-        if not products:
-            raise
-    return Eigenvalues((*values, theta), (*residuals, residual), products, False)

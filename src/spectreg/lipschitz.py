@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from spectreg.constants import COMBINATIONS, CONSTANTS, Call, Constant, UnknownConstantError
+from spectreg.constants import COMBINATIONS, CONSTANTS
 from spectreg.evaluation import as_found, device_of
+from spectreg.operations import Call, Constant, UnknownConstantError
 
 FUSABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spectreg.checkpoints import read_tensors
 from spectreg.directions import gaussian_like, own_generator
-from spectreg.eigenvalues import Eigenvalues, lanczos
+from spectreg.eigenvalues import Eigenvalues, Goal, lanczos
 from spectreg.linear_maps import MatrixMap
 from spectreg.weights import Select, named_weights
 
@@ -107,8 +107,6 @@ def each_spectrum(
     empty = True
     for name, blocks in matrices(source, select):
         empty = False
-        if not blocks.isfinite().all():
-            raise ValueError(f"weight {name!r} has {int((~blocks.isfinite()).sum())} entries that are NaN or infinite.")
         yield spectrum_of(name, blocks, top, tolerance, generator)
     if empty:
         what = type(source).__name__ if isinstance(source, nn.Module | Mapping) else repr(str(source))
@@ -136,7 +134,9 @@ def spectrum_of(
     tolerance: float,
     generator: torch.Generator,
 ) -> Spectrum:
-    frobenius = torch.linalg.vector_norm(blocks, dtype=torch.float64).item()
+    frobenius = frobenius_norm(blocks)
+    if not math.isfinite(frobenius) and (wrong := int((~blocks.isfinite()).sum())):
+        raise ValueError(f"weight {name!r} has {wrong} entries that are NaN or infinite.")
     shape = (blocks.shape[0], blocks.shape[1], blocks.shape[2])
     count = min(shape[1:])
     if top is None or 8 * top >= count:
@@ -159,11 +159,18 @@ def spectrum_of(
     )
 
 
+def frobenius_norm(blocks: Float[Tensor, "blocks outputs inputs"], chunk: int = 2**16) -> float:
+    """In float64, to which the entries are converted a cacheful at a time."""
+    rows = blocks.flatten(0, 1).split(max(1, chunk // blocks.shape[2]))
+    return torch.stack([torch.linalg.vector_norm(some, dtype=torch.float64) for some in rows]).norm().item()
+
+
 def top_eigenvalues_of_gram(
     W: Float[Tensor, "outputs inputs"], top: int, tolerance: float, generator: torch.Generator
 ) -> Eigenvalues:
     W = W if W.shape[0] <= W.shape[1] else W.T
-    return lanczos(lambda v: W @ (W.T @ v), gaussian_like(W[:, 0], generator), top, tolerance, 100 * top, generator)
+    start, basis = gaussian_like(W[:, 0], generator), max(48, 4 * top)
+    return lanczos(lambda v: W @ (W.T @ v), start, Goal(top, tolerance, 100 * top), generator, basis, every=4)
 
 
 def all_values(W: Float[Tensor, "outputs inputs"]) -> Float[Tensor, " count"]:
@@ -174,7 +181,7 @@ def all_values(W: Float[Tensor, "outputs inputs"]) -> Float[Tensor, " count"]:
     return gram_eigenvalues(W if W.shape[0] <= W.shape[1] else W.T).clamp_min(0).sqrt().flip(0)
 
 
-def gram_eigenvalues(W: Float[Tensor, "short long"], rows: int = 128) -> Float[Tensor, " short"]:
+def gram_eigenvalues(W: Float[Tensor, "short long"], rows: int = 96) -> Float[Tensor, " short"]:
     """Eigenvalues of WWᵀ, ascending; only its lower triangle is formed, by blocks of rows."""
     G = W.new_zeros(len(W), len(W))
     for start in range(0, len(W), rows):

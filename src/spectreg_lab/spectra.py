@@ -27,11 +27,18 @@ def show(checkpoint: Path, top: int | None, console: Console) -> list[Spectrum]:
 
 
 def table(spectra: list[Spectrum]) -> str:
-    """One line a weight: shape (blocks × outputs × inputs), σ₁, Frobenius norm, stable and effective rank."""
+    """One line a weight: shape (blocks × outputs × inputs), σ₁, Frobenius norm, stable and effective rank.
+
+    Where only the largest values were asked for, also how far off they may be and whether the iteration converged.
+    """
     rows = [
         (s.name, "×".join(map(str, s.shape)), s.sigma, s.frobenius, s.stable_rank, s.effective_rank) for s in spectra
     ]
-    return pd.DataFrame(rows, columns=COLUMNS).to_string(index=False, float_format=lambda x: f"{x:.4g}")
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    if not all(s.complete for s in spectra):
+        frame["residual"] = [s.residual for s in spectra]
+        frame["converged"] = ["yes" if s.converged else "no" for s in spectra]
+    return frame.to_string(index=False, float_format=lambda x: f"{x:.4g}")
 
 
 def write_csv(spectra: list[Spectrum], path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from spectreg.curvature import hessian_top_eigenvalues
-from spectreg.eigenvalues import lanczos
+from spectreg.eigenvalues import Goal, lanczos
 
 
 def network() -> nn.Sequential:
@@ -143,7 +143,7 @@ def test_the_reported_residuals_are_the_true_ones(k):
         calls.append(v.clone())
         return A @ v
 
-    measured = lanczos(product, A[0] + 1, k, 1e-12, 12, torch.Generator().manual_seed(0))
+    measured = lanczos(product, A[0] + 1, Goal(k, 1e-12, 12), torch.Generator().manual_seed(0))
     Q = torch.stack(calls, 1)
     theta, S = torch.linalg.eigh(Q.T @ A @ Q)
     assert not measured.converged
@@ -158,7 +158,7 @@ def test_a_long_run_in_float32_loses_no_digits_it_claims(k):
     spectrum = torch.cat([torch.linspace(0, 0.999, 400), torch.ones(1)]).tolist()
     A = with_spectrum(*spectrum, dtype=torch.float32).A
     start = torch.randn(401, generator=torch.Generator().manual_seed(3))
-    measured = lanczos(A.mv, start, k, 1e-6, 400, torch.Generator().manual_seed(0))
+    measured = lanczos(A.mv, start, Goal(k, 1e-6, 400), torch.Generator().manual_seed(0))
     truth = sorted(spectrum)[::-1][:k]
     assert measured.products > 60
     assert measured.values == pytest.approx(truth, abs=2e-5)

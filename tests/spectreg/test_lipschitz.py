@@ -99,6 +99,23 @@ def test_it_covers_every_network_of_the_lab(name, build, shape):
     )
 
 
+@pytest.mark.parametrize(("name", "build"), list(lab_networks()))
+def test_without_biases_every_network_of_the_lab_is_its_jacobian_times_x(name, build):
+    torch.manual_seed(0)
+    model = settled(build((1, 8, 8)), (1, 8, 8)).eval()
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if key.endswith(("bias", "running_mean")):
+            nn.init.zeros_(tensor)
+    x = torch.randn(5, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    jacobians = torch.func.vmap(torch.func.jacrev(lambda z: model(z[None])[0]))(x).flatten(2)
+    torch.testing.assert_close(model(x), torch.einsum("boi,bi->bo", jacobians, x.flatten(1)))
+    stretch = model(x).norm(dim=1) / x.flatten(1).norm(dim=1)
+    norms = jacobian_norm(model, x).value
+    torch.testing.assert_close(norms, torch.linalg.matrix_norm(jacobians, 2))
+    assert (stretch <= norms * (1 + 1e-12)).all()
+    assert norms.max().item() <= lipschitz_bound(model, (1, 8, 8)).value
+
+
 def test_a_network_of_orthogonal_layers_has_the_constant_one():
     model = nn.Sequential(
         *[nn.utils.parametrizations.orthogonal(nn.Linear(6, 6, dtype=torch.float64)) for _ in range(4)]
@@ -185,6 +202,7 @@ def test_max_pooling_reaches_its_constant_where_windows_overlap(kernel):
         (nn.LeakyReLU(0.1), 1), (nn.Softplus(), 1), (nn.Softplus(beta=5), 1), (nn.PReLU(init=1.5), 1.5),
         (nn.Hardtanh(-2, 2), 1), (nn.Softsign(), 1), (nn.LogSigmoid(), 1), (nn.Softshrink(), 1),
         (nn.Tanhshrink(), 1), (nn.ReLU6(), 1), (nn.Softmax(1), 1),
+        (nn.CELU(0.5), 1), (nn.Hardsigmoid(), 1 / 6), (nn.Hardswish(), 1.5),
     ],
 )  # fmt: skip
 def test_no_slope_of_an_activation_exceeds_its_constant(layer, constant):
@@ -193,6 +211,45 @@ def test_no_slope_of_an_activation_exceeds_its_constant(layer, constant):
     (slope,) = torch.autograd.grad(layer.double()(x).sum(), x)
     assert slope.abs().max().item() <= bound
     assert bound == pytest.approx(constant, rel=1e-3)
+
+
+def shaken(layer: nn.Module) -> nn.Module:
+    for p in layer.double().parameters():
+        nn.init.uniform_(p, -2, 2, generator=torch.Generator().manual_seed(0))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.LayerNorm(6, eps=1e-2), (6,)),
+        (nn.LayerNorm((3, 4), eps=1e-3), (2, 3, 4)),
+        (nn.LayerNorm(6, eps=1e-2, elementwise_affine=False), (6,)),
+        (nn.GroupNorm(2, 4, eps=1e-2), (4, 3)),
+        (nn.RMSNorm(5, eps=1e-2), (5,)),
+        (nn.InstanceNorm1d(3, eps=1e-2, affine=True), (3, 4)),
+    ],
+)
+def test_a_normalization_by_the_example_itself_comes_near_its_constant_at_zero_and_nowhere_above(layer, shape):
+    layer = shaken(layer)
+    bound = lipschitz_bound(layer, shape).value
+    x = torch.randn(40, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = x * torch.logspace(-6, 1, 40, dtype=torch.float64).view(-1, *[1] * len(shape))
+    local = jacobian_norm(layer, x, exact=True).value
+    assert 0.7 * bound <= local.max().item() <= bound
+
+
+def test_padding_with_zeros_keeps_lengths():
+    assert lipschitz_bound(nn.ZeroPad2d(2), (1, 3, 3)).value == 1.0
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.inner(x, x, x)[0]
 
 
 def test_batch_normalization_is_fused_into_the_layer_before_it():
@@ -245,15 +302,15 @@ class Doubling(nn.Module):
 
 
 def test_an_unknown_operation_can_be_given_its_constant():
-    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), Doubling())
-    with pytest.raises(ValueError, match=r"'1' \(LayerNorm\): no constant is known.*constants=\{LayerNorm: L\}"):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Hardshrink(), Doubling())
+    with pytest.raises(ValueError, match=r"'1' \(Hardshrink\): no constant is known.*constants=\{Hardshrink: L\}"):
         lipschitz_bound(model, (3,))
     with pytest.raises(ValueError, match=r"'sin' \(sin\): no constant is known"):
-        lipschitz_bound(model, (3,), constants={nn.LayerNorm: 5.0})
+        lipschitz_bound(model, (3,), constants={nn.Hardshrink: 5.0})
     plain = lipschitz_bound(model[:1], (3,)).value
-    given = {nn.LayerNorm: 5.0, Doubling: lambda call: float(call.output.shape[-1])}
+    given = {nn.Hardshrink: 5.0, Doubling: lambda call: float(call.output.shape[-1])}
     assert lipschitz_bound(model, (3,), constants=given).value == pytest.approx(plain * 5 * 3)
-    assert lipschitz_bound(model, (3,), constants={nn.LayerNorm: 5.0, "sin": 1}).value == pytest.approx(plain * 10)
+    assert lipschitz_bound(model, (3,), constants={nn.Hardshrink: 5.0, "sin": 1}).value == pytest.approx(plain * 10)
 
 
 def branch(x):
@@ -288,6 +345,12 @@ def hooked():
         (Apply(lambda x: x.view(torch.bfloat16)), r"\(view\): it reads the same bits as another type"),
         (Apply(lambda x: 2 * x.data), r"\(getattr\): no constant is known for the attribute 'data'"),
         (hooked(), "it has forward hooks"),
+        (
+            nn.Sequential(nn.Unflatten(1, (1, 4)), Attention()),
+            r"inner' \(MultiheadAttention\): dot-product attention is",
+        ),
+        (nn.GLU(), r"\(GLU\): a gate times an unbounded function of the input is not Lipschitz"),
+        (nn.RMSNorm(4), r"\(RMSNorm\): without a positive eps it has no Lipschitz constant"),
         (nn.Linear(3, 2), r"Linear fails on input_shape=\(4,\), which is the shape of one example without the batch"),
         (
             nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.AvgPool2d(2, divisor_override=3)),

@@ -117,3 +117,27 @@ def test_a_graph_in_flight_survives_a_measure_in_the_middle_of_a_step():
     spectreg.hessian_top_eigenvalues(model, F.cross_entropy, [(inputs, targets)])
     loss.backward()
     assert model[0].weight.grad.abs().sum() > 0
+
+
+DRAWING = {
+    "singular_values": lambda model, g: spectreg.singular_values(
+        {"w": torch.randn(40, 50, generator=torch.Generator().manual_seed(0))}, top=1, tolerance=0.5, generator=g
+    ),
+    "operator_norm": lambda model, g: spectreg.operator_norm(model[0], (1, 6, 6), tolerance=0.5, generator=g),
+    "jacobian_norm": lambda model, g: spectreg.jacobian_norm(model, x, exact=False, tolerance=0.5, generator=g),
+    "jacobian_frobenius_norm": lambda model, g: spectreg.jacobian_frobenius_norm(model, x, projections=1, generator=g),
+    "perturbation_curve": lambda model, g: spectreg.perturbation_curve(
+        model, F.cross_entropy, [(x, y)], [1.0], generator=g
+    ),
+    "hessian_top_eigenvalues": lambda model, g: spectreg.hessian_top_eigenvalues(
+        model, F.cross_entropy, [(x, y)], tolerance=0.5, generator=g
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_a_measure_draws_from_the_generator_it_is_given(name):
+    def drawn(seed):
+        return repr(plain(DRAWING[name](network(), torch.Generator().manual_seed(seed))))
+
+    assert drawn(0) == drawn(0) != drawn(1)

@@ -7,8 +7,12 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from spectreg.convolutions import norm_bound, quick_norm_bound
+from spectreg.convolutions import kernel_phases, norm_bound, quick_norm_bound
+from spectreg.directions import gaussian_like
+from spectreg.eigenvalues import Goal, lanczos_largest
 from spectreg.operator_norms import operator_norm
+from spectreg.operators import OperatorMap
+from spectreg.waves import top_wave
 
 CONVOLUTIONS = {
     1: (nn.Conv1d, nn.ConvTranspose1d),
@@ -78,6 +82,87 @@ def test_the_value_is_the_norm_of_the_dense_matrix_and_the_bound_is_above(
     assert norm.residual <= 1e-7 * norm.value
 
 
+WIDE = [  # inputs so large that the iteration starts from a wave
+    (nn.Conv1d, (3, 80), 4, 3, {"padding": 1}),
+    (nn.Conv1d, (3, 60), 2, 5, {}),
+    (nn.Conv1d, (2, 50), 3, 4, {"padding": 6}),
+    (nn.Conv1d, (2, 160), 3, 5, {"stride": 3, "padding": 2}),
+    (nn.Conv1d, (2, 200), 3, 2, {"stride": 4}),
+    (nn.Conv1d, (2, 90), 3, 3, {"dilation": 2, "padding": 2}),
+    (nn.Conv1d, (4, 60), 6, 3, {"groups": 2, "padding": 1}),
+    (nn.Conv1d, (5, 60), 5, 3, {"groups": 5, "padding": 1}),
+    (nn.Conv1d, (3, 60), 4, 1, {}),
+    (nn.Conv1d, (3, 60), 2, 3, {"padding": 1, "padding_mode": "circular"}),
+    (nn.Conv2d, (1, 28, 28), 2, 3, {"padding": 1}),
+    (nn.Conv2d, (2, 3, 60), 2, (1, 3), {"stride": (2, 1)}),
+    (nn.Conv3d, (2, 3, 50, 2), 2, (1, 3, 1), {"padding": (0, 1, 0)}),
+    (nn.ConvTranspose1d, (3, 60), 2, 4, {"stride": 2, "padding": 1}),
+    (nn.ConvTranspose1d, (4, 60), 6, 3, {"groups": 2, "dilation": 2}),
+    (nn.ConvTranspose2d, (2, 3, 60), 2, (1, 3), {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "input_shape", "outputs", "kernel", "options"), WIDE)
+def test_on_a_wide_input_too_the_value_is_the_norm_of_the_dense_matrix(kind, input_shape, outputs, kernel, options):
+    layer = build(kind, input_shape, outputs, kernel, options)
+    sigma = singular_values(layer, input_shape)
+    truth = sigma[0]
+    exact = operator_norm(layer, input_shape, tolerance=1e-7, max_products=2000)
+    assert exact.converged
+    assert np.abs(sigma - exact.value).min() <= exact.residual
+    assert exact.value == pytest.approx(truth, rel=1e-6)  # waves of ±ω differ by as little as 6e-7 here
+    assert truth * (1 - 2e-3) <= operator_norm(layer, input_shape).value <= truth * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(("kind", "input_shape", "outputs", "kernel", "options"), WIDE)
+def test_the_wave_is_nearly_the_top_vector(kind, input_shape, outputs, kernel, options):
+    layer = build(kind, input_shape, outputs, kernel, options)
+    matrix, truth = dense(layer, input_shape), singular_values(layer, input_shape)[0]
+    transposed = layer.transposed
+    matrix = matrix if transposed else matrix.T
+    size = input_shape[1:] if transposed else OperatorMap.of(layer, input_shape[1:]).output_shape[1:]
+    wave = top_wave(kernel_phases(layer, layer.weight.detach()), size, torch.Generator().manual_seed(0)).flatten()
+    stretch = ((matrix @ wave).norm() / wave.norm()).item()
+    assert 0.97 * truth <= stretch <= truth * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("mode", ["replicate", "reflect"])
+def test_where_padding_repeats_entries_the_border_is_not_missed(mode):
+    layer = layer_of(nn.Conv1d, 3, 2, 3, padding=4, padding_mode=mode)
+    truth = singular_values(layer, (3, 60))[0]
+    assert operator_norm(layer, (3, 60)).value == pytest.approx(truth, rel=1e-3)
+
+
+def test_the_wave_saves_most_of_the_products():
+    layer = layer_of(nn.Conv2d, 8, 8, 3, padding=1, dtype=torch.float32)
+    W, A = layer.weight.detach(), OperatorMap.of(layer, (40, 40))
+    start = gaussian_like(W.new_empty(A.inputs), torch.Generator().manual_seed(0))
+    random = lanczos_largest(lambda v: A.adjoint(W, A.forward(W, v)), start, Goal(1, 1e-2, 200))
+    assert 4 * operator_norm(layer, (8, 40, 40), tolerance=1e-2).products <= random.products
+
+
+def test_a_constant_kernel_does_not_hide_among_frequencies_that_rounding_left():
+    layer = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+    nn.init.uniform_(layer.weight, 0.9, 1.0, generator=torch.Generator().manual_seed(0))
+    assert operator_norm(layer, (8, 32, 32)).products <= 3
+
+
+@given(seed=st.integers(0, 9999), taps=st.integers(1, 5), channels=st.integers(1, 4), n=st.integers(48, 70))
+@settings(max_examples=30, deadline=None)
+def test_the_value_lies_within_its_residual_of_a_singular_value_and_never_above(seed, taps, channels, n):
+    layer = layer_of(nn.Conv1d, channels, channels, taps, seed=seed, padding=taps // 2)
+    norm, truth = operator_norm(layer, (channels, n), tolerance=0.05), singular_values(layer, (channels, n))
+    assert norm.value <= truth[0] * (1 + 1e-12)
+    assert np.abs(truth - norm.value).min() <= norm.residual + 1e-12 * truth[0]
+
+
+def test_the_bound_is_that_of_the_weight_that_was_measured():
+    layer = layer_of(nn.Conv2d, 2, 3, 3)
+    norm, expected = operator_norm(layer, (2, 6, 6)), operator_norm(layer, (2, 6, 6)).upper
+    nn.init.zeros_(layer.weight)
+    assert norm.upper == expected
+
+
 @st.composite
 def convolutions(draw):
     dimensions = draw(st.sampled_from([1, 1, 2, 2, 2, 3]))
@@ -133,10 +218,11 @@ def test_the_default_tolerance_gives_three_digits_in_low_precision_too(dtype):
     assert norm.value == pytest.approx(singular_values(layer.double(), (8, 10, 10))[0], rel=1e-3)
 
 
-def test_a_zero_kernel_has_norm_zero():
+@pytest.mark.parametrize("size", [5, 40])
+def test_a_zero_kernel_has_norm_zero(size):
     layer = layer_of(nn.Conv2d, 2, 2, 3)
     nn.init.zeros_(layer.weight)
-    norm = operator_norm(layer, (2, 5, 5))
+    norm = operator_norm(layer, (2, size, size))
     assert (norm.value, norm.upper, norm.converged) == (0.0, 0.0, True)
 
 
@@ -156,6 +242,22 @@ def nan_conv():
         (nan_conv(), (2, 4, 4), "NaN or infinite"),
     ],
 )
-def test_a_wrong_argument_is_named(layer, input_shape, message):
+def test_a_wrong_layer_or_shape_is_named(layer, input_shape, message):
     with pytest.raises(ValueError, match=message):
         operator_norm(layer, input_shape)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"tolerance": 0.0}, r"tolerance is 0\.0"), ({"max_products": 0}, "max_products 0")],
+)
+def test_a_wrong_argument_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        operator_norm(nn.Conv2d(1, 1, 3), (1, 8, 8), **options)
+
+
+def test_what_did_not_converge_says_so():
+    norm = operator_norm(layer_of(nn.Conv2d, 4, 4, 3), (4, 9, 9), tolerance=1e-6, max_products=2)
+    assert not norm.converged
+    assert norm.products == 2
+    assert norm.residual > 1e-6 * norm.value

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
+from spectreg.checkpoints import read_tensors
 from spectreg.spectra import singular_values
 
 
@@ -56,6 +58,11 @@ def test_the_identity_has_full_rank_and_zero_has_none():
     assert spectra["zero"].values.tolist() == [[0.0, 0.0]]
     assert math.isnan(spectra["zero"].stable_rank)
     assert math.isnan(spectra["zero"].effective_rank)
+
+
+def test_weights_whose_squares_overflow_are_no_error():
+    spectrum = singular_values({"weight": torch.diag(torch.tensor([2e200, 1e200], dtype=torch.float64))})["weight"]
+    assert spectrum.values.tolist() == [[2e200, 1e200]]
 
 
 def test_each_group_of_a_convolution_is_a_block():
@@ -132,6 +139,21 @@ def test_every_kind_of_file_gives_the_spectra_of_its_state_dict(tmp_path, write)
     assert sorted(measured) == sorted(expected)
     for name, spectrum in expected.items():
         assert measured[name].values.tolist() == spectrum.values.tolist()
+
+
+def test_one_weight_of_a_file_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    path, alive = write_safetensors(tmp_path), []
+
+    def watched(source):
+        for name, tensor in read_tensors(source):
+            alive.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+            assert sum(ref() is not None for ref in alive[:-1]) == 0
+
+    monkeypatch.setattr("spectreg.spectra.read_tensors", watched)
+    assert len(singular_values(path)) == 2
+    assert len(alive) == 4
 
 
 class Bomb:

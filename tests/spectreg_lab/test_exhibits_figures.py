@@ -26,13 +26,16 @@ def line(regime: str, method: str, seed: int, epoch: int) -> dict[str, Any]:
     }
 
 
+LAYERS = {"conv": 5.0, "relu": 1.0, "head": 10.0}
+
+
 def measures(regime: str, method: str, seed: int) -> dict[str, Any]:
     points = [{"radius": r, "accuracy": 0.8 - r / 2, "loss": 1.0, "ratio": 2.0} for r in (0.0, 0.5)]
     return {
         "spectra": {f"{name}.weight": [3.0, 2.0, 1.0] for name in "abcd"},
         "input_gradient": {"train": 0.1, "test": 0.2},
         "hessian": {side: {"value": 3.0, "converged": True} for side in ("train", "test")},
-        "jacobian": {"norms": [1.0, 2.0, 6.0], "bound": 50.0, "converged": seed != 1},
+        "jacobian": {"norms": [1.0, 2.0, 6.0], "bound": 50.0, "converged": seed != 1, "layers": LAYERS},
         "perturbation": dict.fromkeys(("random", "gradient", "pgd"), points),
     }
 
@@ -41,7 +44,7 @@ def shown(folder: Path) -> dict[str, Exhibit]:
     return {exhibit.name: exhibit for exhibit in exhibits(store.read_study(folder))}
 
 
-FIGURES = ("figure1", "figure2", "figure3", "figure4", "sigma", "perturbation", "jacobian", "cost")
+FIGURES = ("figure1", "figure2", "figure3", "figure4", "sigma", "perturbation", "jacobian", "layers", "cost")
 
 
 def test_every_figure_is_drawn_where_every_measure_is_there(tmp_path: Path) -> None:
@@ -54,7 +57,15 @@ def test_every_figure_is_drawn_where_every_measure_is_there(tmp_path: Path) -> N
     assert len(found["perturbation"].panels) == 6
 
 
-@pytest.mark.parametrize("name", ["figure2", "figure3", "figure4", "perturbation", "jacobian"])
+def test_the_norms_of_layers_stand_in_the_order_of_the_graph_without_those_that_are_one(tmp_path: Path) -> None:
+    found = shown(folders.write_study(tmp_path / "s", measures=measures, methods=("decay",)))["layers"]
+    assert list(found.frame.layer.unique()) == ["conv", "head"]
+    for drawn in found.panels[0].lines:
+        assert drawn.x == [1, 2]
+        assert drawn.y == [5.0, 10.0]
+
+
+@pytest.mark.parametrize("name", ["figure2", "figure3", "figure4", "perturbation", "jacobian", "layers"])
 def test_a_figure_without_its_measure_says_so_and_names_the_command_that_makes_it(tmp_path: Path, name: str) -> None:
     found = shown(folders.write_study(tmp_path / "s", seeds=(0,)))
     assert not found[name].panels

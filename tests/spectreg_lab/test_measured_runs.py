@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from typer.testing import CliRunner
 
 from spectreg_lab import measures
+from spectreg_lab.cli import app
 from spectreg_lab.config import Data, Measuring
 from spectreg_lab.data import load
 from spectreg_lab.runs import measure, run
@@ -85,3 +87,26 @@ def test_only_a_finished_run_can_be_measured(tmp_path, tiny):
     run(tiny(learning_rate=1e30), tmp_path / "failed")
     with pytest.raises(RunError, match="not a finished run"):
         measure(tmp_path / "failed")
+
+
+def test_the_command_measures_a_run_or_all_of_them_and_skips_what_is_there(tmp_path, tiny, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed in (0, 1):
+        run(tiny(epochs=1, seed=seed), tmp_path / "runs" / "study" / f"run-{seed}")
+    first = CliRunner().invoke(app, ["measure", "runs/study/run-0", "--examples", "8"])
+    assert "1 runs measured, 0 had been before" in first.output
+    rest = CliRunner().invoke(app, ["measure", "all", "--examples", "8"])
+    assert "1 runs measured, 1 had been before" in rest.output
+    found = [RunFolder(tmp_path / "runs" / "study" / f"run-{seed}").measures() for seed in (0, 1)]
+    assert all(set(one) == {"input_gradient", "hessian", "jacobian", "perturbation", "spectra"} for one in found)
+
+
+@pytest.mark.slow
+@pytest.mark.photographs
+def test_a_network_of_photographs_is_measured_too(photographs, tmp_path, tiny):
+    data = Data(name=f"{photographs}/cifar10-jpeg", train_size=200, test_size=100)
+    run(tiny(epochs=1, data=data), tmp_path)
+    assert measure(tmp_path, QUICK)
+    found = RunFolder(tmp_path).measures()
+    assert max(found["jacobian"]["norms"]) <= found["jacobian"]["bound"]
+    assert len(found["jacobian"]["norms"]) == 12

@@ -55,3 +55,22 @@ def test_only_the_largest_are_shown_on_request(checkpoint, tmp_path):
     result = CliRunner().invoke(app, ["spectra", str(checkpoint[0]), "--top", "1", "--csv", str(tmp_path / "top.csv")])
     assert result.exit_code == 0, result.output
     assert len((tmp_path / "top.csv").read_text().splitlines()) == 1 + 2
+
+
+def test_the_table_of_the_largest_says_how_good_they_are(tmp_path):
+    weight = torch.randn(90, 120, generator=torch.Generator().manual_seed(0))
+    save_file({"weight": weight}, tmp_path / "model.safetensors")
+    result = CliRunner().invoke(app, ["spectra", str(tmp_path / "model.safetensors"), "--top", "2"])
+    head, line = (text.split() for text in result.output.splitlines()[-2:])
+    assert head[-2:] == ["residual", "converged"]
+    assert line[-1] == "yes"
+    truth = np.linalg.svd(weight.double().numpy(), compute_uv=False)[0]
+    assert abs(float(line[2]) - truth) <= float(line[-2]) + 1e-3 * truth
+
+
+def test_a_weight_that_is_not_finite_is_named_in_one_line(tmp_path, capsys, monkeypatch):
+    save_file({"a.weight": torch.eye(2), "b.weight": torch.full((2, 2), float("inf"))}, tmp_path / "model.safetensors")
+    monkeypatch.setattr("sys.argv", ["spectreg", "spectra", str(tmp_path / "model.safetensors")])
+    with pytest.raises(SystemExit):
+        main()
+    assert "weight 'b.weight' has 4 entries that are NaN or infinite" in capsys.readouterr().err
