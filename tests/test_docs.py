@@ -41,3 +41,9 @@ def test_every_file_and_picture_that_a_page_links_to_exists(page):
 def test_every_study_and_result_that_a_page_names_exists(page):
     for target in named(page, r"(?:studies|results)/[\w./-]*\w"):
         assert (ROOT / target).exists() or "{" in target, target
+
+
+def test_every_row_about_a_peer_names_a_test():
+    rows = [line for line in (ROOT / "docs/peers.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 25
+    assert not [row for row in rows if not re.search(r"`test_\w+`", row)]
