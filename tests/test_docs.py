@@ -62,3 +62,9 @@ def test_the_tables_kept_are_what_the_kept_runs_give(study, tmp_path):
     report.write(copy)
     for name in ("table1.csv", "table1.md", "verdicts.csv", "verdicts.md", "figure1.csv"):
         assert (copy / "report" / name).read_text() == (kept / "report" / name).read_text(), name
+
+
+def test_every_row_about_a_peer_names_a_test():
+    rows = [line for line in (ROOT / "docs/peers.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 25
+    assert not [row for row in rows if not re.search(r"`test_\w+`", row)]

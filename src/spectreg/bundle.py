@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import Parameter
 
 from spectreg.linear_maps import LinearMap
 from spectreg.memory import Memory
@@ -27,6 +28,8 @@ class Bundle:
         self.triplets = _triplets([m.weight.map for m in memories], us, vs, sigmas, weights)
         for m, u, v, s in zip(memories, self.triplets.us, self.triplets.vs, self.triplets.sigmas, strict=True):
             m.u, m.v, m.sigma = u.view(m.u.shape), v.view(m.v.shape), s.view(m.sigma.shape)
+        maps = [m.weight.map for m in memories]
+        self._diagonal = [i for i, m in enumerate(maps) if m.norm == "max" and m.blocks > 1]
         self._strength: tuple[int, Any] = (-1, None)
         self._target: Tensor | None = None
 
@@ -51,71 +54,74 @@ class Bundle:
                 self._target = sigma.new_full((), penalty.factor * float(penalty.target))
         return self._target
 
-    def counted(self) -> Float[Tensor, " values"]:
-        """1 for the values that enter the penalty: if finite, and of several diagonal blocks only the largest."""
-        sigma = self.triplets.sigma
-        counted = sigma.isfinite().to(sigma.dtype)
-        for m, part, chosen in zip(self.memories, self.triplets.sigmas, counted.split(self.sizes), strict=True):
-            if m.weight.map.norm == "max" and m.weight.map.blocks > 1:
-                largest = torch.zeros_like(part).scatter_(0, part.topk(min(m.counted, len(part))).indices, 1.0)
-                chosen.mul_(largest)
+    def counted(self) -> Bool[Tensor, " values"]:
+        """Which values enter the penalty: of several diagonal blocks only the largest."""
+        counted = torch.ones_like(self.triplets.sigma, dtype=torch.bool)
+        for i in self._diagonal:
+            part, chosen = self.triplets.sigmas[i], counted.split([len(x) for x in self.triplets.sigmas])[i]
+            chosen.zero_().scatter_(0, part.topk(min(self.memories[i].counted, len(part))).indices, True)
         return counted
 
-    @property
-    def sizes(self) -> list[int]:
-        """Number of values of each weight."""
-        return [m.sigma.numel() for m in self.memories]
-
     def slopes(self, penalty: Penalty) -> Float[Tensor, " values"]:
-        """φ'(σ) of each value that counts, 0 for the others."""
-        sigma = self.triplets.sigma
-        slopes = penalty.slope(sigma, self.target(penalty))
-        # Where σ is 0, u is too: of a slope that is infinite there, such as that of √σ, nothing may remain.
-        return torch.where((self.counted() > 0) & (sigma > 0), slopes, torch.zeros_like(slopes))
+        """φ'(σ) of each value that counts and is finite; 0 for the others.
+
+        It is 0 where σ is, too: a slope that is infinite there, such as that of √σ, would make the gradient of a zero
+        weight NaN.
+        """
+        sigma = self.triplets.sigma.nan_to_num(0.0, 0.0)
+        if self._diagonal:
+            sigma *= self.counted()
+        return penalty.slope(sigma, self.target(penalty)).masked_fill(sigma == 0, 0.0)
 
     def add_gradient(self, penalty: Penalty, weights: Sequence[Tensor], strength: float | Tensor) -> None:
         """Add λφ'(σ)·uvᵀ to the gradient of each of ``weights``."""
         targets = [_gradient_of(W, m.weight.name) for W, m in zip(weights, self.memories, strict=True)]
-        self.triplets.add_outer_(targets, self.slopes(penalty) * strength, [1.0] * len(targets))
+        self._add(targets, penalty, strength, [1.0] * len(targets))
 
     def move(
         self, penalty: Penalty, weights: Sequence[Tensor], strength: float | Tensor, rates: Sequence[float | Tensor]
     ) -> None:
         """W ← W − ηλφ'(σ)·uvᵀ for each of ``weights`` with its learning rate η."""
-        self.triplets.add_outer_(weights, self.slopes(penalty) * strength, [-rate for rate in rates])
+        self._add(weights, penalty, strength, [-rate for rate in rates])
+
+    def _add(
+        self, targets: Sequence[Tensor], penalty: Penalty, strength: float | Tensor, rates: Sequence[float | Tensor]
+    ) -> None:
+        slopes = self.slopes(penalty)
+        if isinstance(strength, Tensor):
+            slopes *= strength
+        else:
+            rates = [rate * strength for rate in rates]
+        self.triplets.add_outer_(targets, slopes, rates)
 
     def value(self, penalty: Penalty, weights: Sequence[Tensor], strength: float | Tensor) -> Tensor:
         """λΣφ(σ) with a gradient for each of ``weights``."""
-        parts = [
-            PairValue.apply(W, m.weight.map, u.clone(), v.clone(), s.clone(), self.triplets.k)
-            for m, W, u, v, s in zip(
-                self.memories, weights, self.triplets.us, self.triplets.vs, self.triplets.sigmas, strict=True
-            )
-        ]
-        sigma, counted = torch.cat(parts), self.counted() > 0
-        sigma = torch.where(sigma > 0, sigma, sigma.detach())
+        t = self.triplets
+        pairs = enumerate(zip(weights, t.us, t.vs, t.sigmas, strict=True))
+        sigma = torch.cat([PairValue.apply(W, t, i, u.clone(), v.clone(), s.clone()) for i, (W, u, v, s) in pairs])
+        counted, sigma = self.counted() & t.sigma.isfinite(), torch.where(sigma > 0, sigma, sigma.detach())
         # σ that do not count are put out of the way first: 0 × NaN in the backward pass would bring them back.
-        values = strength * penalty.value(torch.where(counted, sigma, torch.ones_like(sigma)), self.target(penalty))
-        return torch.where(counted, values, torch.zeros_like(values)).sum()
+        values = strength * penalty.value(torch.where(counted, sigma, 1.0), self.target(penalty))
+        return torch.where(counted, values, 0.0).sum()
 
 
 class PairValue(torch.autograd.Function):
     """σ = uᵀWv as a function of W, for unit u and v and a σ that are known: its gradient is uvᵀ."""
 
     @staticmethod
-    def forward(ctx: Any, W: Tensor, m: LinearMap, u: Tensor, v: Tensor, sigma: Tensor, k: int) -> Tensor:
+    def forward(ctx: Any, W: Tensor, triplets: Triplets, i: int, u: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
         ctx.save_for_backward(W, u, v)
-        ctx.map, ctx.k = m, k
+        ctx.triplets, ctx.i = triplets, i
         return sigma
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        W, u, v = ctx.saved_tensors
-        scaled = u.view(ctx.map.blocks, -1, ctx.k) * gradient.view(ctx.map.blocks, 1, ctx.k)
+        (W, u, v), m, k = ctx.saved_tensors, ctx.triplets.maps[ctx.i], ctx.triplets.k
+        scaled = u.view(m.blocks, -1, k) * gradient.view(m.blocks, 1, k)
         G = torch.zeros_like(W)
         with full_precision(u):
-            ctx.map.add_outer_(G, scaled.flatten(), v, ctx.k)
+            ctx.triplets.add_one_(ctx.i, G, scaled.flatten(), v)
         return G, None, None, None, None, None
 
 
@@ -130,18 +136,36 @@ def _triplets(
 
 
 def _gradient_of(W: Tensor, name: str) -> Tensor:
-    if W.grad is None:
-        W.grad = torch.zeros_like(W)
-    if W.grad.is_sparse:
+    G = W.grad
+    if G is None:
+        G = W.grad = torch.zeros_like(W)
+    if G.is_sparse:
         raise ValueError(f"weight {name!r} has a sparse gradient: use sparse=False, or leave it out with select.")
-    if is_sharded(W) and W.grad.placements != W.placements:  # type: ignore[attr-defined]
-        W.grad = W.grad.redistribute(placements=W.placements)  # type: ignore[attr-defined]
-    return W.grad
+    if is_sharded(W) and G.placements != W.placements:  # type: ignore[attr-defined]
+        G = W.grad = G.redistribute(placements=W.placements)  # type: ignore[attr-defined]
+    return G
 
 
 def is_sharded(W: Tensor) -> bool:
     """Whether ``W`` is a DTensor; asked by name, since importing DTensor is slow."""
-    return type(W).__name__ == "DTensor"
+    return type(W) is not Parameter and type(W).__name__ == "DTensor"
+
+
+def layout_of(W: Any) -> tuple[Any, ...]:
+    """How ``W`` is stored; where that changes, bundles have to be made anew."""
+    mesh, placements = (W.device_mesh, W.placements) if is_sharded(W) else (None, None)
+    return W.device, W.dtype, W.requires_grad, mesh, placements
+
+
+def alike(weights: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    """Of each weight what those in a bundle share: device, precision, whether it is trained, and on which ranks."""
+    ranks: list[Any] = [None] * len(weights)
+    if any(is_sharded(W) for W in weights):
+        from spectreg.sharded import meeting_ranks
+
+        sharded = [W for W in weights if is_sharded(W)]
+        ranks = [meeting_ranks(W, sharded) if is_sharded(W) else None for W in weights]
+    return [(*layout_of(W)[:3], where) for W, where in zip(weights, ranks, strict=True)]
 
 
 def _start(m: Memory) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 Norm = Literal["max", "each"]
 
 TILE = 1 << 18  # elements of a weight of lower precision that are held in float32 at a time
-CACHED = 1 << 19  # elements of a weight that stay in a processor's last cache from one product to the next
+CACHED = 1 << 17  # elements of a weight that stay in a processor's own cache from one product to the next
 WORTH_A_CALL = 1 << 12  # elements of a block whose product takes longer than to call it by itself
 SMALL = 1 << 18  # elements of a weight that is read twice sooner than it is looked after
 
@@ -45,8 +45,8 @@ class LinearMap(Protocol):
         """Wᵀu."""
         ...
 
-    def both(self, W: Tensor, v: Float[Tensor, " v"]) -> tuple[Float[Tensor, " u"], Float[Tensor, " v"]] | None:
-        """Wv and WᵀWv, each up to a factor, where that is faster than one after the other; None elsewhere."""
+    def round_trip(self, W: Tensor, v: Float[Tensor, " v"], u: Float[Tensor, " u"], w: Float[Tensor, " v"]) -> None:
+        """Write Wv to ``u`` and Wᵀu to ``w``."""
         ...
 
     def add_outer_(
@@ -152,38 +152,42 @@ class MatrixMap:
             return v3.view(self.blocks, -1, self.shape[1], k).transpose(1, 2).flatten()
         return v3.flatten()
 
-    def both(self, W: Tensor, v: Float[Tensor, " v"]) -> tuple[Float[Tensor, " u"], Float[Tensor, " v"]] | None:
-        """Wv and WᵀWv, each up to a factor, in one pass over a ``W`` that is not small; None for any other.
+    def round_trip(self, W: Tensor, v: Float[Tensor, " v"], u: Float[Tensor, " u"], w: Float[Tensor, " v"]) -> None:
+        """Write Wv to ``u`` and Wᵀu to ``w``; on a CPU in one pass over a ``W`` that is not small."""
+        large = W.device.type == "cpu" and W.numel() >= SMALL
+        if large and self.blocks == 1 and self.layout == "rows" and (W.is_contiguous() or self._kernel_first(W)):
+            self._in_one_pass(W, v, u, w)
+        elif W.ndim == 2 and self._is_plain(W, v, 1):
+            A = self._plain(W)
+            torch.mv(A, v, out=u)
+            torch.mv(A.t(), u, out=w)
+        else:
+            u.copy_(self.forward(W, v))
+            w.copy_(self.adjoint(W, u))
 
-        The vectors have the scale of the first rows' product taken out, so that the second product, of the size σ²,
-        stays within float32.
-        """
-        plain = self.blocks == 1 and self.layout == "rows" and W.is_contiguous() and W.dtype == v.dtype
-        if not plain or W.device.type != "cpu" or W.numel() < SMALL:
-            return None
-        u, w = v.new_empty(self.outputs), torch.zeros_like(v)
-        rows = max(1, CACHED // self.inputs)
-        for first in range(0, self.outputs, rows):
-            part = slice(first, first + rows)
-            tile = self._plain(W)[part]
-            torch.mv(tile, v, out=u[part])
-            if first == 0:
-                scale = torch.linalg.vector_norm(u[part], float("inf")).clamp_min(torch.finfo(u.dtype).tiny)
-                u[part].div_(scale)
-                v = v / scale
-            w.addmv_(tile.t(), u[part])
-        return u, w
+    def _in_one_pass(self, W: Tensor, v: Tensor, u: Tensor, w: Tensor) -> None:
+        """Some rows after the others, both products while they are in the cache."""
+        A, x, rows = self._plain(W), self._to_memory(W, v), max(1, CACHED // self.inputs)
+        y = w.zero_() if x is v else torch.zeros_like(x)
+        for some, across, of_u in zip(A.split(rows), A.t().split(rows, 1), u.split(rows), strict=True):
+            if W.dtype != v.dtype:
+                some = some.to(v.dtype)
+                across = some.t()
+            torch.mv(some, x, out=of_u)
+            y.addmv_(across, of_u)
+        if y is not w:
+            w.copy_(self._from_memory(W, y))
 
     def add_outer_(
         self, G: Tensor, u: Float[Tensor, " u"], v: Float[Tensor, " v"], k: int = 1, alpha: float = 1.0
     ) -> None:
         """G += alpha·uvᵀ, rounded once to the precision of ``G``."""
-        if not (G.is_contiguous() or G.ndim == 2 or self._kernel_first(G)):
+        if self._is_plain(G, u, k):
+            self._plain(G).addcmul_(u[:, None], self._to_memory(G, v), value=alpha)  # a quarter faster than addr_
+        elif not (G.is_contiguous() or G.ndim == 2 or self._kernel_first(G)):
             dense = torch.zeros(self.shape, dtype=u.dtype, device=u.device)
             self.add_outer_(dense, u, v, k)
             G.add_(dense, alpha=alpha)
-        elif self._is_plain(G, u, k):
-            self._plain(G).addcmul_(u[:, None], self._to_memory(G, v), value=alpha)  # a quarter faster than addr_
         else:
             G3, u3, v3 = self._slices(G), self._outputs_as_stored(u, k), self._inputs_as_stored(G, v, k)
             for n, r in _tiles(G3, u):

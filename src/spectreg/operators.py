@@ -93,8 +93,10 @@ class OperatorMap:
         basis = torch.eye(self.inputs, dtype=W.dtype, device=W.device)
         return self.forward(W, basis.flatten(), self.inputs).view(1, self.outputs, self.inputs)
 
-    def both(self, W: Tensor, v: Float[Tensor, " v"]) -> None:
-        """Not faster together."""
+    def round_trip(self, W: Tensor, v: Float[Tensor, " v"], u: Float[Tensor, " u"], w: Float[Tensor, " v"]) -> None:
+        """Write the convolution of ``v`` to ``u``, and its transpose applied to that to ``w``."""
+        u.copy_(self.forward(W, v))
+        w.copy_(self.adjoint(W, u))
 
     def squares(self, W: Tensor) -> Float[Tensor, " blocks"]:
         """Not known without the dense operator: NaN."""

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectreg.attachment import Attachment
-from spectreg.bundle import Bundle, is_sharded
+from spectreg.bundle import Bundle, alike, layout_of
 from spectreg.kinds import InputSize
 from spectreg.memory import Memory, check_same_weights
 from spectreg.patterns import Patterns
@@ -126,17 +126,17 @@ class SpectralNormRegularizer:
     def penalty(self) -> Float[Tensor, ""]:
         """The penalty λΣφ(σ) as a term of the loss, after a power step; its gradient is what ``add_gradient`` adds.
 
+        On every rank of sharded weights it is the whole sum, and the gradient is this rank's shard of the whole one.
+
         Raises:
-            RuntimeError: The regularizer is ``decoupled``, or a weight is sharded.
+            RuntimeError: The regularizer is ``decoupled``.
         """
         if self.decoupled:
             raise RuntimeError("decoupled=True does not act through the loss: use attach(), or leave it out.")
-        terms = []
-        for bundle, weights in self._advance(effective=True):
-            if is_sharded(weights[0]):
-                name = bundle.memories[0].weight.name
-                raise RuntimeError(f"weight {name!r} is sharded: use add_gradient() or attach() in place of penalty().")
-            terms.append(bundle.value(self.penalty_function, weights, bundle.strength(*self._lambda)))
+        terms = [
+            bundle.value(self.penalty_function, weights, bundle.strength(*self._lambda))
+            for bundle, weights in self._advance(effective=True)
+        ]
         device = terms[0].device if terms else next(iter(self._memories.values())).sigma.device
         return torch.stack([t.to(device) for t in terms]).sum() if terms else torch.zeros((), device=device)
 
@@ -269,39 +269,40 @@ class SpectralNormRegularizer:
             if calls % self.every == 0:
                 from_u = calls // self.every * self.halves % 2 == 1
                 with torch.no_grad():
-                    bundle.triplets.advance([W.detach() for W in weights], self.halves, from_u)
+                    bundle.triplets.advance(weights, self.halves, from_u)
                 yield bundle, weights
 
     def _arrange(self) -> list[tuple[Bundle, list[Tensor], int]]:
         """The bundles with their weights as they are now; made anew when a weight has moved or was frozen."""
         weights = [m.weight.tensor for m in self._memories.values()]
         lanes = self._attachment.lanes if self._attachment else {}
-        layout = [(W.device, W.dtype, W.requires_grad, getattr(W, "device_mesh", None)) for W in weights], lanes
+        layout = [layout_of(W) for W in weights], lanes
         if layout != self._layout:
             with torch.inference_mode(False):  # validation loops may be the first to ask for σ
-                self._regroup(layout, weights)
+                self._regroup(lanes, weights)
+                self._layout = layout
                 self._warm_up(weights)
         return [(b, [weights[i] for i in members], lane) for b, members, lane in self._bundles]
 
-    def _regroup(self, layout: Any, weights: Sequence[Tensor]) -> None:
+    def _regroup(self, lanes: Mapping[str, int], weights: Sequence[Tensor]) -> None:
         """Bundle the weights that are alike in all that a step needs to be the same."""
         groups: dict[Any, list[int]] = {}
-        for i, (key, (name, m)) in enumerate(zip(layout[0], self._memories.items(), strict=True)):
-            lane = layout[1].get(name, 0)
-            groups.setdefault((lane, *key, m.sigma.shape[1], m.calls), []).append(i)
+        for i, (key, (name, m)) in enumerate(zip(alike(weights), self._memories.items(), strict=True)):
+            groups.setdefault((lanes.get(name, 0), *key, m.sigma.shape[1], m.calls), []).append(i)
         memories = list(self._memories.values())
         self._bundles = [
             (Bundle([memories[i] for i in members], [weights[i] for i in members]), members, key[0])
             for key, members in groups.items()
         ]
-        self._layout = layout
 
     @torch.no_grad()
     def _warm_up(self, weights: Sequence[Tensor]) -> None:
         """Bring vectors that were never stepped near the top singular pair; at least half a step, for a first σ."""
         for bundle, members, _ in self._bundles:
             if not any(m.calls or m.warm for m in bundle.memories):
-                bundle.triplets.advance([weights[i].detach() for i in members], max(2 * self.warmup, 1))
+                mine = [weights[i] for i in members]
+                bundle.triplets.advance(mine, 1)  # by itself: a whole step wants to know about how large σ is
+                bundle.triplets.advance(mine, max(2 * self.warmup - 1, 0), from_u=True)
                 for m in bundle.memories:
                     m.warm = True
                     m.start = m.sigma.clone() if self.penalty_function.target == "start" else None
@@ -321,7 +322,7 @@ class SpectralNormRegularizer:
         found = {}
         for bundle, weights, _ in self._arrange():
             with full_precision(bundle.triplets.u):
-                values = at(bundle, [W.detach() for W in weights])
+                values = at(bundle, weights)
             found.update({m.weight.name: x for m, x in zip(bundle.memories, values, strict=True)})
         return {name: found[name] for name in self._memories}
 

@@ -1,35 +1,31 @@
 """Power steps on sharded weights (DTensors): products of local shards, vectors summed over the ranks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from spectreg.linear_maps import LinearMap, MatrixMap
-from spectreg.power import Triplets, lengths, normalised
-
-
-class Piece(NamedTuple):
-    """The part of one block that a rank holds: where it is in its shard, and which rows and columns it covers."""
-
-    local: tuple[slice, ...]
-    block: int
-    rows: slice
-    columns: slice
-    map: MatrixMap
+from spectreg.linear_maps import LinearMap
+from spectreg.pieces import is_sharded_by_columns, pieces_of
+from spectreg.power import Triplets
 
 
 class ShardedTriplets(Triplets):
-    """`Triplets` of weights that are sharded over one device mesh.
+    """`Triplets` of weights that are sharded over one device mesh, or over meshes of which one contains the others.
 
     Every rank holds the whole (short) vectors, so that its state is that of an unsharded run; no weight is gathered.
-    A whole step of weights sharded by rows (``fully_shard``, column-wise parallel layers) takes one all-reduce for
-    all of them; where columns are sharded (row-wise parallel layers), and for k > 1, it takes two.
+
+    A whole step of weights sharded by rows (``fully_shard``, column-wise parallel layers, both together) takes one
+    all-reduce for all of them: a rank has all of its rows of Wv, and its share of Wᵀ(Wv) without asking anybody. Where
+    columns are sharded (row-wise parallel layers; transposed convolutions under ``fully_shard``) it takes two, and one
+    cannot do: Wᵀu needs the sum over the ranks of their shares of u, and |Wᵀu|, which is σ, the sum over the ranks of
+    what each then makes of that; a message sent before the first sum is known cannot hold the second. (It could wait
+    for the next step's message, but then a look at σ or the state would have to talk to all ranks.) For k > 1 it also
+    takes two, since u is made orthonormal in between.
     """
 
     def __init__(
@@ -38,53 +34,33 @@ class ShardedTriplets(Triplets):
         u: Sequence[Tensor],
         v: Sequence[Tensor],
         sigma: Sequence[Tensor],
-        weights: Sequence[Tensor],
+        weights: Sequence[Any],
     ) -> None:
         super().__init__(maps, u, v, sigma)
-        dtensors: list[Any] = list(weights)
-        self.mesh = dtensors[0].device_mesh
-        self.pieces = [pieces_of(m, W) for m, W in zip(maps, dtensors, strict=True)]
-        self.by_columns = [_sharded_by_columns(m, W) for m, W in zip(maps, dtensors, strict=True)]
-        sharded = [{d for d, p in enumerate(W.placements) if not p.is_replicate()} for W in dtensors]
-        self.dimensions = sorted(set().union(*sharded))
-        here = self.mesh.get_coordinate()
-        self.counts = [all(here[d] == 0 for d in self.dimensions if d not in own) for own in sharded]
+        self.pieces = [pieces_of(m, W) for m, W in zip(maps, weights, strict=True)]
+        self.by_columns = [is_sharded_by_columns(m, W) for m, W in zip(maps, weights, strict=True)]
+        self.meeting = Meeting.of(weights)
+        self.counts = [self.meeting.counts(W) for W in weights]
 
-    def _add_one(self, i: int, G: Tensor, u: Tensor, alpha: float) -> None:
+    def add_one_(self, i: int, G: Tensor, u: Tensor, v: Tensor, alpha: float = 1.0) -> None:
+        """Add alpha·uvᵀ, for map ``i``, to this rank's shard of ``G``."""
         m, local = self.maps[i], _local(G)
-        u3, v3 = u.view(m.blocks, -1, self.k), self.vs[i].view(m.blocks, -1, self.k)
+        u3, v3 = u.view(m.blocks, -1, self.k), v.view(m.blocks, -1, self.k)
         for p in self.pieces[i]:
             piece_u, piece_v = u3[p.block, p.rows].flatten(), v3[p.block, p.columns].flatten()
             p.map.add_outer_(local[p.local], piece_u, piece_v, self.k, alpha)
 
-    def _whole_step(self, weights: Sequence[Tensor]) -> None:
-        """u from v and v from u without normalising between, so that one sum over the ranks serves both."""
-        u = [self._forward(i, W, v) for i, (W, v) in enumerate(zip(weights, self.vs, strict=True))]
+    def _round_trips(self, weights: Sequence[Tensor], guesses: Sequence[Tensor], raw: Tensor) -> None:
+        u = [self._forward(i, W, v) for i, (W, v) in enumerate(zip(weights, guesses, strict=True))]
         if any(self.by_columns):
             u = self._summed(u)
-        # Scaled by hand: Wᵀ(Wv) is of the size σ², which float32 cannot hold where it can hold σ.
-        scales = [_largest(x) for x in u]
-        v = [
-            self._adjoint(i, W, (x / s).to(self.u.dtype))
-            for i, (W, x, s) in enumerate(zip(weights, u, scales, strict=True))
-        ]
-        wide = [x.double() * s for x, s in zip(v, scales, strict=True)]
-        if any(self.by_columns):
-            wide = self._summed(wide)
-        else:
-            both = self._summed([*u, *wide])
-            u, wide = both[: len(u)], both[len(u) :]
-        u_flat, v_flat = torch.cat([x.double() for x in u]), torch.cat(wide)
-        u_length = lengths(u_flat, self.u_segments)
-        v_length = lengths(v_flat, self.v_segments)
-        self.sigma.copy_(torch.where(u_length == 0, u_length, v_length / u_length))
-        self.u.copy_(normalised(u_flat, u_length, self.u_segments, torch.zeros_like(u_flat)))
-        self.v.copy_(normalised(v_flat, v_length, self.v_segments, self.v.double()))
+        w = [self._adjoint(i, W, x) for i, (W, x) in enumerate(zip(weights, u, strict=True))]
+        parts = [*u, *self._summed(w)] if any(self.by_columns) else self._summed([*u, *w])
+        torch.cat(parts, out=raw)
 
     def _products(self, weights: Sequence[Tensor], adjoint: bool) -> list[Tensor]:
         product, given = (self._adjoint, self.us) if adjoint else (self._forward, self.vs)
-        parts = [product(i, W, x) for i, (W, x) in enumerate(zip(weights, given, strict=True))]
-        return [x.to(self.u.dtype) for x in self._summed(parts)]
+        return self._summed([product(i, W, x) for i, (W, x) in enumerate(zip(weights, given, strict=True))])
 
     def _squares(self, weights: Sequence[Tensor]) -> list[Tensor]:
         shares = [torch.zeros(m.blocks, dtype=torch.float64, device=self.u.device) for m in self.maps]
@@ -113,59 +89,56 @@ class ShardedTriplets(Triplets):
 
     def _summed(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """The sum over the ranks of all of these, in one message."""
-        message = torch.cat([x.double() for x in parts])
-        for dimension in self.dimensions:
-            dist.all_reduce(message, group=self.mesh.get_group(dimension))
-        return list(message.split([x.numel() for x in parts]))
+        message = torch.cat(list(parts))
+        dist.all_reduce(message, group=self.meeting.group)
+        return list(message.split([len(x) for x in parts]))
 
 
-def pieces_of(m: LinearMap, W: Any) -> list[Piece]:
-    """Which parts of which blocks of ``W`` this rank holds.
+class Meeting(NamedTuple):
+    """Where all shards come together: a process group, and the one dimension of the mesh or the ranks it spans."""
 
-    Raises:
-        NotImplementedError: The map is not a matrix view, or a dimension of the kernel is sharded.
-    """
-    _check_divisible(m, W)
-    assert isinstance(m, MatrixMap)
-    shape, offset = compute_local_shape_and_global_offset(W.shape, W.device_mesh, W.placements)
-    if 0 in shape:
-        return []
-    row_dim, column_dim = (1, 0) if m.layout == "columns" else (0, 1)
-    unit = m.inputs // m.shape[column_dim]
-    columns = slice(offset[column_dim] * unit, (offset[column_dim] + shape[column_dim]) * unit)
-    first, last, pieces = offset[row_dim], offset[row_dim] + shape[row_dim], []
-    for block in range(first // m.outputs, (last - 1) // m.outputs + 1):
-        begin, end = max(first, block * m.outputs), min(last, (block + 1) * m.outputs)
-        local = slice(begin - first, end - first)
-        where = (slice(None), local) if row_dim == 1 else (local,)
-        size = [end - begin if d == row_dim else s for d, s in enumerate(shape)]
-        rows = slice(begin - block * m.outputs, end - block * m.outputs)
-        pieces.append(Piece(where, block, rows, columns, replace(m, shape=tuple(size), blocks=1)))
-    return pieces
+    group: Any
+    dimension: int | None
+    ranks: tuple[int, ...]
 
+    @classmethod
+    def of(cls, weights: Sequence[Any]) -> "Meeting":
+        """That of ``weights``, of whose meshes the largest contains the others."""
+        meshes = [W.device_mesh for W in weights]
+        largest = max(meshes, key=lambda mesh: mesh.size())
+        ranks = tuple(largest.mesh.flatten().tolist())
+        dimensions = set().union(*map(_sharded_dimensions, weights))
+        if all(mesh == largest for mesh in meshes) and len(dimensions) <= 1:
+            dimension = min(dimensions, default=0)
+            return cls(largest.get_group(dimension), dimension, ranks)
+        whole = len(ranks) == dist.get_world_size()
+        return cls(dist.group.WORLD if whole else _group_of(ranks, dist.group.WORLD), None, ranks)
 
-def _check_divisible(m: LinearMap, W: Any) -> None:
-    if not isinstance(m, MatrixMap) or m.layout == "transposed":
-        raise NotImplementedError(
-            f"a sharded weight of shape {tuple(W.shape)} is taken for a {type(m).__name__}"
-            f"{' of a transposed convolution' if isinstance(m, MatrixMap) else ''}: only matrix views of linear, "
-            "recurrent, attention and (plain) convolution weights can be sharded. Leave it out with select."
-        )
-    for placement in W.placements:
-        if placement.is_partial() or (placement.is_shard() and placement.dim > 1):
-            raise NotImplementedError(
-                f"a weight of shape {tuple(W.shape)} is placed {placement}: use Shard(0) or Shard(1)."
-            )
+    def counts(self, W: Any) -> bool:
+        """Whether this rank's shard enters the sum: of the ranks that hold the same one, only the first does."""
+        mesh, here = W.device_mesh, W.device_mesh.get_coordinate()
+        summed = range(mesh.ndim) if self.dimension is None else [self.dimension]
+        first = all(here[d] == 0 for d in summed if d not in _sharded_dimensions(W))
+        return first and (self.dimension is not None or self.ranks[0] in _ranks(W))
 
 
-def _sharded_by_columns(m: LinearMap, W: Any) -> bool:
-    column_dim = 0 if getattr(m, "layout", "") == "columns" else 1
-    return any(getattr(p, "dim", None) == column_dim for p in W.placements)
+def meeting_ranks(W: Any, weights: Sequence[Any]) -> tuple[int, ...]:
+    """The ranks of the largest mesh of ``weights`` that contains that of ``W``: weights alike in it share a message."""
+    own = set(_ranks(W))
+    return max((ranks for ranks in map(_ranks, weights) if own <= set(ranks)), key=len)
 
 
-def _largest(x: Tensor) -> Tensor:
-    largest = x.abs().amax() if x.numel() else x.new_zeros(())
-    return torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
+@cache
+def _group_of(ranks: tuple[int, ...], world: Any) -> Any:
+    return dist.new_group(list(ranks), use_local_synchronization=True)
+
+
+def _sharded_dimensions(W: Any) -> set[int]:
+    return {d for d, placement in enumerate(W.placements) if not placement.is_replicate()}
+
+
+def _ranks(W: Any) -> tuple[int, ...]:
+    return tuple(W.device_mesh.mesh.flatten().tolist())
 
 
 def _local(W: Tensor) -> Tensor:

@@ -43,6 +43,42 @@ def test_sigma_in_float32_is_below_the_true_norm_and_near_it_at_every_scale(rows
     torch.testing.assert_close(layer.weight.grad.double().norm() / truth, sigma / truth, rtol=1e-4, atol=0)
 
 
+@given(
+    kind=st.sampled_from(KINDS), exponent=st.integers(-30, 30), steps=st.sampled_from([0.5, 1]), seed=st.integers(0, 9)
+)
+@settings(max_examples=60, deadline=None)
+def test_every_kind_in_float32_has_the_sigma_and_gradient_of_a_float64_svd_at_every_scale(kind, exponent, steps, seed):
+    module = seeded(kind.build, seed)
+    W = module.get_parameter(kind.weight)
+    with torch.no_grad():
+        W.copy_((1 + (W - 1) / 4) * 10.0**exponent)
+    module.float()
+    sigma, expected = svd_penalty_gradient(W, kind.matrices, kind.each)
+    regularizer = SpectralNormRegularizer(
+        module, 1.0, select=lambda n, _: n == kind.weight, steps=steps, warmup=60, **kind.settings
+    )
+    regularizer.add_gradient()
+    found = regularizer.sigma()[kind.weight].double()
+    assert found <= sigma * (1 + 1e-5)
+    torch.testing.assert_close(found / sigma, torch.ones_like(sigma), rtol=1e-5, atol=0)
+    torch.testing.assert_close(W.grad.double() / sigma, expected / sigma, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e25])
+def test_a_weight_that_changes_its_scale_by_many_orders_between_two_steps_is_followed(factor):
+    W = gaussian(5, 7, seed=0).float()
+    layer = linear(W)
+    regularizer = SpectralNormRegularizer(layer, 1.0)
+    regularizer.add_gradient()
+    layer.weight.data *= factor
+    for _ in range(4):
+        layer.zero_grad()
+        regularizer.add_gradient()
+        assert layer.weight.grad.isfinite().all()
+    truth = torch.linalg.matrix_norm(layer.weight.detach().double(), 2)
+    assert 0.9 * truth < regularizer.sigma()["weight"] <= truth * (1 + 1e-5)
+
+
 @given(rows=SIZES, columns=SIZES, seed=st.integers(0, 99))
 @settings(max_examples=15, deadline=None)
 def test_sigma_rises_with_every_step_and_never_passes_the_true_norm(rows, columns, seed):
@@ -210,10 +246,17 @@ def test_the_stable_rank_of_blocks_apart_is_the_least_of_theirs():
     torch.testing.assert_close(regularizer.stable_rank()["weight_hh_l0"], expected)
 
 
+def as_conv2d_channels_last(W: torch.Tensor) -> nn.Conv2d:
+    layer = nn.Conv2d(10, 60, 2, bias=False, dtype=W.dtype)
+    layer.weight.data = W.view(60, 10, 2, 2).contiguous(memory_format=torch.channels_last)
+    return layer
+
+
+@pytest.mark.parametrize("layer_of", [linear, as_conv2d_channels_last])
 @pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
-def test_a_large_weight_is_read_in_one_pass_with_the_same_result(scale, monkeypatch):
+def test_a_large_weight_is_read_in_one_pass_with_the_same_result(scale, layer_of, monkeypatch):
     W = (scale * gaussian(60, 40, seed=0)).float()
-    two, one = linear(W.clone()), linear(W.clone())
+    two, one = layer_of(W.clone()), layer_of(W.clone())
     ours = [SpectralNormRegularizer(layer, 1.0, warmup=3) for layer in (two, one)]
     ours[0].add_gradient()
     monkeypatch.setattr("spectreg.linear_maps.SMALL", 1)

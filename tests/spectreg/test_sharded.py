@@ -11,6 +11,7 @@ from ranks import on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -124,10 +125,97 @@ def test_heads_and_groups_that_straddle_shards_give_the_unsharded_gradient(ranks
     on_ranks(ranks, blocks_across_shards)
 
 
-def counted_collectives() -> None:
-    sharded = mlp()
+def every_kind_of_convolution() -> nn.Module:
+    return seeded(
+        lambda: nn.Sequential(
+            nn.ConvTranspose2d(5, 3, 3), nn.ConvTranspose1d(4, 6, 3, groups=2), nn.Conv2d(4, 6, 3, groups=2, padding=1),
+            nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), nn.ConvTranspose2d(4, 4, 2, groups=4, stride=2),
+        )
+    )  # fmt: skip
+
+
+SIZES = {"0.weight": (3, 4), "1.weight": (5,), "2.weight": (4, 4), "3.weight": (4, 3), "4.weight": (2, 2)}
+
+
+def sharded_convolutions(dimension: int) -> None:
+    for settings in (
+        {},
+        {"k": 2},
+        {"map": "operator", "input_size": SIZES},
+        {"map": "operator", "input_size": SIZES, "k": 2},
+    ):
+        plain, sharded = every_kind_of_convolution(), every_kind_of_convolution()
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in sharded:
+            layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(dimension)]))
+        ours, truth = (SpectralNormRegularizer(m, 0.1, warmup=2, **settings) for m in (sharded, plain))
+        for _ in range(2):
+            truth.add_gradient()
+            ours.add_gradient()
+        for p, q in zip(plain, sharded, strict=True):
+            torch.testing.assert_close(q.weight.grad.full_tensor(), p.weight.grad)
+        for name, sigma in truth.sigma().items():
+            torch.testing.assert_close(ours.sigma()[name], sigma)
+            torch.testing.assert_close(ours.residual()[name], truth.residual()[name])
+
+
+@pytest.mark.parametrize(("ranks", "dimension"), [(2, 0), (2, 1), (3, 0)])
+def test_transposed_convolutions_and_operators_sharded_by_either_channel_give_the_unsharded_gradient(ranks, dimension):
+    on_ranks(ranks, sharded_convolutions, dimension)
+
+
+def penalties_as_a_loss() -> None:
+    for settings in ({}, {"k": 2}, {"penalty": "hinge"}, {"strength": {"0.*": 0.3, "*": 0.1}}):
+        settings = {"strength": 0.1} | settings
+        added, differentiated = mlp(), mlp()
+        for model in (added, differentiated):
+            fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        a, b = (SpectralNormRegularizer(m, warmup=1, **settings) for m in (added, differentiated))
+        truth = SpectralNormRegularizer(mlp(), warmup=1, **settings)
+        for _ in range(2):
+            added.zero_grad()
+            differentiated.zero_grad()
+            a.add_gradient()
+            value = b.penalty()
+            value.backward()
+            torch.testing.assert_close(value, truth.penalty())
+            for p, q in zip(added.parameters(), differentiated.parameters(), strict=True):
+                if p.grad is not None:
+                    assert q.grad.placements == q.placements
+                    torch.testing.assert_close(q.grad.to_local(), p.grad.to_local())
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_penalty_of_sharded_weights_has_the_value_of_the_whole_and_the_gradient_that_is_added(ranks):
+    on_ranks(ranks, penalties_as_a_loss)
+
+
+def training_with_the_penalty_in_the_loss(before_the_forward: bool) -> None:
+    plain = mlp()
+    sharded = copy.deepcopy(plain)
+    for layer in sharded:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     fully_shard(sharded, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    regularizer = SpectralNormRegularizer(sharded, 0.1)
+    x = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    for model in (plain, sharded):
+        regularizer, optimizer = SpectralNormRegularizer(model, 0.1), torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            term = regularizer.penalty() if before_the_forward else None
+            loss = model(x).square().mean()
+            (loss + (regularizer.penalty() if term is None else term)).backward()
+            optimizer.step()
+    assert_equal_to_unsharded(plain, sharded)
+
+
+@pytest.mark.parametrize("before_the_forward", [True, False])
+def test_a_loss_with_the_penalty_in_it_trains_under_fully_shard_as_it_does_unsharded(before_the_forward):
+    on_ranks(2, training_with_the_penalty_in_the_loss, before_the_forward)
+
+
+def messages(regularizer: SpectralNormRegularizer) -> list[int]:
+    """How many numbers each all-reduce of a step carries; nothing else may be sent."""
     regularizer.add_gradient()
     sizes, all_reduce = [], dist.all_reduce
 
@@ -136,15 +224,41 @@ def counted_collectives() -> None:
         return all_reduce(message, **keywords)
 
     dist.all_reduce = noting
-    with CommDebugMode() as collectives:
-        regularizer.add_gradient()
-    dist.all_reduce = all_reduce
-    assert collectives.get_total_counts() == len(sizes) == 1
-    assert sizes[0] <= sum(sum(w.tensor.shape) for w in regularizer.weights)
+    try:
+        with CommDebugMode() as collectives:
+            regularizer.add_gradient()
+    finally:
+        dist.all_reduce = all_reduce
+    assert collectives.get_total_counts() == len(sizes)
+    assert sum(sizes) <= sum(sum(w.tensor.shape) for w in regularizer.weights)
+    return sizes
+
+
+def counted_messages() -> None:
+    sharded = mlp()
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    assert len(messages(SpectralNormRegularizer(sharded, 0.1))) == 1
+    assert len(messages(SpectralNormRegularizer(sharded, 0.1, steps=0.5))) == 1
 
 
 def test_all_layers_share_one_all_reduce_of_vectors_in_a_step_and_nothing_else_is_sent():
-    on_ranks(2, counted_collectives)
+    on_ranks(2, counted_messages)
+
+
+def counted_messages_of_a_hybrid_mesh() -> None:
+    for plan, expected in (({"0": ColwiseParallel()}, 1), ({"0": ColwiseParallel(), "2": RowwiseParallel()}, 2)):
+        model = mlp(widths=(5, 8, 6, 6))
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+        parallelize_module(model, mesh["tensor"], plan)
+        fully_shard(model, mesh=mesh["data"])
+        assert len(messages(SpectralNormRegularizer(model, 0.1))) == expected
+    model = mlp()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    assert len(messages(SpectralNormRegularizer(model, 0.1))) == 1
+
+
+def test_on_a_hybrid_mesh_rows_take_one_all_reduce_and_columns_a_second_whatever_the_dimensions():
+    on_ranks(4, counted_messages_of_a_hybrid_mesh)
 
 
 def data_parallel_training() -> None:
@@ -195,12 +309,11 @@ def test_a_distributed_checkpoint_of_some_ranks_goes_on_on_others(before, after,
 
 
 def refusals() -> None:
-    sharded = nn.Sequential(nn.ConvTranspose2d(2, 2, 3), nn.Linear(2, 2))
-    fully_shard(sharded, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    with pytest.raises(NotImplementedError, match="of a transposed convolution: only matrix views"):
-        SpectralNormRegularizer(sharded, 0.1).add_gradient()
-    with pytest.raises(RuntimeError, match=r"weight '1.weight' is sharded: use add_gradient\(\) or attach\(\)"):
-        SpectralNormRegularizer(sharded, 0.1, select=lambda name, _: name == "1.weight").penalty()
+    layer = nn.Conv1d(2, 2, 4)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(2)]))
+    with pytest.raises(NotImplementedError, match=r"placed S(hard)?\(.*2\): use Shard\(0\) or Shard\(1\)"):
+        SpectralNormRegularizer(layer, 0.1).add_gradient()
     flat = FullyShardedDataParallel(nn.Linear(3, 3), device_id=torch.device("cpu"))
     with pytest.raises(ValueError, match="flat parameter of FSDP1"):
         SpectralNormRegularizer(flat, 0.1)
