@@ -58,9 +58,12 @@ def _groups(exhibit: Exhibit) -> dict[str, list[Panel]]:
 
 def _write_files(report: Path, exhibit: Exhibit, colours: dict[str, str]) -> None:
     store.write(report / f"{exhibit.name}.csv", exhibit.frame.to_csv(index=False).encode())
-    if tables := [*_verdicts(exhibit), *exhibit.tables]:
-        text = "\n\n".join(markdown(table) for table in tables)
-        store.write(report / f"{exhibit.name}.md", f"{text}\n".encode())
+    tables = report / f"{exhibit.name}.md"
+    if shown := [*_verdicts(exhibit), *exhibit.tables]:
+        text = "\n\n".join(markdown(table) for table in shown)
+        store.write(tables, f"{text}\n".encode())
+    else:
+        tables.unlink(missing_ok=True)  # of an earlier report, when runs were missing
     for group, panels in _groups(exhibit).items():
         store.write(report / svg_name(exhibit, group), svg(panels, colours, exhibit.dashes).encode())
 

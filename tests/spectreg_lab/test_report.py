@@ -74,6 +74,17 @@ def test_the_files_of_two_reports_of_one_study_are_the_same_but_for_the_hour(tmp
     assert b"<text" in first["figure1-vgg.svg"]
 
 
+def test_the_table_of_missing_runs_goes_away_when_they_are_there(tmp_path: Path) -> None:
+    folder = folders.write_study(tmp_path / "s", seeds=(0,))
+    outcome = folder / "runs" / "vgg-small-decay-0" / store.OUTCOME
+    outcome.rename(tmp_path / "kept")
+    table = report.write(folder).parent / "runs.md"
+    assert "vgg-small-decay-0" in table.read_text() or "unfinished" in table.read_text()
+    (tmp_path / "kept").rename(outcome)
+    report.write(folder)
+    assert not table.exists()
+
+
 def test_a_folder_that_is_no_study_is_refused_with_what_makes_one(tmp_path: Path) -> None:
     with pytest.raises(store.RunError, match=r"not a study folder.*spectreg reproduce"):
         report.write(tmp_path)

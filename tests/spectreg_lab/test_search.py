@@ -66,10 +66,26 @@ def test_the_tables_of_several_searches_stand_in_the_study_as_one(folder, tmp_pa
 
 def test_the_report_shows_every_combination_with_those_chosen_in_bold(folder):
     choose(folder)
-    (study := json.loads((folder / "study.json").read_text()))["study"] |= {"settings": {}, "regimes": {}}
+    (study := json.loads((folder / "study.json").read_text()))["study"] |= {
+        "settings": {},
+        "regimes": {},
+        "methods": {},
+    }
     (folder / "study.json").write_text(json.dumps(study))
     record = store.read_study(folder)
     (table,) = search.exhibit(record, search.values(record)).tables
     shown = {(cells[0].text, cell.text) for cells in table.rows for cell in cells[1:] if cell.bold}
     assert shown == {("vanilla", "0.800"), ("decay 0.2", "0.840"), ("spectral 0.3", "0.810")}
     assert len(table.rows) == 4
+
+
+def test_the_report_says_where_a_study_departs_from_its_search(folder):
+    choose(folder)
+    (study := json.loads((folder / "study.json").read_text()))["study"] |= {
+        "methods": {"decay": {"strength": 0.1}, "spectral": {"strength": 0.3}, "vanilla": {}},
+        "settings": {"vgg": {"learning_rate": {"small": 0.5}}},
+    }
+    (folder / "study.json").write_text(json.dumps(study))
+    record = store.read_study(folder)
+    found = search.departures(record, search.values(record))
+    assert found == ["rate of vgg, small batch, 0.5 (chosen: 0.1)", "decay 0.1 (chosen: 0.2)"]

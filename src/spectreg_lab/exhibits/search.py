@@ -37,8 +37,24 @@ def _table(study: StudyRecord, tried: pd.DataFrame, setting: str, regime: str) -
     return Table(["method, strength", *(f"rate {rate:g}" for rate in rates)], rows, f"{title}, {regime} batch")
 
 
+def departures(study: StudyRecord, tried: pd.DataFrame) -> list[str]:
+    """Where the study's rates and strengths are not those that the search chose."""
+    found = []
+    for row in records(tried[tried.chosen.astype(bool)]):
+        method = study.study["methods"].get(row["method"], {})
+        rates = study.study["settings"].get(row["setting"], {}).get("learning_rate") or {}
+        strength, rate = method.get("epsilon", method.get("strength")), rates.get(row["regime"])
+        if strength not in (None, row["strength"]):
+            found.append(f"{row['method']} {strength:g} (chosen: {row['strength']:g})")
+        if rate not in (None, row["learning_rate"]):
+            place = f"rate of {row['setting']}, {row['regime']} batch"
+            found.append(f"{place}, {rate:g} (chosen: {row['learning_rate']:g})")
+    return list(dict.fromkeys(found))
+
+
 def exhibit(study: StudyRecord, tried: pd.DataFrame) -> Exhibit:
     """One table for each setting and regime searched: validation accuracy by strength and learning rate."""
+    departing = departures(study, tried)
     cells = [] if tried.empty else tried[["setting", "regime"]].drop_duplicates().itertuples(index=False)
     return Exhibit(
         name="search",
@@ -51,6 +67,11 @@ def exhibit(study: StudyRecord, tried: pd.DataFrame) -> Exhibit:
             "regime the learning rate with the best mean over methods, each at its best strength; of each method one "
             "strength for all settings and regimes. Those at which the network fits its training images (over 0.95) "
             "go first.",
+            *(
+                [f"The study departs from the search in: {'; '.join(departing)}. Its file says why."]
+                if departing
+                else []
+            ),
         ],
         missing="" if len(tried) else "the study names no search: `searched` in its file says where the table lies",
     )
