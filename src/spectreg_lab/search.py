@@ -16,6 +16,7 @@ import pandas as pd
 
 from spectreg_lab.files import write
 from spectreg_lab.store import SEARCH, read_study
+from spectreg_lab.studies import StudyError
 
 FIT = 0.95
 CELL = ["setting", "regime"]
@@ -33,21 +34,39 @@ class Choice:
 
 def choose(folder: Path) -> Choice:
     """Judge the finished runs of a search's folder, and write the table of all of them there."""
-    tried = _tried(folder)
+    choice = judge(_tried(folder))
+    write(folder / SEARCH, choice.tried.to_csv(index=False, float_format="%.6g").encode())
+    return choice
+
+
+def judge(tried: pd.DataFrame) -> Choice:
+    """What the criterion chooses of the combinations in ``tried``."""
     rates = _best_rates(tried)
     at_rates = tried.merge(rates[[*CELL, "learning_rate"]], on=[*CELL, "learning_rate"])
     strengths = _best_strengths(at_rates)
     chosen = at_rates.merge(strengths[["method", "strength"]], on=["method", "strength"]).assign(chosen=True)
     tried = tried.merge(chosen[[*KEYS, "chosen"]], on=KEYS, how="left").fillna({"chosen": False})
-    write(folder / SEARCH, tried.to_csv(index=False, float_format="%.6g").encode())
     return Choice(tried, rates, strengths)
 
 
 def gather(tables: list[Path], folder: Path) -> None:
-    """Put the tables of the searches that chose a study's settings into the study's folder, as one."""
+    """Put the tables of the searches that chose a study's settings into the study's folder, as one.
+
+    Raises:
+        StudyError: one of them is no such table.
+    """
     if tables:
-        joined = pd.concat([pd.read_csv(table) for table in tables])
+        joined = pd.concat([_table(table) for table in tables])
         write(folder / SEARCH, joined.to_csv(index=False, float_format="%.6g").encode())
+
+
+def _table(path: Path) -> pd.DataFrame:
+    found = pd.read_csv(path)
+    if missing := sorted({*KEYS, "training", "validation", "chosen"} - set(found)):
+        raise StudyError(
+            f"searched: {path} has no column {', '.join(missing)}: `spectreg search` writes the table anew"
+        )
+    return found
 
 
 def _tried(folder: Path) -> pd.DataFrame:

@@ -7,6 +7,7 @@ from spectreg_lab import store
 from spectreg_lab.config import VGG, Config, Decay, Spectral, Vanilla
 from spectreg_lab.exhibits import search
 from spectreg_lab.search import choose, gather
+from spectreg_lab.studies import StudyError
 
 # (method, learning rate): (training, validation) accuracies
 GRID = {
@@ -89,3 +90,9 @@ def test_the_report_says_where_a_study_departs_from_its_search(folder):
     record = store.read_study(folder)
     found = search.departures(record, search.values(record))
     assert found == ["rate of vgg, small batch, 0.5 (chosen: 0.1)", "decay 0.1 (chosen: 0.2)"]
+
+
+def test_a_table_that_is_no_searchs_is_refused_with_what_it_lacks(tmp_path):
+    (tmp_path / "search.csv").write_text("setting,regime\nvgg,small\n")
+    with pytest.raises(StudyError, match=r"has no column chosen, learning_rate.*`spectreg search` writes"):
+        gather([tmp_path / "search.csv"], tmp_path)
