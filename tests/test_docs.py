@@ -48,7 +48,12 @@ def test_every_study_and_result_that_a_page_names_exists(page):
 
 @pytest.mark.parametrize(
     ("page", "table"),
-    [("README.md", "results/cpu/report/table1.md"), ("docs/paper.md", "results/cpu/report/verdicts.md")],
+    [
+        ("README.md", "results/cpu/report/table1.md"),
+        ("docs/paper.md", "results/cpu/report/verdicts.md"),
+        ("docs/paper.md", "results/why/report/table1.md"),
+        ("docs/paper.md", "results/why/report/fit.md"),
+    ],
 )
 def test_the_results_that_a_page_shows_are_those_in_the_report(page, table):
     assert (ROOT / table).read_text().strip() in (ROOT / page).read_text()
