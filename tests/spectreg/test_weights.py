@@ -35,7 +35,7 @@ def test_biases_normalization_scales_embeddings_and_vectors_in_disguise_do_not_c
 
 
 def test_a_weight_under_a_parametrization_takes_the_penalty_on_what_the_forward_pass_uses():
-    model = weight_normed()
+    model = seeded(weight_normed)
     regularizer = SpectralNormRegularizer(model, 0.5, warmup=100)
     assert list(regularizer.sigma()) == ["0.weight", "1.weight"]
     regularizer.penalty().backward()
