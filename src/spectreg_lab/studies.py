@@ -34,13 +34,19 @@ class Regime(Setting):
     batch_size: Positive
 
 
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class Case(Setting):
     """A network on a data set, with a learning rate for each regime."""
 
     title: str | None = None
     model: Model
     data: Data = Data()
-    learning_rate: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field({}, description="by regime")
+    learning_rate: dict[str, Rate] = Field({}, description="by regime")
+    searched_rates: dict[str, tuple[Rate, ...]] = Field(
+        {}, description="by regime: those that a search tries here, where they are not the ones for all settings"
+    )
     batch_size: dict[str, Positive] = Field({}, description="by regime, where it differs from the study's")
     epochs: Positive | None = Field(None, description="where they differ from the study's")
     micro_batch: Positive | None = Field(None, description="where it differs from the study's")
@@ -63,7 +69,7 @@ class Search(Setting):
     own. Runs are tested on the fraction ``validation`` of the training images, never on the test images.
     """
 
-    learning_rate: dict[str, tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]]
+    learning_rate: dict[str, tuple[Rate, ...]]
     strength: dict[str, tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...]] = Field(
         {}, description="by method"
     )
@@ -107,10 +113,13 @@ class Study(Setting):
             if unknown:
                 raise ValueError(f"search.strength is given for {unknown}, but the methods are {sorted(self.methods)}")
         for name, case in self.settings.items():
-            if unknown := sorted(set(case.batch_size) - set(self.regimes)):
-                raise ValueError(
-                    f"settings.{name}.batch_size is given for {unknown}, but the regimes are {sorted(self.regimes)}"
-                )
+            for field in ("batch_size", "searched_rates"):
+                if unknown := sorted(set(getattr(case, field)) - set(self.regimes)):
+                    raise ValueError(
+                        f"settings.{name}.{field} is given for {unknown}, but the regimes are {sorted(self.regimes)}"
+                    )
+            if case.searched_rates and self.search is None:
+                raise ValueError(f"settings.{name}.searched_rates is for a study with a [search] table")
         for where, by_regime in rates.items():
             if set(by_regime) != set(self.regimes):
                 raise ValueError(
@@ -124,9 +133,14 @@ class Study(Setting):
         return [
             Point(setting, regime, method, seed, self._config(case, method, regime, seed, rate, strength))
             for seed, (setting, case), (regime, _), (method, _) in grid
-            for rate in (self.search.learning_rate[regime] if self.search else (case.learning_rate[regime],))
+            for rate in self._rates(case, regime)
             for strength in (self.search.strength.get(method, (None,)) if self.search else (None,))
         ]
+
+    def _rates(self, case: Case, regime: str) -> tuple[float, ...]:
+        if self.search is None:
+            return (case.learning_rate[regime],)
+        return case.searched_rates.get(regime, self.search.learning_rate[regime])
 
     def _config(self, case: Case, method: str, regime: str, seed: int, rate: float, strength: float | None) -> Config:
         setting = self.methods[method]

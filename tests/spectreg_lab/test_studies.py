@@ -76,6 +76,15 @@ def test_a_search_is_every_rate_with_every_strength_on_held_out_training_images(
     assert tried == {(rate, strength) for rate in (0.1, 0.2, 0.3) for strength in (1e-3, 1e-2, 1e-1)}
 
 
+def test_a_setting_with_rates_of_its_own_is_searched_at_these(study_file):
+    own = ("learning_rate = {", "searched_rates = { small = [0.7] }\nlearning_rate = {")
+    points = read_study(study_file(own, text=STUDY + SEARCH)).points()
+    assert {p.config.learning_rate for p in points if p.regime == "small"} == {0.7}
+    assert {p.config.learning_rate for p in points if p.regime == "large"} == {0.3}
+    with pytest.raises(StudyError, match=r"settings.vgg.searched_rates is for a study with a \[search\] table"):
+        read_study(study_file(own))
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_study_that_is_shipped_can_be_read(path):
     assert read_study(path).points()
