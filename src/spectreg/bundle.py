@@ -115,8 +115,11 @@ class PairValue(torch.autograd.Function):
         return sigma
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # with create_graph=True; left to itself, the penalty would just be missing
+            raise NotImplementedError(
+                "penalty() has no second derivative: keep it out of what is differentiated with create_graph=True."
+            )
         (W, u, v), m, k = ctx.saved_tensors, ctx.triplets.maps[ctx.i], ctx.triplets.k
         scaled = u.view(m.blocks, -1, k) * gradient.view(m.blocks, 1, k)
         G = torch.zeros_like(W)
@@ -138,9 +141,12 @@ def _triplets(
 def _gradient_of(W: Tensor, name: str) -> Tensor:
     G = W.grad
     if G is None:
-        G = W.grad = torch.zeros_like(W)
+        with torch.inference_mode(False):
+            G = W.grad = torch.zeros_like(W)
     if G.is_sparse:
         raise ValueError(f"weight {name!r} has a sparse gradient: use sparse=False, or leave it out with select.")
+    if not G.is_contiguous() and 0 in G.stride():  # expanded: several entries in one place
+        G = W.grad = G.contiguous()
     if is_sharded(W) and G.placements != W.placements:  # type: ignore[attr-defined]
         G = W.grad = G.redistribute(placements=W.placements)  # type: ignore[attr-defined]
     return G
@@ -154,7 +160,7 @@ def is_sharded(W: Tensor) -> bool:
 def layout_of(W: Any) -> tuple[Any, ...]:
     """How ``W`` is stored; where that changes, bundles have to be made anew."""
     mesh, placements = (W.device_mesh, W.placements) if is_sharded(W) else (None, None)
-    return W.device, W.dtype, W.requires_grad, mesh, placements
+    return W.device, W.dtype, W.requires_grad, mesh, placements, W.shape, type(W)
 
 
 def alike(weights: Sequence[Tensor]) -> list[tuple[Any, ...]]:

@@ -55,7 +55,7 @@ def _maps_of_convolution(module: _ConvNd, shape: tuple[int, ...]) -> dict[str, L
 def chosen_map(name: str, maps: dict[str, LinearMap], wanted: Patterns, module: nn.Module) -> LinearMap:
     """The one of ``maps`` that is ``wanted`` for the weight ``name``; raises where it does not fit."""
     how = wanted.get(name, "matrix")
-    if isinstance(how, int):
+    if isinstance(how, int) and not isinstance(how, bool):
         return _cut(name, maps["matrix"], how)
     if how not in MAPS:
         raise ValueError(f"unknown map {how!r} for {name!r}: it is one of {', '.join(MAPS)}, or a number of parts.")

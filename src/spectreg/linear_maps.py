@@ -173,6 +173,8 @@ class MatrixMap:
             if W.dtype != v.dtype:
                 some = some.to(v.dtype)
                 across = some.t()
+            else:
+                some.sum()  # reads all of it in order, several times as fast as a product that has to fetch it would
             torch.mv(some, x, out=of_u)
             y.addmv_(across, of_u)
         if y is not w:

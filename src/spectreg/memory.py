@@ -33,8 +33,9 @@ class Memory:
         """Gaussian v, made orthonormal: it almost surely has a part along the top singular vector, whatever the map."""
         m = weight.map
         kept = min(k, m.outputs, m.inputs)
-        v = torch.linalg.qr(torch.randn(m.blocks, m.inputs, kept, generator=generator)).Q
-        return cls(weight, torch.zeros(m.blocks, m.outputs, kept), v, torch.zeros(m.blocks, kept), k)
+        plain: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults of the moment
+        v = torch.linalg.qr(torch.randn(m.blocks, m.inputs, kept, generator=generator, **plain)).Q
+        return cls(weight, torch.zeros(m.blocks, m.outputs, kept, **plain), v, torch.zeros(m.blocks, kept, **plain), k)
 
     def saved(self) -> dict[str, Any]:
         """A copy that a file can hold."""
@@ -51,12 +52,15 @@ class Memory:
 
 def check_same_weights(memories: Mapping[str, Memory], vectors: Mapping[str, Any]) -> None:
     """Raise unless ``vectors`` were saved of weights of the same names and shapes."""
+    torn = [name for name, saved in vectors.items() if not {"u", "v", "sigma", "calls"} <= set(saved)]
+    if torn:
+        raise ValueError(f"this state is torn: of {', '.join(torn)} it lacks u, v, sigma or calls.")
     missing = [name for name in memories if name not in vectors]
     unexpected = [name for name in vectors if name not in memories]
     different = [
         f"{name} {tuple(vectors[name][x].shape)} instead of {tuple(getattr(m, x).shape)}"
         for name, m in memories.items()
-        for x in ("u", "v")
+        for x in ("u", "v", "sigma")
         if name in vectors and vectors[name][x].shape != getattr(m, x).shape
     ]
     if missing or unexpected or different:

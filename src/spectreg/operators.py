@@ -1,6 +1,6 @@
 """A convolution as the operator it is on inputs of a given size, and the sizes a network meets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from spectreg.linear_maps import Norm
+from spectreg.names import named_modules
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,22 @@ class OperatorMap:
         (8, 16, 16)
         """
         dimensions = len(module.kernel_size)
-        if len(input_size) != dimensions or min(input_size) < 1:
-            raise ValueError(f"input_size {tuple(input_size)} is not a size for {module}: it has {dimensions} numbers.")
+        sizes = tuple(input_size) if isinstance(input_size, Sequence) else (input_size,)
+        if len(sizes) != dimensions or not all(isinstance(n, int) and n > 0 for n in sizes):
+            raise ValueError(f"input_size {input_size!r} is no size for {module}: it has {dimensions} numbers.")
         transposed = isinstance(module, _ConvTransposeNd)
         border, padding = _padding(module)
         arguments = (
             list(module.stride), padding, list(module.dilation), transposed, list(module.output_padding), module.groups
         )  # fmt: skip
-        input_shape = (module.in_channels, *input_size)
-        with torch.device("meta"):
-            W = torch.empty(module.weight.shape)
-            x = _bordered(torch.empty(1, *input_shape), border)
-            shape = torch.ops.aten.convolution(x, W, None, *arguments).shape
+        input_shape = (module.in_channels, *sizes)
+        try:
+            with torch.device("meta"):
+                W = torch.empty(module.weight.shape)
+                x = _bordered(torch.empty(1, *input_shape), border)
+                shape = torch.ops.aten.convolution(x, W, None, *arguments).shape
+        except RuntimeError as error:
+            raise ValueError(f"input_size {sizes} does not fit {module}: {error}") from error
         return cls(input_shape, tuple(shape[1:]), arguments, border)
 
     @property
@@ -149,7 +154,7 @@ def input_sizes(model: nn.Module, *example: Any, **keywords: Any) -> dict[str, t
 
         return hook
 
-    convolutions = [(n, m) for n, m in model.named_modules() if isinstance(m, _ConvNd)]
+    convolutions = [(n, m) for n, m in named_modules(model) if isinstance(m, _ConvNd)]
     handles = [m.register_forward_pre_hook(note(f"{n}.weight".lstrip("."))) for n, m in convolutions]
     training = {m: m.training for m in model.modules()}
     try:

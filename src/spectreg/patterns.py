@@ -10,25 +10,37 @@ class Patterns:
 
     def __init__(self, setting: str, value: Any) -> None:
         self.setting, self.value = setting, value
-        self.used: set[str] = set()
         self.used_values: set[Any] = set()
+        self._matches: dict[str, set[str]] = {}
+        if isinstance(value, Mapping):
+            if not value or not all(isinstance(pattern, str) for pattern in value):
+                raise ValueError(f"{setting} is {value!r}: it must map name patterns, such as '*.weight', to values.")
+            self._matches = {pattern: set() for pattern in value}
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value for the weight ``name``."""
         if not isinstance(self.value, Mapping):
             return self.value
         matching = [pattern for pattern in self.value if fnmatchcase(name, pattern)]
-        self.used.update(matching)
+        for pattern in matching:
+            self._matches[pattern].add(name)
         return self.value[matching[0]] if matching else default
 
     def check_all_used(self, names: list[str]) -> None:
-        """Raise if a pattern matched none of the names that were asked for."""
-        unused = set(self.value) - self.used if isinstance(self.value, Mapping) else ()
+        """Raise if a pattern matched none of the names that were asked for, or one before it took all of them."""
+        unused = [pattern for pattern, matched in self._matches.items() if not matched]
         if unused:
             raise ValueError(
                 f"{self.setting}: no weight matches {', '.join(repr(p) for p in sorted(unused))}. "
                 f"The weights are {some(names)}; patterns are those of fnmatch, such as '*.weight'."
             )
+        for i, (pattern, matched) in enumerate(self._matches.items()):
+            wider = [p for p, others in list(self._matches.items())[:i] if others > matched]
+            if wider:
+                raise ValueError(
+                    f"{self.setting}: {pattern!r} never counts, since {wider[0]!r} comes first and matches all that it "
+                    "does. The first match counts: put the narrower pattern before."
+                )
 
 
 def some(names: list[str]) -> str:

@@ -125,7 +125,10 @@ class Function:
         """Its derivative."""
         with torch.enable_grad():
             at = sigma.detach().requires_grad_()
-            return torch.autograd.grad(self.value(at, target).sum(), at)[0]
+            values = self.value(at, target)
+            if not values.requires_grad:
+                raise ValueError("the penalty function has no slope in σ: a step in it, or a detach(), takes it away.")
+            return torch.autograd.grad(values.sum(), at)[0]
 
 
 NAMED = {"square": Square, "hinge": Hinge, "power": Power}
@@ -137,15 +140,20 @@ def penalty_of(penalty: str | Penalty | Callable[[Tensor], Tensor]) -> Penalty:
         if penalty not in NAMED:
             raise ValueError(f"unknown penalty {penalty!r}: it is one of {', '.join(NAMED)}, or a function of σ.")
         return NAMED[penalty]()
+    if isinstance(penalty, type):
+        raise ValueError(f"penalty is the class {penalty.__name__}: give one of it, such as {penalty.__name__}().")
     if isinstance(penalty, Penalty):
-        _check_target(penalty)
+        _check_numbers(penalty)
         return penalty
     if not callable(penalty):
         raise ValueError(f"penalty {penalty!r} is neither one of {', '.join(NAMED)} nor a function of σ.")
     return Function(penalty)
 
 
-def _check_target(penalty: Penalty) -> None:
+def _check_numbers(penalty: Penalty) -> None:
     target = penalty.target
     if target not in ("start", "shape") and not (isinstance(target, float | int) and isfinite(target)):
         raise ValueError(f"target {target!r} of {penalty}: it must be a finite number, 'start' or 'shape'.")
+    for name in ("factor", "exponent"):
+        if not isfinite(getattr(penalty, name, 1.0)):
+            raise ValueError(f"{name} of {penalty} must be a finite number.")

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isfinite
-from numbers import Real
 from typing import Any
 
 import torch
@@ -10,12 +9,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectreg.attachment import Attachment
-from spectreg.bundle import Bundle, alike, layout_of
+from spectreg.bundle import Bundle, alike, is_sharded, layout_of
 from spectreg.kinds import InputSize
 from spectreg.memory import Memory, check_same_weights
 from spectreg.patterns import Patterns
 from spectreg.penalties import Penalty, penalty_of
 from spectreg.power import full_precision
+from spectreg.refusals import check_number, refuse_computed, refuse_gathered, refuse_strangers, refuse_unfit
 from spectreg.summary import table
 from spectreg.weights import Select, Weight, named_weights
 
@@ -77,25 +77,28 @@ class SpectralNormRegularizer:
         decoupled: bool = False,
         seed: int = 0,
     ) -> None:
-        _check("steps", steps, lambda x: x > 0 and 2 * x % 1 == 0, "a positive multiple of one half")
-        _check("k", k, lambda x: x >= 1 and x % 1 == 0, "a whole number from 1")
-        _check("every", every, lambda x: x >= 1 and x % 1 == 0, "a whole number from 1")
-        _check("warmup", warmup, lambda x: x >= 0 and x % 1 == 0, "a whole number from 0")
-        self.k = k
+        check_number("steps", steps, lambda x: x > 0 and 2 * x % 1 == 0, "a positive multiple of one half")
+        check_number("k", k, lambda x: x >= 1 and x % 1 == 0, "a whole number from 1")
+        check_number("every", every, lambda x: x >= 1 and x % 1 == 0, "a whole number from 1")
+        check_number("warmup", warmup, lambda x: x >= 0 and x % 1 == 0, "a whole number from 0")
+        check_number("seed", seed, lambda x: x % 1 == 0, "a whole number")
+        self.k = int(k)
         self.weights: list[Weight] = named_weights(model, select, map, input_size, embeddings)
         self.penalty_function = penalty_of(penalty)
-        self.halves, self.every, self.warmup, self.decoupled = int(2 * steps), every, warmup, decoupled
+        self.halves, self.every, self.warmup, self.decoupled = int(2 * steps), int(every), int(warmup), decoupled
         self.strength = strength
-        generator = torch.Generator().manual_seed(seed)
-        self._memories = {w.name: Memory.first(w, k, generator) for w in self.weights}
+        generator = torch.Generator("cpu").manual_seed(int(seed))
+        self._memories = {w.name: Memory.first(w, self.k, generator) for w in self.weights}
+        self._sharded = {w.name for w in self.weights if is_sharded(w.tensor)}
         self._attachment: Attachment | None = None
         self._bundles: list[tuple[Bundle, list[int], int]] = []
         self._layout: Any = None
+        self._gathered: list[str] = []
 
     @property
     def strength(self) -> float | int | Mapping[str, float | int]:
-        """λ, as it was set."""
-        return self._strength
+        """λ, as it was set; a copy, if it is a mapping."""
+        return dict(self._strength) if isinstance(self._strength, Mapping) else self._strength
 
     @strength.setter
     def strength(self, strength: float | int | Mapping[str, float | int]) -> None:
@@ -103,8 +106,9 @@ class SpectralNormRegularizer:
         numbers = {w.name: patterns.get(w.name, 0.0) for w in self.weights}
         patterns.check_all_used(list(numbers))
         for name, number in numbers.items():
-            _check(f"strength of {name!r}", number, lambda x: isfinite(x) and x >= 0, "a finite number from 0")
-        self._strength, self._strengths = strength, {n: float(x) * self.every for n, x in numbers.items()}
+            check_number(f"strength of {name!r}", number, lambda x: isfinite(x) and x >= 0, "a finite number from 0")
+        self._strength = dict(strength) if isinstance(strength, Mapping) else strength
+        self._strengths = {n: float(x) * self.every for n, x in numbers.items()}
         self._strength_version = getattr(self, "_strength_version", 0) + 1
 
     @torch.no_grad()
@@ -116,7 +120,7 @@ class SpectralNormRegularizer:
 
         Raises:
             ValueError: A weight is under a parametrization, or has a sparse gradient.
-            RuntimeError: The regularizer is ``decoupled``.
+            RuntimeError: The regularizer is ``decoupled``, or a sharded weight is gathered.
         """
         if self.decoupled:
             raise RuntimeError("decoupled=True acts on the weights with the optimizer's learning rate: use attach().")
@@ -126,16 +130,20 @@ class SpectralNormRegularizer:
     def penalty(self) -> Float[Tensor, ""]:
         """The penalty λΣφ(σ) as a term of the loss, after a power step; its gradient is what ``add_gradient`` adds.
 
-        On every rank of sharded weights it is the whole sum, and the gradient is this rank's shard of the whole one.
+        Under ``no_grad``, as in validation, it is the value as of the last step, and no step is taken. On every rank of
+        sharded weights it is the whole sum, and the gradient is this rank's shard of the whole one. It has no second
+        derivative.
 
         Raises:
             RuntimeError: The regularizer is ``decoupled``.
         """
         if self.decoupled:
             raise RuntimeError("decoupled=True does not act through the loss: use attach(), or leave it out.")
+        looking = not torch.is_grad_enabled()
+        share = 1 / self.every if looking else 1.0
         terms = [
-            bundle.value(self.penalty_function, weights, bundle.strength(*self._lambda))
-            for bundle, weights in self._advance(effective=True)
+            bundle.value(self.penalty_function, weights, share * bundle.strength(*self._lambda))
+            for bundle, weights in (self._trained() if looking else self._advance(effective=True))
         ]
         device = terms[0].device if terms else next(iter(self._memories.values())).sigma.device
         return torch.stack([t.to(device) for t in terms]).sum() if terms else torch.zeros((), device=device)
@@ -156,7 +164,7 @@ class SpectralNormRegularizer:
             raise RuntimeError(
                 "this regularizer is attached already: call detach() first, or pass all optimizers at once."
             )
-        self._refuse_parametrized()
+        refuse_computed(self.weights)
         self._attachment = Attachment(optimizers, self.weights, self._before_step)
         self._layout = None
         return self
@@ -225,8 +233,9 @@ class SpectralNormRegularizer:
             ValueError: It is of another model or format version; says which names are missing or unexpected and
                 which shapes differ. Nothing is changed then.
         """
-        if state.get("version") != VERSION:
-            raise ValueError(f"this state has format version {state.get('version')!r}; {VERSION} is understood.")
+        version = state.get("version") if isinstance(state, Mapping) else None
+        if version != VERSION:
+            raise ValueError(f"this state has format version {version!r}; {VERSION} is understood.")
         vectors = state.get("vectors", {})
         check_same_weights(self._memories, vectors)
         for name, m in self._memories.items():
@@ -258,11 +267,11 @@ class SpectralNormRegularizer:
 
     def _advance(self, lane: int | None = None, effective: bool = False) -> Iterator[tuple[Bundle, list[Tensor]]]:
         """Step the trainable bundles of ``lane`` (all if None) whose turn it is, and hand them out."""
+        bundles = self._trained(lane)
         if not effective:
-            self._refuse_parametrized()
-        for bundle, weights, key in self._arrange():
-            if not weights[0].requires_grad or (lane is not None and key != lane):
-                continue
+            refuse_computed(self.weights)
+            refuse_gathered(self._gathered)
+        for bundle, weights in bundles:
             calls = bundle.memories[0].calls
             for m in bundle.memories:
                 m.calls += 1
@@ -272,12 +281,19 @@ class SpectralNormRegularizer:
                     bundle.triplets.advance(weights, self.halves, from_u)
                 yield bundle, weights
 
+    def _trained(self, lane: int | None = None) -> list[tuple[Bundle, list[Tensor]]]:
+        """The bundles of ``lane`` (all if None) whose weights are not frozen."""
+        return [(b, weights) for b, weights, key in self._arrange() if weights[0].requires_grad and lane in (None, key)]
+
     def _arrange(self) -> list[tuple[Bundle, list[Tensor], int]]:
         """The bundles with their weights as they are now; made anew when a weight has moved or was frozen."""
         weights = [m.weight.tensor for m in self._memories.values()]
         lanes = self._attachment.lanes if self._attachment else {}
         layout = [layout_of(W) for W in weights], lanes
         if layout != self._layout:
+            refuse_unfit(self.weights, weights)
+            sharded = {w.name for w, W in zip(self.weights, weights, strict=True) if is_sharded(W)}
+            self._gathered, self._sharded = sorted(self._sharded - sharded), self._sharded | sharded
             with torch.inference_mode(False):  # validation loops may be the first to ask for σ
                 self._regroup(lanes, weights)
                 self._layout = layout
@@ -311,6 +327,7 @@ class SpectralNormRegularizer:
     def _before_step(self, lane: int, rates: Mapping[int, Any], factor: Tensor | float, keep: Tensor | float) -> None:
         """Called by the attachment: with learning rates by parameter, the gradients' scale, and 0 to skip the step."""
         for bundle, weights in self._advance(lane):
+            refuse_strangers(bundle.memories, weights, rates)
             if self.decoupled:
                 strength = bundle.strength(*self._lambda) * keep
                 bundle.move(self.penalty_function, weights, strength, [rates[id(W)] for W in weights])
@@ -325,16 +342,3 @@ class SpectralNormRegularizer:
                 values = at(bundle, weights)
             found.update({m.weight.name: x for m, x in zip(bundle.memories, values, strict=True)})
         return {name: found[name] for name in self._memories}
-
-    def _refuse_parametrized(self) -> None:
-        names = [w.name for w in self.weights if w.parametrized]
-        if names:
-            raise ValueError(
-                f"weight {names[0]!r} is under a parametrization: it is computed and has no gradient of its own. "
-                "Use penalty(), which acts on the effective weight."
-            )
-
-
-def _check(name: str, value: Any, fine: Callable[[Any], bool], what: str) -> None:
-    if not isinstance(value, Real | Tensor) or not fine(value):
-        raise ValueError(f"{name} is {value!r}: it must be {what}.")

@@ -3,14 +3,15 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from spectreg.kinds import InputSize, chosen_map, maps_of
 from spectreg.linear_maps import LinearMap
+from spectreg.names import named_modules
 from spectreg.patterns import Patterns, some
 
 Select = Callable[[str, Tensor], bool]
@@ -30,13 +31,21 @@ class Weight:
     module: nn.Module
     attribute: str
     map: LinearMap
-    parametrized: bool = False
+    shape: tuple[int, ...]
 
     @property
     def tensor(self) -> Tensor:
-        """The weight as it is now; it lives in the module and is not copied (a parametrized one is computed)."""
+        """The weight as it is now; it lives in the module and is not copied (a computed one is computed)."""
         parameter = self.module._parameters.get(self.attribute)
-        return getattr(self.module, self.attribute) if parameter is None else parameter
+        if parameter is not None:
+            return parameter
+        with torch.inference_mode(False), torch.enable_grad():  # whether it is trained does not depend on who looks
+            return getattr(self.module, self.attribute)
+
+    @property
+    def computed(self) -> bool:
+        """Whether it is no parameter, but made of others: by a parametrization, or by a pruning mask."""
+        return self.module._parameters.get(self.attribute) is None
 
 
 def named_weights(
@@ -63,7 +72,7 @@ def named_weights(
         embeddings: Whether embedding tables count.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, or ``select`` no function.
         ValueError: No weight is left; a map is unknown or fits none of the weights; an ``input_size`` that no map
             needs; a weight is stored in a way that hides its shape.
 
@@ -72,6 +81,8 @@ def named_weights(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model is a {type(model).__name__}: give the nn.Module itself, not its parameters.")
+    if select is not None and not callable(select):
+        raise TypeError(f"select is {select!r}: it must be a function (name, weight) -> bool.")
     sizes = Patterns("input_size", input_size)
     wanted = Patterns("map", map)
     weights, names = [], []
@@ -80,9 +91,12 @@ def named_weights(
         if select is not None and not select(name, tensor):
             continue
         _refuse_unsupported(name, module, attribute, tensor)
-        maps = maps_of(module, attribute, tensor, sizes.get(name))
+        try:
+            maps = maps_of(module, attribute, tensor, sizes.get(name))
+        except ValueError as error:
+            raise ValueError(f"weight {name!r}: {error}") from error
         chosen = chosen_map(name, maps, wanted, module)
-        weights.append(Weight(name, module, attribute, chosen, is_parametrized(module, attribute)))
+        weights.append(Weight(name, module, attribute, chosen, tuple(tensor.shape)))
     _check_not_empty(model, names, weights)
     for patterns in (wanted, sizes):
         patterns.check_all_used(names)
@@ -95,14 +109,10 @@ def named_weights(
 
 def _candidates(model: nn.Module, embeddings: bool) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Name, module, attribute and tensor of each weight, tied ones once."""
-    if isinstance(model, DataParallel | DistributedDataParallel):
-        model = model.module
     owners: dict[int, list[tuple[str, nn.Module, str, Tensor]]] = {}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         for attribute, tensor, key in _tensors_of(module):
             name = f"{path}.{attribute}".lstrip(".")
-            for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module."):
-                name = name.replace(wrapper, "")
             if _counts(name, module, attribute, tensor):
                 owners.setdefault(key, []).append((name, module, attribute, tensor))
     for tied in owners.values():
@@ -157,12 +167,19 @@ def _refuse_unsupported(name: str, module: nn.Module, attribute: str, tensor: Te
             f"weight {name!r} is complex ({tensor.dtype}), which is not supported. "
             "Leave it out with select, or store its real and imaginary parts."
         )
-    base = attribute.removesuffix("_v").removesuffix("_orig")
-    if base != attribute and (f"{base}_g" in module._parameters or attribute.endswith("_orig")):
+    if tensor.element_size() == 1:
+        raise ValueError(f"weight {name!r} is of {tensor.dtype}, which cannot be trained: leave it out with select.")
+    if _is_part_of_a_hooked_weight(module, attribute):
         raise ValueError(
             f"parameter {name!r} is part of a weight that a hook computes in the forward pass (weight_norm, "
             "spectral_norm or prune of torch.nn.utils). Use torch.nn.utils.parametrizations, and penalty()."
         )
+
+
+def _is_part_of_a_hooked_weight(module: nn.Module, attribute: str) -> bool:
+    """Whether a hook of ``torch.nn.utils`` makes another attribute of this one before each forward pass."""
+    made = {getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in module._forward_pre_hooks.values()}
+    return attribute.removesuffix("_v").removesuffix("_orig") in made - {attribute}
 
 
 def _check_not_empty(model: nn.Module, names: list[str], weights: list[Weight]) -> None:

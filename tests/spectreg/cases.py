@@ -1,10 +1,12 @@
 """The variety of models and of the weights in them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jaxtyping
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -116,3 +118,13 @@ def mlp(*, dtype: torch.dtype = torch.float64, seed: int = 0, widths: tuple[int,
 
 def weight_normed() -> nn.Module:
     return nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 3)), nn.Linear(3, 2)).double()
+
+
+@contextmanager
+def unchecked_types() -> Iterator[None]:
+    """As users run it: without the checks of annotations that these tests have."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)

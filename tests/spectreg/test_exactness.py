@@ -105,10 +105,9 @@ def test_the_gradient_is_the_finite_difference_of_the_penalty_with_the_vectors_h
     values = []
     for h in (1e-5, -1e-5):
         regularizer.load_state_dict(state)
-        with torch.no_grad():
-            W.add_(direction, alpha=h)
-            values.append(regularizer.penalty())
-            W.sub_(direction, alpha=h)
+        W.data.add_(direction, alpha=h)
+        values.append(regularizer.penalty().detach())
+        W.data.sub_(direction, alpha=h)
     difference = (values[0] - values[1]) / 2e-5
     torch.testing.assert_close((W.grad * direction).sum(), difference, rtol=1e-5, atol=1e-6)
 
@@ -225,6 +224,36 @@ def test_a_weight_that_is_not_finite_shows_in_sigma_and_spreads_neither_into_the
         regularizer.add_gradient()
     torch.testing.assert_close(regularizer.sigma()["weight"], torch.linalg.matrix_norm(layer.weight.detach(), 2))
     assert layer.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "kind", [k for k in KINDS if k.name in ("grouped", "lstm gates", "transposed grouped")], ids=str
+)
+@pytest.mark.parametrize("form", ["add", "penalty", "decoupled"])
+def test_a_nan_in_one_block_leaves_the_other_blocks_and_the_other_weights_their_gradient(kind, form):
+    model = nn.ModuleList([seeded(kind.build), linear(gaussian(4, 6, seed=0))])
+    name = f"0.{kind.weight}"
+    settings_ = {
+        key: {f"0.{k}": x for k, x in v.items()} if isinstance(v, dict) else v for key, v in kind.settings.items()
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    regularizer = SpectralNormRegularizer(
+        model, 1.0, select=lambda n, _: n in (name, "1.weight"), decoupled=form == "decoupled", **settings_
+    )
+    regularizer.sigma()
+    W = model.get_parameter(name)
+    W.data.view(-1)[0] = float("nan")
+    before = [p.detach().clone() for p in (W, model[1].weight)]
+    if form == "decoupled":
+        regularizer.attach(optimizer)
+        optimizer.step()
+        changes = [b - p.detach() for p, b in zip((W, model[1].weight), before, strict=True)]
+    else:
+        regularizer.add_gradient() if form == "add" else regularizer.penalty().backward()
+        changes = [W.grad, model[1].weight.grad]
+    assert not regularizer.sigma()[name].isfinite()
+    assert changes[0].flatten()[1:].isfinite().all()
+    torch.testing.assert_close(changes[1].norm(), regularizer.sigma()["1.weight"])
 
 
 def test_residual_and_stable_rank_are_those_of_a_dense_computation_and_change_nothing():

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -64,6 +65,14 @@ def test_lightning_with_accumulated_gradients_and_clipping_acts_once_an_optimize
     assert callback.regularizer.state_dict()["vectors"]["net.0.weight"]["calls"] == 3
 
 
+def test_a_lightning_callback_used_again_after_a_resumed_fit_starts_anew(tmp_path):
+    lightning_fit(tmp_path, 3)
+    _, callback, trainer = lightning_fit(tmp_path / "resumed", 5, resume=tmp_path / "step=3.ckpt")
+    callback.on_train_start(trainer, mlp_module := trainer.lightning_module)
+    assert callback.regularizer.state_dict()["vectors"]["net.0.weight"]["calls"] == 0
+    callback.on_train_end(trainer, mlp_module)
+
+
 class Sentences(Dataset):
     def __len__(self):
         return 16
@@ -73,7 +82,7 @@ class Sentences(Dataset):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def transformers_train(folder, resume=None, strength=0.1):
+def transformers_train(folder, resume=None, strength=0.1, extra=None):
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
     from spectreg.integrations.transformers import SpectralNorm
@@ -83,8 +92,10 @@ def transformers_train(folder, resume=None, strength=0.1):
     arguments = TrainingArguments(str(folder), max_steps=6, save_steps=3, logging_steps=2, report_to=[], use_cpu=True,
                                   per_device_train_batch_size=4, learning_rate=0.01, disable_tqdm=True)  # fmt: skip
     callback = SpectralNorm(strength)
-    trainer = Trainer(model=model, args=arguments, train_dataset=Sentences(), callbacks=[callback])
-    trainer.train(resume_from_checkpoint=resume)
+    trainer = Trainer(model=model, args=arguments, train_dataset=Sentences(),
+                      callbacks=[callback, *([extra] if extra else [])])  # fmt: skip
+    with suppress(KeyboardInterrupt):
+        trainer.train(resume_from_checkpoint=resume)
     return model, callback, trainer
 
 
@@ -99,6 +110,25 @@ def test_transformers_resumes_to_the_weights_of_an_uninterrupted_training_and_lo
         assert saved["calls"] == 6
     without, _, _ = transformers_train(tmp_path / "without", strength=0.0)
     assert not torch.equal(whole.transformer.h[0].mlp.c_fc.weight, without.transformer.h[0].mlp.c_fc.weight)
+
+
+def test_a_transformers_callback_of_a_training_that_was_broken_off_acts_once_a_step_in_the_next(tmp_path):
+    from transformers import TrainerCallback
+
+    class Interrupt(TrainerCallback):
+        armed = True
+
+        def on_step_end(self, args, state, control, **given):
+            if self.armed and state.global_step == 2:
+                raise KeyboardInterrupt
+
+    interrupt = Interrupt()
+    _, callback, trainer = transformers_train(tmp_path, extra=interrupt)
+    broken = callback.regularizer
+    interrupt.armed = False
+    trainer.train()
+    assert broken.state_dict()["vectors"]["transformer.h.0.mlp.c_fc.weight"]["calls"] == 2
+    assert callback.regularizer.state_dict()["vectors"]["transformer.h.0.mlp.c_fc.weight"]["calls"] == 6
 
 
 def test_the_library_loads_no_trainer():

@@ -107,6 +107,36 @@ def test_decoupled_moves_the_weights_by_the_learning_rate_of_their_group_and_lea
             call()
 
 
+def test_decoupled_follows_a_schedule_of_the_learning_rate_and_acts_at_every_second_step_with_twice_the_strength():
+    ours, byhand = mlp(), mlp()
+    optimizers = [torch.optim.Adam(m.parameters(), lr=0.1) for m in (ours, byhand)]
+    schedules = [torch.optim.lr_scheduler.StepLR(o, 1, 0.5) for o in optimizers]
+    SpectralNormRegularizer(ours, 0.3, decoupled=True, every=2).attach(optimizers[0])
+    vectors = SpectralNormRegularizer(copy.deepcopy(byhand), 0.6)
+    for step in range(4):
+        for model, optimizer, schedule in zip((ours, byhand), optimizers, schedules, strict=True):
+            optimizer.zero_grad()
+            model(batch()).square().mean().backward()
+            if model is byhand and step % 2 == 0:
+                for w, p in zip(vectors.weights, (m.weight for m in byhand[::2]), strict=True):
+                    w.tensor.data.copy_(p)
+                    w.tensor.grad = None
+                vectors.add_gradient()
+                for w, p in zip(vectors.weights, (m.weight for m in byhand[::2]), strict=True):
+                    p.data -= optimizer.param_groups[0]["lr"] * w.tensor.grad
+            optimizer.step()
+            schedule.step()
+    assert_same_weights(ours, byhand)
+
+
+def test_the_warmup_brings_sigma_of_gaussian_matrices_within_four_per_cent():
+    for seed in range(5):
+        layer = nn.Linear(200, 300, bias=False)
+        layer.weight.data = torch.randn(300, 200, generator=torch.Generator().manual_seed(seed))
+        sigma = SpectralNormRegularizer(layer, 0.1, seed=seed).sigma()["weight"]
+        assert 0.96 < sigma / torch.linalg.matrix_norm(layer.weight.detach(), 2) <= 1 + 1e-6
+
+
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_every_kth_call_acts_with_k_times_the_strength(k):
     model, once = mlp(), mlp()
@@ -159,7 +189,10 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("settings", [{}, {"steps": 0.5}, {"k": 2}, {"penalty": Square("start")}, {"every": 2},
-                                      {"decoupled": True}, {"strength": {"0.*": 1.0}}], ids=str)  # fmt: skip
+                                      {"decoupled": True}, {"strength": {"0.*": 1.0}}, {"penalty": "hinge"},
+                                      {"penalty": "power"}, {"penalty": torch.log1p},
+                                      {"map": "operator", "input_size": {"1.*": (4, 5), "2.*": (6,)}}],
+                         ids=str)  # fmt: skip
 def test_no_value_is_read_back_to_the_host_in_a_step(settings):
     model = seeded(lambda: nn.Sequential(nn.Linear(5, 4), nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose1d(2, 3, 3)))
     regularizer = SpectralNormRegularizer(model, **{"strength": 0.1} | settings)
@@ -285,10 +318,33 @@ def test_a_step_that_the_scaler_skips_changes_no_weight(fused, decoupled):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
     SpectralNormRegularizer(model, 0.1, decoupled=decoupled).attach(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    scaler.scale(model(batch(torch.float32)).sum() * float("inf")).backward()
+    scaler.scale(model(batch(torch.float32)).sum()).backward()
+    model[0].bias.grad[0] = float("inf")  # so that the weights' own gradients are finite
+    unscaled = 1.0 if fused else 0.5  # a fused optimizer unscales inside its step, on the way
+    gradients = [unscaled * layer.weight.grad for layer in model[::2]]
     scaler.step(optimizer)
     scaler.update()
     assert_same_weights(model, before)
+    assert all(torch.equal(layer.weight.grad, g) for layer, g in zip(model[::2], gradients, strict=True))
+
+
+def test_by_hand_the_order_is_unscale_clip_add_step():
+    scaled, plain = mlp(dtype=torch.float32), mlp(dtype=torch.float32)
+    scaler, os, op = torch.amp.GradScaler("cpu", init_scale=1024.0), sgd(scaled), sgd(plain)
+    rs, rp = SpectralNormRegularizer(scaled, 0.1), SpectralNormRegularizer(plain, 0.1)
+    for _ in range(3):
+        scaled.zero_grad()
+        plain.zero_grad()
+        scaler.scale(scaled(batch(torch.float32)).square().mean()).backward()
+        plain(batch(torch.float32)).square().mean().backward()
+        scaler.unscale_(os)
+        for model, regularizer in ((scaled, rs), (plain, rp)):
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            regularizer.add_gradient()
+        scaler.step(os)
+        scaler.update()
+        op.step()
+    assert_same_weights(scaled, plain)
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -407,17 +463,24 @@ def test_a_validation_loop_in_inference_mode_may_be_the_first_to_ask_for_sigma()
 
 
 def test_the_alternating_steps_of_a_gan_regularize_each_network_at_its_own_step_only():
-    generator, critic = mlp(widths=(5, 4, 5)), mlp(widths=(5, 4, 1))
-    og, oc = sgd(generator), sgd(critic)
-    rg = SpectralNormRegularizer(generator, 0.1).attach(og)
-    rc = SpectralNormRegularizer(critic, 0.1).attach(oc)
-    for _ in range(2):
-        for optimizer in (oc, oc, og):
-            critic(generator(batch())).sum().backward()
-            optimizer.step()
-            generator.zero_grad()
-            critic.zero_grad()
-    assert [r.state_dict()["vectors"]["0.weight"]["calls"] for r in (rg, rc)] == [2, 4]
+    def gan():
+        networks = mlp(widths=(5, 4, 5)), mlp(widths=(5, 4, 1))
+        return networks, [sgd(m) for m in networks], [SpectralNormRegularizer(m, 0.1) for m in networks]
+
+    (generator, critic), optimizers, attached = gan()
+    (own_generator, own_critic), own_optimizers, by_hand = gan()
+    for regularizer, optimizer in zip(attached, optimizers, strict=True):
+        regularizer.attach(optimizer)
+    for turn in (1, 1, 0, 1, 1, 0):
+        for G, C in ((generator, critic), (own_generator, own_critic)):
+            G.zero_grad()
+            C.zero_grad()
+            C(G(batch())).sum().backward()
+        optimizers[turn].step()
+        by_hand[turn].add_gradient()
+        own_optimizers[turn].step()
+    assert_same_weights(generator, own_generator)
+    assert_same_weights(critic, own_critic)
 
 
 def test_an_optimizer_for_each_parameter_that_steps_in_the_backward_pass_gets_the_penalty():
@@ -480,6 +543,21 @@ def test_the_same_seed_gives_the_same_vectors_and_another_seed_others():
     assert not torch.equal(v(1), v(2))
 
 
+@pytest.mark.parametrize("settings", [{}, {"decoupled": True}, {"k": 2, "steps": 0.5}], ids=str)
+def test_two_trainings_of_the_same_seed_are_equal_to_the_bit_and_draw_nothing(settings):
+    trained, models = [], [mlp(), mlp()]
+    before = torch.get_rng_state()
+    for model in models:
+        optimizer = sgd(model)
+        regularizer = SpectralNormRegularizer(model, 0.1, **settings).attach(optimizer)
+        train(model, regularizer, optimizer, act=False)
+        if not regularizer.decoupled:
+            regularizer.penalty().backward()
+        trained.append(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(p, q) for p, q in zip(*(m.parameters() for m in trained), strict=True))
+
+
 COMPILED = """
 import torch
 from torch import nn
@@ -487,16 +565,23 @@ from spectreg import SpectralNormRegularizer
 plain = nn.Sequential(nn.Linear(5, 4), nn.Conv2d(4, 4, 3, groups=2)).double()
 fast = nn.Sequential(nn.Linear(5, 4), nn.Conv2d(4, 4, 3, groups=2)).double()
 fast.load_state_dict(plain.state_dict())
-a, b = SpectralNormRegularizer(plain, 0.1, warmup=1), SpectralNormRegularizer(fast, 0.1, warmup=1)
-compiled = torch.compile(b.add_gradient, fullgraph=True)
-for strength in (0.1, 0.1, 0.2):
-    a.strength = b.strength = strength
-    a.add_gradient()
-    compiled()
-for p, q in zip(plain.parameters(), fast.parameters()):
-    if p.grad is not None:
-        torch.testing.assert_close(p.grad, q.grad)
-assert torch.equal(plain[0].weight.grad.norm() > 0, torch.tensor(True))
+for backend, settings in (
+    ("inductor", {}),
+    *(("eager", settings) for settings in ({"steps": 0.5}, {"every": 2}, {"k": 2}, {"penalty": "power"})),
+):
+    torch.compiler.reset()
+    plain.zero_grad()
+    fast.zero_grad()
+    a, b = (SpectralNormRegularizer(m, 0.1, warmup=1, **settings) for m in (plain, fast))
+    compiled = torch.compile(b.add_gradient, fullgraph=True, backend=backend)
+    for strength in (0.1, 0.1, 0.2):
+        a.strength = b.strength = strength
+        a.add_gradient()
+        compiled()
+    for p, q in zip(plain.parameters(), fast.parameters()):
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad)
+    assert torch.equal(plain[0].weight.grad.norm() > 0, torch.tensor(True))
 """
 
 

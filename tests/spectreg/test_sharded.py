@@ -41,7 +41,7 @@ def assert_equal_to_unsharded(plain: nn.Module, sharded: nn.Module) -> None:
 
 def fsdp_training(variants: list[dict]) -> None:
     for settings in variants:
-        plain = mlp()
+        plain = mlp(widths=(5, 8, 2, 3))  # of three ranks one has nothing of the second weight
         sharded = copy.deepcopy(plain)
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for layer in sharded:
@@ -59,7 +59,32 @@ def fsdp_training(variants: list[dict]) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_training_under_fully_shard_with_uneven_and_empty_shards_equals_the_unsharded_training(ranks):
-    on_ranks(ranks, fsdp_training, [{}, {"steps": 0.5}, {"k": 2}, {"decoupled": True}, {"penalty": "hinge"}])
+    on_ranks(
+        ranks, fsdp_training, [{}, {"steps": 0.5}, {"k": 2}, {"decoupled": True}, {"penalty": "hinge"}, {"every": 2}]
+    )
+
+
+def gathered_after_the_backward_pass() -> None:
+    model = mlp()
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    model.set_reshard_after_backward(False)
+    plain, optimizer = mlp(), torch.optim.SGD(model.parameters(), lr=0.1)
+    regularizer, truth = SpectralNormRegularizer(model, 0.1).attach(optimizer), SpectralNormRegularizer(plain, 0.1)
+    x = torch.ones(2, 5, dtype=torch.float64)
+    model(x).square().mean().backward()
+    with pytest.raises(RuntimeError, match=r"weight '0.weight' is gathered, .* Call reshard\(\)"):
+        optimizer.step()
+    model.reshard()
+    optimizer.step()
+    plain(x).square().mean().backward()
+    truth.add_gradient()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    assert_equal_to_unsharded(plain, model)
+    assert regularizer.sigma().keys() == truth.sigma().keys()
+
+
+def test_a_weight_that_is_gathered_when_the_optimizer_steps_its_shard_is_refused_until_it_is_sharded_again():
+    on_ranks(2, gathered_after_the_backward_pass)
 
 
 def tensor_parallel_training(variants: list[dict]) -> None:
@@ -75,23 +100,24 @@ def tensor_parallel_training(variants: list[dict]) -> None:
 
 
 def test_tensor_parallel_training_equals_the_unsharded_training():
-    on_ranks(2, tensor_parallel_training, [{}, {"steps": 0.5}, {"k": 2}])
+    on_ranks(2, tensor_parallel_training, [{}, {"steps": 0.5}, {"k": 2}, {"decoupled": True}, {"penalty": "power"}])
 
 
-def hybrid_training() -> None:
-    plain = mlp(widths=(5, 8, 6, 6))
-    sharded = copy.deepcopy(plain)
+def hybrid_training(variants: list[dict]) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    parallelize_module(sharded, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    fully_shard(sharded, mesh=mesh["data"])
-    ours, truth = (SpectralNormRegularizer(m, 0.1, warmup=2) for m in (sharded, plain))
-    train(plain, truth)
-    train(sharded, ours)
-    assert_equal_to_unsharded(plain, sharded)
+    for settings in variants:
+        plain = mlp(widths=(5, 8, 6, 6))
+        sharded = copy.deepcopy(plain)
+        parallelize_module(sharded, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        fully_shard(sharded, mesh=mesh["data"])
+        ours, truth = (SpectralNormRegularizer(m, 0.1, warmup=2, **settings) for m in (sharded, plain))
+        train(plain, truth)
+        train(sharded, ours)
+        assert_equal_to_unsharded(plain, sharded)
 
 
 def test_training_on_a_hybrid_mesh_of_data_and_tensor_parallel_equals_the_unsharded_training():
-    on_ranks(4, hybrid_training)
+    on_ranks(4, hybrid_training, [{}, {"steps": 0.5}, {"k": 2}, {"decoupled": True}, {"penalty": "power"}])
 
 
 def replicated_and_sharded_training() -> None:
@@ -302,7 +328,7 @@ def write_or_go_on(folder: str, write: bool) -> None:
         torch.testing.assert_close(ours.sigma()[name], sigma)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1)])
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1), (1, 2)])
 def test_a_distributed_checkpoint_of_some_ranks_goes_on_on_others(before, after, tmp_path):
     on_ranks(before, write_or_go_on, str(tmp_path), True)
     on_ranks(after, write_or_go_on, str(tmp_path), False)

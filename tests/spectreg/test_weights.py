@@ -1,13 +1,10 @@
 """Which parameters count, and what is refused: every error is one clear line with the way out."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import jaxtyping
 import pytest
 import torch
-from cases import Bare, gpt2_projection, mlp, seeded, weight_normed
+from cases import Bare, gpt2_projection, mlp, seeded, unchecked_types, weight_normed
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from truth import svd_penalty_gradient
@@ -72,16 +69,6 @@ def zero3():
     return layer
 
 
-@contextmanager
-def unchecked_types() -> Iterator[None]:
-    """As users run it: without the checks of annotations that these tests have."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-
-
 REFUSED = {
     "no weights": (lambda: nn.BatchNorm1d(3), {}, "BatchNorm1d has no weight to regularize"),
     "embeddings only": (lambda: nn.Embedding(3, 2), {}, "embeddings=True counts embeddings"),
@@ -100,6 +87,19 @@ REFUSED = {
     "a map that fits nothing": (mlp, {"map": "heads"}, "map='heads' fits none of the weights (0.weight"),
     "a map that does not fit": (mlp, {"map": {"0.*": "heads"}}, "map 'heads' does not fit '0.weight' (Linear): matrix"),
     "map pattern": (mlp, {"map": {"x*": "joint"}}, "map: no weight matches 'x*'"),
+    "no pattern": (mlp, {"strength": {}}, "strength is {}: it must map name patterns"),
+    "a pattern that never counts": (mlp, {"strength": {"*": 1.0, "0.*": 0.1}}, "'0.*' never counts, since '*' comes"),
+    "patterns that are no strings": (mlp, {"strength": {0: 1.0}}, "it must map name patterns, such as '*.weight'"),
+    "a truth value for a map": (mlp, {"map": {"0.*": True}}, "unknown map True for '0.weight'"),
+    "no seed": (mlp, {"seed": None}, "seed is None: it must be a whole number"),
+    "a penalty's class": (mlp, {"penalty": Square}, "penalty is the class Square: give one of it, such as Square()"),
+    "float8": (lambda: nn.Linear(2, 2).to(torch.float8_e5m2), {}, "weight 'weight' is of torch.float8_e5m2"),
+    "a number for an input size": (
+        lambda: nn.Conv2d(2, 2, 3), {"map": "operator", "input_size": 8}, "weight 'weight': input_size 8 is no size",
+    ),
+    "an input smaller than the kernel": (
+        lambda: nn.Conv2d(2, 2, 5), {"map": "operator", "input_size": (3, 3)}, "input_size (3, 3) does not fit Conv2d",
+    ),
     "no input size": (lambda: nn.Conv2d(2, 2, 3), {"map": "operator"}, "needs the size of the input of 'weight'"),
     "wrong input size": (lambda: nn.Conv2d(2, 2, 3), {"map": "operator", "input_size": (8,)}, "it has 2 numbers"),
     "an input size that nothing needs": (mlp, {"input_size": (8, 8)}, "input_size is used by map='operator' only"),
@@ -123,6 +123,30 @@ def test_a_setting_or_model_that_cannot_be_right_is_refused_by_name(case):
 def test_a_model_given_as_its_parameters_is_refused_as_such():
     with unchecked_types(), pytest.raises(TypeError, match=r"the model is a generator: give the nn.Module itself"):
         SpectralNormRegularizer(mlp().parameters(), 0.1)
+
+
+def test_a_select_that_is_no_function_is_refused():
+    with unchecked_types(), pytest.raises(TypeError, match=r"select is '0.\*': it must be a function \(name, weight\)"):
+        SpectralNormRegularizer(mlp(), 0.1, select="0.*")
+
+
+def test_a_fallback_pattern_may_have_nothing_left_to_do():
+    assert SpectralNormRegularizer(mlp(), {"?.weight": 1.0, "*": 0.1}).strength == {"?.weight": 1.0, "*": 0.1}
+
+
+def test_parameters_that_only_look_like_parts_of_a_hooked_weight_are_weights():
+    model = nn.Module()
+    model.proj_v, model.proj_g, model.mask_orig = (nn.Parameter(torch.randn(3, 4)) for _ in range(3))
+    assert names(model) == ["proj_v", "proj_g", "mask_orig"]
+
+
+def test_names_are_those_without_wrappers_wherever_the_wrapper_is():
+    assert names(torch.compile(nn.DataParallel(mlp()))) == names(mlp())
+    assert names(nn.Sequential(nn.DataParallel(nn.Linear(3, 3)))) == ["0.weight"]
+    assert names(nn.ModuleDict({"a_orig_mod": nn.Linear(3, 3), "module": nn.Linear(3, 3)})) == [
+        "a_orig_mod.weight",
+        "module.weight",
+    ]
 
 
 @pytest.mark.parametrize("target", ["begin", float("nan"), None])

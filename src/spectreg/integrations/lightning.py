@@ -32,6 +32,7 @@ class SpectralNorm(Callback):
         self.regularizer = SpectralNormRegularizer(pl_module, self.strength, **self.settings)
         if self._restored is not None:
             self.regularizer.load_state_dict(self._restored)
+            self._restored = None  # it belongs to this fit
         self.regularizer.attach(*trainer.optimizers)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:

@@ -31,7 +31,9 @@ class SpectralNorm(TrainerCallback):
         self.regularizer: SpectralNormRegularizer | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Build, restore and attach."""
+        """Build, restore and attach; one of a training that was broken off lets go of its optimizer first."""
+        if self.regularizer:
+            self.regularizer.detach()
         self.regularizer = SpectralNormRegularizer(given["model"], self.strength, **self.settings)
         if state.global_step > 0:
             self._restore(self.regularizer, Path(self.checkpoint or _folder(args, state)) / FILE)
