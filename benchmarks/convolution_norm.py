@@ -97,12 +97,12 @@ def warm(layer: nn.Conv2d, size: int) -> Callable[[], float]:
     with torch.no_grad():
         layer.weight.add_(torch.randn_like(layer.weight), alpha=1e-3 * float(layer.weight.std()))
 
-    triplets = regularizer._bundles[0][0].triplets
+    ((bundle, _, _),) = regularizer._engine.arrange()
 
     @torch.no_grad()
     def call() -> float:
-        triplets.advance([layer.weight.detach()], 2)
-        return float(triplets.sigma)
+        bundle.triplets.advance([layer.weight.detach()], 2)
+        return float(bundle.triplets.sigma)
 
     return call
 

@@ -1,6 +1,6 @@
 """The object in the training loop: it keeps two vectors a weight and adds λφ'(σ)·uvᵀ to the gradients."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import isfinite
 from typing import Any
 
@@ -9,13 +9,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectreg.attachment import Attachment
-from spectreg.bundle import Bundle, alike, is_sharded, layout_of
+from spectreg.engine import Engine
 from spectreg.kinds import InputSize
-from spectreg.memory import Memory, check_same_weights
 from spectreg.patterns import Patterns
 from spectreg.penalties import Penalty, penalty_of
-from spectreg.power import full_precision
-from spectreg.refusals import check_number, refuse_computed, refuse_gathered, refuse_strangers, refuse_unfit
+from spectreg.refusals import check_number, refuse_computed, refuse_strangers
 from spectreg.summary import table
 from spectreg.weights import Select, Weight, named_weights
 
@@ -82,18 +80,19 @@ class SpectralNormRegularizer:
         check_number("every", every, lambda x: x >= 1 and x % 1 == 0, "a whole number from 1")
         check_number("warmup", warmup, lambda x: x >= 0 and x % 1 == 0, "a whole number from 0")
         check_number("seed", seed, lambda x: x % 1 == 0, "a whole number")
-        self.k = int(k)
         self.weights: list[Weight] = named_weights(model, select, map, input_size, embeddings)
-        self.penalty_function = penalty_of(penalty)
-        self.halves, self.every, self.warmup, self.decoupled = int(2 * steps), int(every), int(warmup), decoupled
+        self.penalty_function, self.every, self.decoupled = penalty_of(penalty), int(every), decoupled
         self.strength = strength
-        generator = torch.Generator("cpu").manual_seed(int(seed))
-        self._memories = {w.name: Memory.first(w, self.k, generator) for w in self.weights}
-        self._sharded = {w.name for w in self.weights if is_sharded(w.tensor)}
+        self._engine = Engine(
+            self.weights,
+            k=int(k),
+            seed=int(seed),
+            halves=int(2 * steps),
+            every=self.every,
+            warmup=int(warmup),
+            keeps_start=self.penalty_function.target == "start",
+        )
         self._attachment: Attachment | None = None
-        self._bundles: list[tuple[Bundle, list[int], int]] = []
-        self._layout: Any = None
-        self._gathered: list[str] = []
 
     @property
     def strength(self) -> float | int | Mapping[str, float | int]:
@@ -124,7 +123,7 @@ class SpectralNormRegularizer:
         """
         if self.decoupled:
             raise RuntimeError("decoupled=True acts on the weights with the optimizer's learning rate: use attach().")
-        for bundle, weights in self._advance():
+        for bundle, weights in self._engine.step():
             bundle.add_gradient(self.penalty_function, weights, bundle.strength(*self._lambda))
 
     def penalty(self) -> Float[Tensor, ""]:
@@ -143,9 +142,9 @@ class SpectralNormRegularizer:
         share = 1 / self.every if looking else 1.0
         terms = [
             bundle.value(self.penalty_function, weights, share * bundle.strength(*self._lambda))
-            for bundle, weights in (self._trained() if looking else self._advance(effective=True))
+            for bundle, weights in (self._engine.trained() if looking else self._engine.step(effective=True))
         ]
-        device = terms[0].device if terms else next(iter(self._memories.values())).sigma.device
+        device = terms[0].device if terms else self.weights[0].tensor.device
         return torch.stack([t.to(device) for t in terms]).sum() if terms else torch.zeros((), device=device)
 
     def attach(self, *optimizers: Any) -> "SpectralNormRegularizer":
@@ -166,14 +165,14 @@ class SpectralNormRegularizer:
             )
         refuse_computed(self.weights)
         self._attachment = Attachment(optimizers, self.weights, self._before_step)
-        self._layout = None
+        self._engine.lanes = self._attachment.lanes
         return self
 
     def detach(self) -> None:
         """Undo ``attach``; nothing happens if it is not attached."""
         if self._attachment is not None:
             self._attachment.remove()
-        self._attachment, self._layout = None, None
+        self._attachment, self._engine.lanes = None, {}
 
     def sigma(self) -> dict[str, Tensor]:
         """The spectral norm of each weight as of the last step, by name; of several blocks the largest.
@@ -181,8 +180,8 @@ class SpectralNormRegularizer:
         Estimates from below, in the units of the weight; before the first step the warmup is done.
         """
         with torch.no_grad():
-            self._arrange()
-        return {name: m.sigma.max().clone() for name, m in self._memories.items()}
+            self._engine.arrange()
+        return {name: m.sigma.max().clone() for name, m in self._engine.memories.items()}
 
     def check_ranks(self, group: Any = None) -> None:
         """Compare the vectors of all ranks of ``group`` (the default one if None); every rank has to call it.
@@ -193,7 +192,7 @@ class SpectralNormRegularizer:
         from spectreg.sharded import check_ranks
 
         self.sigma()
-        check_ranks({name: m.v for name, m in self._memories.items()}, group)
+        check_ranks({name: m.v for name, m in self._engine.memories.items()}, group)
 
     @torch.no_grad()
     def residual(self) -> dict[str, Tensor]:
@@ -201,7 +200,7 @@ class SpectralNormRegularizer:
 
         In the units of the weight; the largest over blocks. Costs as much as a step and changes nothing.
         """
-        return self._look(lambda bundle, weights: bundle.triplets.residuals(weights))
+        return self._engine.look(lambda bundle, weights: bundle.triplets.residuals(weights))
 
     @torch.no_grad()
     def stable_rank(self) -> dict[str, Tensor]:
@@ -209,7 +208,7 @@ class SpectralNormRegularizer:
 
         Costs a read of every weight. NaN for ``map="operator"``, whose Frobenius norm depends on the position.
         """
-        return self._look(lambda bundle, weights: bundle.triplets.stable_ranks(weights))
+        return self._engine.look(lambda bundle, weights: bundle.triplets.stable_ranks(weights))
 
     def summary(self) -> str:
         """A table of what is regularized and how it stands; reads its numbers back to the host.
@@ -224,7 +223,7 @@ class SpectralNormRegularizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Its vectors by the name of the weight, alike on every rank. Safe to save; nothing of the model is in it."""
-        return {"version": VERSION, "vectors": {name: m.saved() for name, m in self._memories.items()}}
+        return {"version": VERSION, "vectors": self._engine.save()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``, exactly.
@@ -236,97 +235,27 @@ class SpectralNormRegularizer:
         version = state.get("version") if isinstance(state, Mapping) else None
         if version != VERSION:
             raise ValueError(f"this state has format version {version!r}; {VERSION} is understood.")
-        vectors = state.get("vectors", {})
-        check_same_weights(self._memories, vectors)
-        for name, m in self._memories.items():
-            m.load(vectors[name])
-        self._layout = None
+        self._engine.load(state.get("vectors", {}))
 
     def __repr__(self) -> str:
-        blocks = sum(m.sigma.shape[0] for m in self._memories.values())
+        blocks = sum(w.map.blocks for w in self.weights)
         return (
             f"SpectralNormRegularizer({len(self.weights)} weights with {blocks} blocks, strength={self.strength}, "
-            f"penalty={self.penalty_function}, steps={self.halves / 2:g}, every={self.every}"
+            f"penalty={self.penalty_function}, steps={self._engine.halves / 2:g}, every={self.every}"
             f"{', decoupled' if self.decoupled else ''}{', attached' if self._attachment else ''})"
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        passing = ("_attachment", "_bundles", "_layout", "_memories")
-        kept = {name: value for name, value in self.__dict__.items() if name not in passing}
-        return kept | {"memory": self.state_dict()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        memory = state.pop("memory")
-        self.__dict__.update(state, _attachment=None, _bundles=[], _layout=None)
-        self._memories = {w.name: Memory.first(w, self.k, torch.Generator()) for w in self.weights}
-        self.load_state_dict(memory)
+        return self.__dict__ | {"_attachment": None}
 
     @property
     def _lambda(self) -> tuple[dict[str, float], int]:
         return self._strengths, self._strength_version
 
-    def _advance(self, lane: int | None = None, effective: bool = False) -> Iterator[tuple[Bundle, list[Tensor]]]:
-        """Step the trainable bundles of ``lane`` (all if None) whose turn it is, and hand them out."""
-        bundles = self._trained(lane)
-        if not effective:
-            refuse_computed(self.weights)
-            refuse_gathered(self._gathered)
-        for bundle, weights in bundles:
-            calls = bundle.memories[0].calls
-            for m in bundle.memories:
-                m.calls += 1
-            if calls % self.every == 0:
-                from_u = calls // self.every * self.halves % 2 == 1
-                with torch.no_grad():
-                    bundle.triplets.advance(weights, self.halves, from_u)
-                yield bundle, weights
-
-    def _trained(self, lane: int | None = None) -> list[tuple[Bundle, list[Tensor]]]:
-        """The bundles of ``lane`` (all if None) whose weights are not frozen."""
-        return [(b, weights) for b, weights, key in self._arrange() if weights[0].requires_grad and lane in (None, key)]
-
-    def _arrange(self) -> list[tuple[Bundle, list[Tensor], int]]:
-        """The bundles with their weights as they are now; made anew when a weight has moved or was frozen."""
-        weights = [m.weight.tensor for m in self._memories.values()]
-        lanes = self._attachment.lanes if self._attachment else {}
-        layout = [layout_of(W) for W in weights], lanes
-        if layout != self._layout:
-            refuse_unfit(self.weights, weights)
-            sharded = {w.name for w, W in zip(self.weights, weights, strict=True) if is_sharded(W)}
-            self._gathered, self._sharded = sorted(self._sharded - sharded), self._sharded | sharded
-            with torch.inference_mode(False):  # validation loops may be the first to ask for σ
-                self._regroup(lanes, weights)
-                self._layout = layout
-                self._warm_up(weights)
-        return [(b, [weights[i] for i in members], lane) for b, members, lane in self._bundles]
-
-    def _regroup(self, lanes: Mapping[str, int], weights: Sequence[Tensor]) -> None:
-        """Bundle the weights that are alike in all that a step needs to be the same."""
-        groups: dict[Any, list[int]] = {}
-        for i, (key, (name, m)) in enumerate(zip(alike(weights), self._memories.items(), strict=True)):
-            groups.setdefault((lanes.get(name, 0), *key, m.sigma.shape[1], m.calls), []).append(i)
-        memories = list(self._memories.values())
-        self._bundles = [
-            (Bundle([memories[i] for i in members], [weights[i] for i in members]), members, key[0])
-            for key, members in groups.items()
-        ]
-
-    @torch.no_grad()
-    def _warm_up(self, weights: Sequence[Tensor]) -> None:
-        """Bring vectors that were never stepped near the top singular pair; at least half a step, for a first σ."""
-        for bundle, members, _ in self._bundles:
-            if not any(m.calls or m.warm for m in bundle.memories):
-                mine = [weights[i] for i in members]
-                bundle.triplets.advance(mine, 1)  # by itself: a whole step wants to know about how large σ is
-                bundle.triplets.advance(mine, max(2 * self.warmup - 1, 0), from_u=True)
-                for m in bundle.memories:
-                    m.warm = True
-                    m.start = m.sigma.clone() if self.penalty_function.target == "start" else None
-
     @torch.no_grad()
     def _before_step(self, lane: int, rates: Mapping[int, Any], factor: Tensor | float, keep: Tensor | float) -> None:
         """Called by the attachment: with learning rates by parameter, the gradients' scale, and 0 to skip the step."""
-        for bundle, weights in self._advance(lane):
+        for bundle, weights in self._engine.step(lane):
             refuse_strangers(bundle.memories, weights, rates)
             if self.decoupled:
                 strength = bundle.strength(*self._lambda) * keep
@@ -334,11 +263,3 @@ class SpectralNormRegularizer:
             else:
                 strength = bundle.strength(*self._lambda) * (factor * keep)
                 bundle.add_gradient(self.penalty_function, weights, strength)
-
-    def _look(self, at: Callable[[Bundle, list[Tensor]], list[Tensor]]) -> dict[str, Tensor]:
-        found = {}
-        for bundle, weights, _ in self._arrange():
-            with full_precision(bundle.triplets.u):
-                values = at(bundle, weights)
-            found.update({m.weight.name: x for m, x in zip(bundle.memories, values, strict=True)})
-        return {name: found[name] for name in self._memories}
