@@ -41,8 +41,8 @@ def exhibit(study: StudyRecord, values: pd.DataFrame) -> Exhibit:
         panels=drawing.drawn(panels),
         dashes=labels.dashes(study),
         notes=[
-            "σ of the matrix that is regularized, by SVD. Mean over seeds, ± one standard deviation; metrics.jsonl of a "
-            "run has σ of every weight."
+            "σ of the matrix that is regularized, by SVD. Mean over seeds, ± one standard deviation; metrics.jsonl of "
+            "a run has σ of every weight."
         ],
         missing="" if drawing.drawn(panels) else "no run has recorded σ yet: `spectreg reproduce` does in every epoch",
     )
