@@ -1,6 +1,7 @@
 """The paper's claims, on studies in which it is known whether they hold."""
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,14 +199,20 @@ def test_runs_that_all_differ_by_the_same_amount_decide_nothing_but_a_training_a
 
 
 def test_the_visible_line_of_a_claim_has_its_worst_comparison_with_interval_and_n(tmp_path: Path) -> None:
-    shown = all_exhibits(tmp_path / "s", curve=as_the_paper_says)
-    (counts,) = (v.counts for v in shown["verdicts"].verdicts if v.sentence.startswith("Large batch"))
-    decay = shown["verdicts"].frame.query("claim.str.startswith('Large batch') and comparison.str.contains('decay')")
-    low = f"{decay.low.item():+.3g}"
-    assert counts.startswith("held 3 · mean +0.")
-    assert "worst: vgg on digits, spectral − " in counts
-    assert counts.endswith(", n = 3")
-    assert f"[{low}, " in str(shown["verdicts"].verdicts[1].table.rows[1][2].text)
+    shown = all_exhibits(tmp_path / "s", curve=as_the_paper_says)["verdicts"]
+    (verdict,) = (verdict for verdict in shown.verdicts if verdict.sentence.startswith("Large batch"))
+    rows = shown.frame[shown.frame.claim == verdict.sentence].reset_index()
+    _, what, difference, _ = verdict.table.rows[rows.p.idxmax()]
+    assert verdict.counts.startswith("held 3 · mean +0.")
+    assert verdict.counts.endswith(f"· worst: vgg on digits, {what.text}: {difference.text}")
+    assert re.search(r"\[\+0\.\d+, \+0\.\d+\], n = 3$", difference.text)
+
+
+def test_the_worst_comparison_is_the_one_with_most_evidence_against_the_claim() -> None:
+    clear, unclear = Difference(-0.1, -0.11, -0.09, 0.001, 3), Difference(-9.0, -90.0, 72.0, 0.6, 3)
+    found = [claims.Comparison("vgg", what, d) for what, d in (("up", UP), ("unclear", unclear), ("clear", clear))]
+    assert claims.worst(found).what == "clear"
+    assert claims.worst(found[:2]).what == "unclear"
 
 
 def test_the_setting_that_stands_for_the_densenet_on_stl_10_is_left_out_of_the_claims_that_except_it(

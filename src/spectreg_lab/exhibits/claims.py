@@ -16,7 +16,9 @@ from spectreg_lab.exhibits.paired import Difference, interval, paired
 
 BASELINES = ("vanilla", "decay", "adversarial")
 METHODS = (*BASELINES, "spectral")
-STL10 = "densenet22/stl10"  # "except for the DenseNet model on the STL-10 dataset", Section 4.1; left out of 4.2, too
+# "except for the DenseNet model on the STL-10 dataset", Section 4.1; and Appendix B names VGGNet and NIN alone where
+# the gradient norm on training data does not predict the gap.
+STL10 = "densenet22/stl10"
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def fits(numbers: Numbers) -> Iterator[Comparison]:
 
 
 def rank_correlation(rows: pd.DataFrame, column: str, other: str = "gap") -> float:
-    """Spearman's correlation of ``column`` with the gap; NaN below three points or where either is constant."""
+    """Spearman's correlation of ``column`` with ``other``; NaN below three points or where either is constant."""
     known = rows[[other, column]].astype(float).replace([np.inf, -np.inf], np.nan).dropna()
     if len(known) < 3 or known.nunique().min() < 2:
         return math.nan

@@ -141,10 +141,11 @@ CLAIMS = (
 
 
 def judge(differences: list[Difference]) -> list[str]:
-    """Of each comparison of a claim whether it held: yes where its 95 % interval lies above zero, no where p of the
-    opposite is below 5 % after Holm's correction for all comparisons of the claim, and else it is not decided.
+    """What became of each comparison of a claim.
 
-    One comparison that failed refutes a claim, so many get many chances to by accident; all must hold for it to hold.
+    It held where its 95 % interval lies above zero; it did not where its mean is negative with p below 5 % after Holm's
+    correction for all comparisons of the claim; otherwise it is not decided. Only that side is corrected: a single
+    failure refutes a claim, so many comparisons are many chances of one by accident, whereas all must hold.
     """
     opposite = holm({i: found.p if found.mean < 0 else 1.0 for i, found in enumerate(differences) if found.n > 1})
     return [
