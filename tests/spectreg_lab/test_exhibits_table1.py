@@ -102,9 +102,10 @@ def test_differences_without_spread_have_no_interval_unless_their_bound_was_reac
     values = pd.Series([0.1, 0.1, math.inf, math.nan])
     alike = interval(values)
     assert (str(alike), math.isnan(alike.low), math.isnan(alike.p)) == ("+0.1 in each of 2 seeds", True, True)
-    reached = interval(values, bounded=True)
+    assert math.isnan(interval(values, (-1, 1)).low)
+    reached = interval(values, (-1, 0.1))
     assert (str(reached), reached.low, reached.high, reached.p) == ("+0.1 in each of 2 seeds", 0.1, 0.1, 0.0)
-    assert interval(pd.Series([0.0, 0.0])).p == interval(pd.Series([0.0, 0.0]), bounded=True).p == 1.0
+    assert interval(pd.Series([0.0, 0.0])).p == 1.0
 
 
 def test_differences_by_rounding_alone_are_no_differences() -> None:

@@ -136,7 +136,7 @@ def fits(numbers: Numbers) -> Iterator[Comparison]:
         for regime in numbers.regimes:
             for method in METHODS:
                 over = numbers.of(setting, regime, method, "train_accuracy") - ENOUGH
-                yield Comparison(setting, f"{method} − {ENOUGH}, {regime} batch", interval(over, bounded=True))
+                yield Comparison(setting, f"{method} − {ENOUGH}, {regime} batch", interval(over, (-ENOUGH, 1 - ENOUGH)))
 
 
 def rank_correlation(rows: pd.DataFrame, column: str, other: str = "gap") -> float:
@@ -162,14 +162,15 @@ def rises(column: str, along: str = "gap", less: str | None = None, sign: int = 
     """
 
     def compare(numbers: Numbers) -> Iterator[Comparison]:
-        found = sign * _through_training(numbers, column, along)
+        found, most = sign * _through_training(numbers, column, along), 1
         if less is not None:
+            most = 2
             found = found - _through_training(numbers, less, along)
         known = found.dropna().reset_index()
         for setting in numbers.settings:
             for regime in numbers.regimes:
                 by_seed = select(known, setting=setting, regime=regime).groupby("seed").value.mean()
-                yield Comparison(setting, f"correlation, {regime} batch", interval(by_seed, bounded=True))
+                yield Comparison(setting, f"correlation, {regime} batch", interval(by_seed, (-most, most)))
 
     return compare
 

@@ -42,12 +42,12 @@ class Difference:
         return 0.0 if math.isnan(self.p) else math.copysign(1 - self.p, self.mean)
 
 
-def interval(differences: pd.Series, bounded: bool = False) -> Difference:
+def interval(differences: pd.Series, bounds: tuple[float, float] = (-math.inf, math.inf)) -> Difference:
     """Student's 95 % interval for the mean of ``differences``, one a seed; values that are not finite are left out.
 
     Args:
-        bounded: The values have a bound that runs do reach, such as an accuracy or a rank correlation of 1: that all
-            are alike is then an outcome, its interval has no width, and ``p`` is 0 unless they are zero.
+        bounds: The least and the most that a value can be. Where all are at one of these, as accuracies of 1 and rank
+            correlations of 1 are, that is an outcome: the interval has no width, and ``p`` is 0.
 
     >>> str(interval(pd.Series([0.01, 0.02, 0.03])))
     '+0.02 [−0.00484, +0.0448], n = 3'
@@ -55,8 +55,8 @@ def interval(differences: pd.Series, bounded: bool = False) -> Difference:
     '+0.01 (n = 1)'
     >>> str(interval(pd.Series([0.01, 0.01])))
     '+0.01 in each of 2 seeds'
-    >>> interval(pd.Series([0.01, 0.01])).low, interval(pd.Series([0.01, 0.01]), bounded=True).low
-    (nan, 0.01)
+    >>> interval(pd.Series([1.0, 1.0])).low, interval(pd.Series([1.0, 1.0]), (-1, 1)).low
+    (nan, 1.0)
     """
     values = differences.astype(float).to_numpy()
     values = values[np.isfinite(values)]
@@ -66,11 +66,12 @@ def interval(differences: pd.Series, bounded: bool = False) -> Difference:
     if n < 2:
         return Difference(mean, math.nan, math.nan, math.nan, n)
     if np.ptp(values) < ROUNDING:
-        bound, p = (mean, 0.0) if bounded else (math.nan, math.nan)
+        reached = any(math.isclose(mean, bound) for bound in bounds)
+        bound, p = (mean, 0.0) if reached else (math.nan, math.nan)
         return Difference(mean, bound, bound, 1.0 if mean == 0 else p, n)
     test = stats.ttest_rel(values, np.zeros(n))
-    bounds = test.confidence_interval(0.95)
-    return Difference(mean, float(bounds.low), float(bounds.high), float(test.pvalue), n)
+    found = test.confidence_interval(0.95)
+    return Difference(mean, float(found.low), float(found.high), float(test.pvalue), n)
 
 
 def paired(first: pd.Series, second: pd.Series) -> Difference:

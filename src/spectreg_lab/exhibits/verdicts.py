@@ -242,8 +242,9 @@ def exhibit(study: StudyRecord, numbers: Numbers, table: pd.DataFrame) -> Exhibi
             "A comparison is a difference paired over the seeds that both sides have; positive is what the paper says. "
             "It held where Student's 95 % interval lies above zero, did not where p of the opposite is below 5 % after "
             "Holm's correction for the comparisons of the claim, and is not decided otherwise, with fewer than two "
-            "seeds, or where all seeds differ by the very same amount. A claim held where all its comparisons did, and "
-            "did not where any did not. The worst comparison is the one with most evidence against the claim.",
+            "seeds, or where all seeds differ by the very same amount short of a bound. A claim held where "
+            "all its comparisons did, and did not where any did not. The "
+            "worst comparison is the one with most evidence against the claim.",
             "Sections 4.2 to 4.4 speak of the DenseNet on CIFAR-100; the claims are judged in every setting.",
             f"The correlations of Section 4.2 rest on the epochs that are measured, {_measured_epochs(numbers)} a run.",
             "Differences of spectra are of logarithms, mean over the weights of a network: of the largest singular "
