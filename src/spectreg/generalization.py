@@ -29,6 +29,8 @@ def common_threshold(test_curves: Iterable[Sequence[float]]) -> float:
 
     >>> common_threshold([[0.5, 0.883], [0.6, 0.88]])
     0.87
+    >>> common_threshold([[0.0], [0.5]])  # no curve exceeds zero by being zero
+    -0.01
     """
     best = [max(curve, default=math.nan) for curve in test_curves]
     if not best or any(math.isnan(value) for value in best):

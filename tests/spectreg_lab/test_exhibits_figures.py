@@ -34,7 +34,7 @@ def measures(regime: str, method: str, seed: int) -> dict[str, Any]:
     return {
         "spectra": {f"{name}.weight": [3.0, 2.0, 1.0] for name in "abcd"},
         "input_gradient": {"train": 0.1, "test": 0.2},
-        "hessian": {side: {"value": 3.0, "converged": True} for side in ("train", "test")},
+        "hessian": {side: {"value": 3.0, "residual": 0.25, "converged": True} for side in ("train", "test")},
         "jacobian": {"norms": [1.0, 2.0, 6.0], "bound": 50.0, "converged": seed != 1, "layers": LAYERS},
         "perturbation": dict.fromkeys(("random", "gradient", "pgd"), points),
     }
@@ -96,6 +96,29 @@ def test_values_that_are_null_or_missing_in_a_line_are_read_as_not_measured(tmp_
     )
     assert shown(folder)["figure3"].missing
     report.write(folder)
+
+
+def test_the_csv_of_figure_3_has_the_residual_of_every_eigenvalue_measured_after_training(tmp_path: Path) -> None:
+    frame = shown(folders.write_study(tmp_path / "s", line=line, measures=measures))["figure3"].frame
+    ends = frame[frame.epoch == frame.epoch.max()]
+    assert set(ends.hessian_train_residual) == set(ends.hessian_test_residual) == {0.25}
+    assert frame[frame.epoch == 1].hessian_test_residual.isna().all()
+
+
+def test_the_correlations_with_the_gap_are_shown_by_setting_with_their_n(tmp_path: Path) -> None:
+    gap = {"vanilla": 0.4, "decay": 0.3, "adversarial": 0.2, "spectral": 0.1}
+
+    def measured(regime: str, method: str, seed: int) -> dict[str, Any]:
+        own = gap[method]
+        return {"input_gradient": {"train": 1.0, "test": own}, "hessian": {"train": {"value": -own}, "test": None}}
+
+    found = shown(
+        folders.write_study(tmp_path / "s", lambda regime, method, seed: [(1.0, 1 - gap[method])], measures=measured)
+    )["correlations"]
+    cells = found.tables[0].rows[0][1:]
+    assert [cell.text for cell in cells] == ["1.00 ± 0.00", "–", "–", "−1.00 ± 0.00"]
+    assert cells[0].small == ["n = 3 seeds of 8 runs"]
+    assert set(found.frame.seed) == {0, 1, 2}
 
 
 def test_the_cost_is_relative_to_vanilla_with_the_same_seed(tmp_path: Path) -> None:

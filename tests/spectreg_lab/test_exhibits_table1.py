@@ -11,7 +11,7 @@ from scipy import stats
 
 from spectreg_lab import store
 from spectreg_lab.config import Data
-from spectreg_lab.exhibits import frames, gap, labels, paper, table1
+from spectreg_lab.exhibits import frames, labels, paper, table1
 from spectreg_lab.exhibits.paired import holm, interval, paired
 
 
@@ -27,17 +27,17 @@ def row(table: pd.DataFrame, **point: str) -> pd.Series:
     return found.iloc[0]
 
 
-def test_the_gap_at_a_threshold_is_the_least_one_over_the_epochs_above_it_and_not_over_the_others() -> None:
-    curve = pd.DataFrame({"test_accuracy": [0.50, 0.71, 0.69, 0.72], "gap": [0.01, 0.09, 0.02, 0.11]})
-    assert gap.gap_at(curve, 0.70) == 0.09
-    assert gap.gap_at(curve, 0.40) == 0.01
-    assert gap.gap_at(curve, 0.72) is None
+@pytest.mark.parametrize(("lowest", "alpha"), [(0.884, 0.88), (0.88, 0.87), (0.004, 0.0), (1.0, 0.99), (0.0, -0.01)])
+def test_the_gap_in_table_1_is_the_least_above_the_largest_hundredth_that_the_worst_run_exceeds(
+    tmp_path: Path, lowest: float, alpha: float
+) -> None:
+    def curve(regime: str, method: str, seed: int) -> list[tuple[float, float]]:
+        return [(0.2, -0.02), (1.0, lowest if (method, seed) == ("decay", 1) else 1.0), (0.9, lowest - 0.02)]
 
-
-@pytest.mark.parametrize(("lowest", "alpha"), [(0.884, 0.88), (0.88, 0.87), (0.8801, 0.88), (0.004, 0.0), (1.0, 0.99)])
-def test_the_threshold_is_the_largest_hundredth_that_the_worst_run_exceeds(lowest: float, alpha: float) -> None:
-    curves = pd.DataFrame({"method": ["a", "a", "b"], "seed": [0, 0, 0], "test_accuracy": [0.0, lowest, 1.0]})
-    assert gap.threshold(curves) == alpha
+    _, _, values = build(folders.write_study(tmp_path / "s", curve))
+    assert set(values.alpha) == {alpha}
+    (gap,) = frames.select(values, regime="small", method="decay", seed=1).generalization_gap
+    assert gap == 1.0 - lowest
 
 
 def test_a_threshold_of_the_study_that_no_epoch_exceeds_is_shown_as_never_reached(tmp_path: Path) -> None:
@@ -98,17 +98,27 @@ def test_one_seed_gives_a_difference_without_interval_and_none_gives_neither() -
     assert (none.n, math.isnan(none.mean)) == (0, True)
 
 
-def test_differences_without_spread_have_an_interval_of_no_width_and_values_not_finite_are_left_out() -> None:
-    alike = interval(pd.Series([0.1, 0.1, math.inf, math.nan]))
-    assert (alike.low, alike.high, alike.n, math.isnan(alike.p)) == (0.1, 0.1, 2, True)
+def test_differences_without_spread_have_no_interval_unless_their_bound_was_reached() -> None:
+    values = pd.Series([0.1, 0.1, math.inf, math.nan])
+    alike = interval(values)
+    assert (str(alike), math.isnan(alike.low), math.isnan(alike.p)) == ("+0.1 in each of 2 seeds", True, True)
+    assert math.isnan(interval(values, (-1, 1)).low)
+    reached = interval(values, (-1, 0.1))
+    assert (str(reached), reached.low, reached.high, reached.p) == ("+0.1 in each of 2 seeds", 0.1, 0.1, 0.0)
     assert interval(pd.Series([0.0, 0.0])).p == 1.0
 
 
 def test_differences_by_rounding_alone_are_no_differences() -> None:
     noise = interval(pd.Series([0.3 - 0.1 - 0.2, 0.0, 1e-17]))
-    assert (noise.mean, noise.low, noise.high, noise.p) == (0.0, 0.0, 0.0, 1.0)
+    assert (noise.mean, math.isnan(noise.low), noise.p) == (0.0, True, 1.0)
     shared = interval(pd.Series([0.3 - 0.1, 0.2, 0.5 - 0.3]))
     assert math.isnan(shared.p)
+
+
+def test_the_evidence_of_a_difference_is_one_minus_p_with_its_sign() -> None:
+    up, down = interval(pd.Series([0.1, 0.2, 0.4])), interval(pd.Series([-0.1, -0.2, -0.4]))
+    assert up.evidence == -down.evidence == 1 - up.p
+    assert interval(pd.Series([0.1])).evidence == 0.0
 
 
 def test_holm_multiplies_by_the_number_of_hypotheses_left_and_never_falls() -> None:

@@ -7,6 +7,7 @@ import folders
 import pytest
 
 from spectreg_lab import report, store
+from spectreg_lab.exhibits import provenance
 
 
 def text(page: Path) -> str:
@@ -57,6 +58,21 @@ def test_the_foot_has_command_commit_versions_and_seeds_and_differing_versions_a
         "The runs differ in: torch",
     ):
         assert said in words
+
+
+def test_the_foot_has_epochs_learning_rates_strengths_and_the_rule_for_alpha(tmp_path: Path) -> None:
+    case = {"model": {}, "data": {}, "epochs": 70, "learning_rate": {"small": 0.03, "large": 0.1}}
+    settings = {"deep": case, "vgg": {"model": {}, "data": {}, "alpha": {"small": 0.7}}}
+    folder = folders.write_study(tmp_path / "s", settings=settings)
+    described = store.read_json(folder / store.STUDY)
+    described["study"]["methods"]["adversarial"] = {"name": "adversarial", "epsilon": 0.3, "alpha": 0.5}
+    store.write_json(folder / store.STUDY, described)
+    foot = dict(provenance.foot(store.read_study(folder)))
+    assert foot["epochs"] == "deep: 70; vgg: 2"
+    assert foot["learning rates"] == "deep: 0.03 (small batch), 0.1 (large batch); vgg: not recorded"
+    assert foot["methods"] == "vanilla; decay; adversarial: epsilon 0.3, alpha 0.5; spectral"
+    assert foot["α of the gap"].startswith("deep: the largest multiple of 0.01 that every finished run")
+    assert foot["α of the gap"].endswith("; vgg: 0.7 (small batch)")
 
 
 def test_the_files_of_two_reports_of_one_study_are_the_same_but_for_the_hour(tmp_path: Path) -> None:

@@ -90,6 +90,17 @@ def test_every_study_that_is_shipped_can_be_read(path):
     assert read_study(path).points()
 
 
+def test_the_papers_study_has_its_regimes_learning_rates_and_thresholds():
+    study = read_study(next(path for path in SHIPPED if path.stem == "paper"))
+    assert [regime.batch_size for regime in study.regimes.values()] == [64, 4096]
+    assert {case.paper: (*case.learning_rate.values(), *case.alpha.values()) for case in study.settings.values()} == {
+        "vgg/cifar10": (0.01, 0.1, 0.88, 0.85),
+        "nin/cifar100": (0.1, 1.0, 0.62, 0.59),
+        "densenet40/cifar100": (0.1, 1.0, 0.67, 0.63),
+        "densenet22/stl10": (0.01, 0.1, 0.70, 0.67),
+    }
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

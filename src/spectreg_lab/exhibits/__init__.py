@@ -2,6 +2,7 @@
 
 from spectreg_lab.exhibits import (
     claims,
+    correlations,
     cost,
     curvature,
     curves,
@@ -35,6 +36,7 @@ def exhibits(study: StudyRecord) -> list[Exhibit]:
         curves.exhibit(study, epochs),
         sensitivity.exhibit(study, epochs, points),
         curvature.exhibit(study, epochs, points),
+        correlations.exhibit(study, correlations.values(study, points)),
         spectra.exhibit(study, singular),
         sigma.exhibit(study, sigma.values(study)),
         perturbation.exhibit(study, perturbation.values(study)),

@@ -11,7 +11,8 @@ from spectreg_lab.store import RunRecord, StudyRecord
 POINT = ["setting", "regime", "method", "seed"]
 SIDES = ("train", "test")
 METRICS = ["train_loss", "train_accuracy", "test_loss", "test_accuracy", "objective", "learning_rate", "seconds"]
-MEASURED = [f"{measure}_{side}" for measure in ("input_gradient", "hessian") for side in SIDES]
+RESIDUALS = [f"hessian_{side}_residual" for side in SIDES]
+MEASURED = [*(f"{measure}_{side}" for measure in ("input_gradient", "hessian") for side in SIDES), *RESIDUALS]
 
 
 def number(value: Any) -> float:
@@ -29,10 +30,13 @@ def regimes(study: StudyRecord) -> Iterator[tuple[str, str]]:
 
 
 def measured(found: dict[str, Any]) -> dict[str, float]:
-    """Gradient norms and Hessian eigenvalues of a metrics line or of a run's measures, NaN where not measured."""
+    """Gradient norms, Hessian eigenvalues and their residuals in a metrics line or a run's measures, else NaN."""
     gradient, hessian = found.get("input_gradient") or {}, found.get("hessian") or {}
     values = {f"input_gradient_{side}": number(gradient.get(side)) for side in SIDES}
-    return values | {f"hessian_{side}": number((hessian.get(side) or {}).get("value")) for side in SIDES}
+    names = {"value": "hessian_{}", "residual": "hessian_{}_residual"}
+    return values | {
+        name.format(side): number((hessian.get(side) or {}).get(key)) for key, name in names.items() for side in SIDES
+    }
 
 
 def epochs(study: StudyRecord) -> pd.DataFrame:

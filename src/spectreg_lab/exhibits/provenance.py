@@ -1,5 +1,7 @@
 """Where the numbers come from: command, versions, machine, seeds and data."""
 
+from typing import Any
+
 from spectreg_lab.exhibits import labels
 from spectreg_lab.store import StudyRecord
 
@@ -31,6 +33,33 @@ def _data(study: StudyRecord, setting: str) -> str:
     return ", ".join([labels.data(study, setting), *kept, *counts])
 
 
+def _by_regime(values: dict[str, Any]) -> str:
+    return ", ".join(f"{value} ({regime} batch)" for regime, value in values.items())
+
+
+def _settings(study: StudyRecord) -> list[tuple[str, str]]:
+    """What the paper leaves open or a search chose: epochs, learning rates, strengths, and the rule for α."""
+    described = study.study
+    cases, methods = described["settings"], described["methods"]
+    epochs = {name: case.get("epochs") or described["epochs"] for name, case in cases.items()}
+    rates = {name: _by_regime(case.get("learning_rate") or {}) for name, case in cases.items()}
+    strengths = {
+        name: ", ".join(f"{field} {value}" for field, value in method.items() if field != "name")
+        for name, method in methods.items()
+    }
+    alphas = {name: _by_regime(case.get("alpha") or {}) for name, case in cases.items()}
+    rule = "the largest multiple of 0.01 that every finished run of a row of Table 1 exceeds"
+    return [
+        ("epochs", "; ".join(f"{name}: {count}" for name, count in epochs.items())),
+        ("learning rates", "; ".join(f"{name}: {rate or 'not recorded'}" for name, rate in rates.items())),
+        ("methods", "; ".join(f"{name}: {fields}" if fields else name for name, fields in strengths.items())),
+        (
+            "α of the gap",
+            "; ".join(f"{name}: {own or rule}" for name, own in alphas.items()) if any(alphas.values()) else rule,
+        ),
+    ]
+
+
 def foot(study: StudyRecord) -> list[tuple[str, str]]:
     """Name and value of everything that a reader needs to run the study again."""
     described = study.study
@@ -39,6 +68,7 @@ def foot(study: StudyRecord) -> list[tuple[str, str]]:
         ("command", described.get("command") or "not recorded"),
         ("seeds", ", ".join(str(seed) for seed in sorted({run.seed for run in study.runs})) or "none"),
         ("data", "; ".join(f"{name}: {_data(study, name)}" for name in described["settings"])),
+        *_settings(study),
     ]
     for name, values in versions(study).items():
         if name == "started":

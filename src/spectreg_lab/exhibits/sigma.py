@@ -27,7 +27,7 @@ def values(study: StudyRecord) -> pd.DataFrame:
 
 
 def exhibit(study: StudyRecord, values: pd.DataFrame) -> Exhibit:
-    """σ as the power iteration saw it after every epoch, mean over seeds."""
+    """The true σ (of an SVD) after every epoch, mean over seeds."""
     panels = [
         Panel(setting, title, "epoch", "σ", drawing.by_regime(study, select(values, setting=setting), "epoch", column))
         for setting in study.study["settings"]
@@ -40,6 +40,9 @@ def exhibit(study: StudyRecord, values: pd.DataFrame) -> Exhibit:
         frame=values,
         panels=drawing.drawn(panels),
         dashes=labels.dashes(study),
-        notes=["Mean over seeds, ± one standard deviation; metrics.jsonl of a run has σ of every weight."],
+        notes=[
+            "σ of the matrix that is regularized, by SVD. Mean over seeds, ± one standard deviation; metrics.jsonl of "
+            "a run has σ of every weight."
+        ],
         missing="" if drawing.drawn(panels) else "no run has recorded σ yet: `spectreg reproduce` does in every epoch",
     )
