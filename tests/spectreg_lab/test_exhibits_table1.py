@@ -199,7 +199,7 @@ def test_the_settings_of_the_papers_study_are_the_papers() -> None:
     [
         ({"learning_rate": 0.1}, "learning rate"),
         ({"epochs": 2}, "epochs"),
-        ({"method": {"name": "decay", "strength": 1e-3}}, "strength of decay"),
+        ({"method": {"name": "decay", "strength": 1e-3}}, "strength"),
         ({"batch_size": 63}, "batch size"),
         ({"data": {"name": "cifar10", "augmentation": {"pad": 4, "flip": True}}}, "augmentation"),
     ],

@@ -95,7 +95,7 @@ def differences(config: dict[str, Any], model: str, dataset: str, batch_size: in
         "batch size": config["batch_size"] == batch_size,
         "learning rate": config["learning_rate"] == rate,
         "epochs": config["epochs"] == EPOCHS,
-        f"strength of {method}": config["method"] == METHODS[method].model_dump(mode="json"),
+        "strength": config["method"] == METHODS[method].model_dump(mode="json"),
     }
     return tuple(name for name, alike in same.items() if not alike)
 
