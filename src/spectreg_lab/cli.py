@@ -51,8 +51,10 @@ def reproduce(
     processes: Processes = None,
     threads: Threads = None,
     accelerator: Annotated[str, typer.Option(help="cpu, cuda, mps or auto")] = "auto",
-    devices: Annotated[int, typer.Option(min=1, help="of one run: its batches are shared out among them")] = 1,
-    nodes: Annotated[int, typer.Option(min=1, help="machines of one run")] = 1,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="of one run: its batches are shared out among them [default: 1]")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="machines of one run [default: 1]")] = None,
     precision: Annotated[
         str | None, typer.Option(help="32-true, bf16-mixed or 64-true, instead of the study's")
     ] = None,
@@ -64,7 +66,8 @@ def reproduce(
 
     only = Selection(setting, regime, method, seed)
     if dry_run:
-        _plan(study, only)
+        elsewhere = {"--accelerator": accelerator != "auto", "--devices": devices, "--nodes": nodes}
+        _plan(study, only, precision, elsewhere | {"--processes": processes, "--threads": threads})
         return
     folder, failed = _execute(study, out, processes, threads, only, accelerator, devices, nodes, precision)
     if is_first_process():
@@ -73,11 +76,16 @@ def reproduce(
         raise typer.Exit(1)
 
 
-def _plan(study: Path, only: "Selection") -> None:
+def _plan(study: Path, only: "Selection", precision: str | None, elsewhere: dict[str, int | None]) -> None:
     from spectreg_lab.plan import plan
     from spectreg_lab.studies import read_study
 
-    typer.echo(plan(read_study(study), only, lambda text: typer.echo(text, err=True)))
+    if given := [option for option, value in elsewhere.items() if value]:
+        raise CommandError(
+            f"--dry-run times one process of one thread on this CPU and cannot say what {', '.join(given)} would "
+            "change: leave that out"
+        )
+    typer.echo(plan(read_study(study, precision), only, lambda text: typer.echo(text, err=True)))
 
 
 @app.command(epilog="Example: `spectreg search studies/digits-search.toml`")
@@ -88,9 +96,12 @@ def search(
     threads: Threads = None,
 ) -> None:
     """Try a grid of learning rates and strengths on held-out training images, and say which to use."""
-    folder, _ = _execute(study, out, processes, threads)
-    from spectreg_lab.search import choose
+    from spectreg_lab.search import check, choose
     from spectreg_lab.store import SEARCH
+    from spectreg_lab.studies import read_study
+
+    check(read_study(study))
+    folder, _ = _execute(study, out, processes, threads)
 
     choice = choose(folder)
     typer.echo(f"learning rates\n{choice.rates.to_string(index=False)}\n")
@@ -105,27 +116,36 @@ def _execute(
     threads: int | None,
     only: "Selection | None" = None,
     accelerator: str = "auto",
-    devices: int = 1,
-    nodes: int = 1,
+    devices: int | None = None,
+    nodes: int | None = None,
     precision: str | None = None,
 ) -> tuple[Path, list[str]]:
     from spectreg_lab.display import StudyDisplay
     from spectreg_lab.execution import begin, execute, execute_together
-    from spectreg_lab.pool import Pool, several_devices
+    from spectreg_lab.pool import Pool, several_devices, shape
     from spectreg_lab.provenance import command, is_first_process
-    from spectreg_lab.search import gather
+    from spectreg_lab.search import gather, keep
     from spectreg_lab.studies import Selection, read_study
 
     content = read_study(study, precision)
     folder = out or Path("runs") / content.name
-    fabric = several_devices(accelerator, devices, nodes, content.training.precision)
-    with StudyDisplay(_console(quiet=not is_first_process())) as display:
+    searched = gather([study.parent / table for table in content.searched])
+    local, machines = shape(devices, nodes)
+    if local * machines == 1:
+        pool = Pool.for_machine(processes, threads, accelerator)
+    elif processes or threads:
+        raise CommandError(
+            f"--processes and --threads are for runs side by side, but each run is to have {local * machines} devices, "
+            "one run after the other: leave them out"
+        )
+    together = several_devices(accelerator, local, machines, content.training.precision)
+    with together as fabric, StudyDisplay(_console(quiet=not is_first_process())) as display:
         try:
             waiting = begin(content, folder, command(), display, only or Selection())
             if is_first_process():
-                gather([study.parent / table for table in content.searched], folder)
+                keep(searched, folder)
             if fabric is None:
-                execute(waiting, Pool.for_machine(processes, threads, accelerator), display)
+                execute(waiting, pool, display)
             else:
                 execute_together(waiting, fabric, display)
         except KeyboardInterrupt:
@@ -283,10 +303,11 @@ def main() -> None:
 def _is_users(error: Exception) -> bool:
     from spectreg_lab.data import DataError
     from spectreg_lab.execution import DiskFullError
+    from spectreg_lab.pool import DeviceError
     from spectreg_lab.store import RunError
     from spectreg_lab.studies import StudyError
 
-    return isinstance(error, CommandError | DataError | DiskFullError | OSError | RunError | StudyError)
+    return isinstance(error, CommandError | DataError | DeviceError | DiskFullError | OSError | RunError | StudyError)
 
 
 def _text(error: Exception) -> str:

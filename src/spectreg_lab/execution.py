@@ -1,6 +1,5 @@
 """A study, carried out: its runs in parallel, finished ones skipped, failed ones recorded."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +9,7 @@ from lightning_fabric import Fabric
 from spectreg_lab import data, models, store
 from spectreg_lab.pool import Event, Job, Pool
 from spectreg_lab.runs import run
-from spectreg_lab.studies import Point, Study, StudyError
+from spectreg_lab.studies import Point, Selection, Study, StudyError
 
 
 class Display(Protocol):
@@ -47,24 +46,28 @@ def check(study: Study, display: Display) -> None:
             raise StudyError(f"settings.{name}: {error}") from error
 
 
-def everything(point: Point) -> bool:
-    """Every run of a study."""
-    return True
+EVERYTHING = Selection()
 
 
 def begin(
-    study: Study, folder: Path, command: str, display: Display, only: Callable[[Point], bool] = everything
+    study: Study, folder: Path, command: str, display: Display, only: Selection = EVERYTHING
 ) -> dict[Path, Point]:
-    """Record the study in ``folder`` and return the runs that are not finished there, of those that ``only`` admits."""
-    points = study.points()
-    chosen = {store.run_folder(folder, point.config.name): point for point in points if only(point)}
-    if not chosen:
-        raise StudyError("no run of the study is of the settings, regimes, methods and seeds asked for")
-    store.begin_study(folder, study.model_dump(mode="json"), [point.label() for point in points], command)
+    """Record the study in ``folder`` and return the runs that are not finished there, of those that ``only`` means.
+
+    Nothing is written before it is known that the study can be carried out here.
+
+    Raises:
+        StudyError: `check` finds a fault, ``only`` names what the study does not have, or the folder is
+            another study's.
+    """
+    chosen = {store.run_folder(folder, point.config.name): point for point in only.of(study)}
+    if (other := store.study_name(folder)) not in (None, study.name):
+        raise StudyError(f"{folder} holds the study {other!r}: give {study.name!r} another folder with --out")
     waiting = {place: point for place, point in chosen.items() if not _finished(place)}
     display.begin(list(waiting.values()), len(chosen) - len(waiting))
     if waiting:
         check(study, display)
+    store.begin_study(folder, study.model_dump(mode="json"), [point.label() for point in study.points()], command)
     return waiting
 
 
@@ -83,10 +86,9 @@ def execute_together(waiting: dict[Path, Point], fabric: Fabric, display: Displa
 
 def _finished(place: Path) -> bool:
     try:
-        outcome = store.RunFolder(place).outcome()
-    except store.RunError:
+        return store.RunFolder(place).finished()
+    except (store.RunError, ValueError):
         return False
-    return outcome is not None and outcome["status"] == "finished"
 
 
 def _tell(event: Event, point: Point, display: Display) -> None:

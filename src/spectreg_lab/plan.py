@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spectreg_lab import data
 from spectreg_lab.config import Config
 from spectreg_lab.data import Images, Split, steps_per_epoch
-from spectreg_lab.studies import Point, Study
+from spectreg_lab.studies import Point, Selection, Study
 from spectreg_lab.train import Training
 
 STEPS = 3  # timed; the fastest counts, the first one warms up
@@ -20,12 +20,15 @@ SHAPES = {"cifar10": ((3, 32, 32), 50_000, 10_000, 10), "cifar100": ((3, 32, 32)
 SHAPES |= {"stl10": ((3, 96, 96), 5_000, 8_000, 10)}
 
 
-def plan(study: Study, only: Callable[[Point], bool], progress: Callable[[str], None]) -> str:
+def plan(study: Study, only: Selection, progress: Callable[[str], None]) -> str:
     """A table of what is to be run, one line a setting, regime and method, and the sums.
+
+    Hours are those of training with one process on this CPU, in the study's precision. GiB are those of the weights,
+    their gradients and momentum, of a micro-batch on its way and of the images of both splits.
 
     Images of hub data sets are drawn at random in the shapes these are known to have: nothing is downloaded.
     """
-    points = [point for point in study.points() if only(point)]
+    points = only.of(study)
     groups: dict[tuple[str, str, str], list[Point]] = {}
     for point in points:
         groups.setdefault((point.setting, point.regime, point.method), []).append(point)
@@ -34,16 +37,17 @@ def plan(study: Study, only: Callable[[Point], bool], progress: Callable[[str], 
         progress(f"timing {setting} {regime} {method}")
         rows.append({"setting": setting, "regime": regime, "method": method, **_estimate(group[0].config, len(group))})
     frame = pd.DataFrame(rows)
+    unmeasured = "" if study.measure is None else "; what [measure] asks for comes on top and is not estimated"
     return (
         f"{frame.to_string(index=False)}\n\n{len(points)} runs of {study.name}, "
-        f"{frame['hours'].sum():.3g} hours of one process here"
+        f"{frame['hours'].sum():.3g} hours of one process on this CPU{unmeasured}"
     )
 
 
 def _estimate(config: Config, runs: int) -> dict[str, object]:
     images, sizes = _images(config)
-    training = Training(config, images, Fabric(accelerator="cpu", devices=1))
-    x, y = images.train.images[:BATCH], images.train.labels[:BATCH]
+    training = Training(config, images, Fabric(accelerator="cpu", devices=1, precision=config.precision))
+    x, y = training.train.images[:BATCH], training.train.labels[:BATCH]
     per_image = min(_seconds(training, x, y) for _ in range(STEPS)) / len(y)
     seen = steps_per_epoch(sizes[0], config.batch_size) * min(config.batch_size, sizes[0])
     epoch = per_image * (seen + sum(sizes) / 3)  # a forward pass over everything is about a third of a step
@@ -51,7 +55,7 @@ def _estimate(config: Config, runs: int) -> dict[str, object]:
         "runs": runs,
         "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
         "steps an epoch": steps_per_epoch(sizes[0], config.batch_size),
-        "GiB": round(_memory(training, x, y, min(config.micro_batch, config.batch_size)) / 2**30, 2),
+        "GiB": round((_memory(training, x, y, config) + sum(sizes) * x[0].nbytes) / 2**30, 2),
         "hours": float(f"{runs * config.epochs * epoch / 3600:.2g}"),
     }
 
@@ -74,7 +78,7 @@ def _images(config: Config) -> tuple[Images, tuple[int, int]]:
     return images, (len(images.train), len(images.test))
 
 
-def _memory(training: Training, x: Tensor, y: Tensor, micro_batch: int) -> int:
+def _memory(training: Training, x: Tensor, y: Tensor, config: Config) -> int:
     """Bytes of weights, gradients and momentum, and of what a forward pass keeps for the backward one."""
     kept = 0
 
@@ -84,11 +88,12 @@ def _memory(training: Training, x: Tensor, y: Tensor, micro_batch: int) -> int:
         return tensor
 
     parameters = {parameter.data_ptr() for parameter in training.model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(
+    hooks = torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: tensor if tensor.data_ptr() in parameters else count(tensor), lambda tensor: tensor
-    ):
+    )
+    with hooks, training.fabric.autocast():
         training.method.loss(x, y)
-    return 3 * _bytes(training.model) + kept * micro_batch // len(x)
+    return 3 * _bytes(training.model) + kept * min(config.micro_batch, config.batch_size) // len(x)
 
 
 def _bytes(model: nn.Module) -> int:

@@ -9,7 +9,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -20,6 +20,11 @@ from spectreg_lab.config import Config, Precision
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+
+class DeviceError(Exception):
+    """Devices that cannot be had; the message says which can."""
+
 
 ATTEMPTS = 2
 GRACE = 10  # seconds for an idle worker to leave
@@ -64,11 +69,16 @@ class Pool:
 
     @classmethod
     def for_machine(cls, processes: int | None, threads: int | None, accelerator: str = "auto") -> "Pool":
-        """A process of one thread for each core, which keeps a CPU busy with small networks; one on an accelerator."""
+        """A process of one thread for each core, which keeps a CPU busy with small networks; one on an accelerator.
+
+        Raises:
+            DeviceError: there is no such accelerator here.
+        """
         import torch
 
         if accelerator == "auto":
             accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+        _fabric(accelerator, devices=1)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = threads or 1
         return cls(processes or (max(cores // threads, 1) if accelerator == "cpu" else 1), threads, accelerator)
@@ -163,13 +173,52 @@ def _work(connection: Connection, threads: int, accelerator: str) -> None:
                 connection.send(Event("error", job, {"full": full, "error": f"{type(error).__name__}: {error}"}))
 
 
-def several_devices(accelerator: str, devices: int, nodes: int, precision: Precision) -> "Fabric | None":
-    """The processes of one run, where it is to have more than one (or torchrun or Slurm has started several)."""
-    started = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-    if devices * nodes == 1 and started == 1:
-        return None
-    from lightning_fabric import Fabric
+def shape(devices: int | None, nodes: int | None) -> tuple[int, int]:
+    """Devices of a machine and machines, of one run: what torchrun or Slurm has started, else what is asked for.
 
-    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy="ddp", precision=precision)
+    Raises:
+        DeviceError: something else is asked for than has been started.
+    """
+    started = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    if started == 1:
+        return devices or 1, nodes or 1
+    machines = nodes or int(os.environ.get("SLURM_NNODES") or 1)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or max(started // machines, 1))
+    for option, asked, found in (("devices", devices, local), ("nodes", nodes, started // local)):
+        if asked not in (None, found):
+            raise DeviceError(
+                f"--{option} {asked}, but {started} processes have been started, {local} on a machine: leave "
+                f"--{option} out, or start as many as it says"
+            )
+    return local, started // local
+
+
+@contextmanager
+def several_devices(accelerator: str, devices: int, nodes: int, precision: Precision) -> "Iterator[Fabric | None]":
+    """The processes of one run, where it is to have more than one; their process group ends with the context.
+
+    Raises:
+        DeviceError: this machine does not have them.
+    """
+    if devices * nodes == 1:
+        yield None
+        return
+    import torch.distributed
+
+    fabric = _fabric(accelerator, devices=devices, num_nodes=nodes, strategy="ddp", precision=precision)
     fabric.launch()
-    return fabric
+    try:
+        yield fabric
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # left to the end of Python, its threads now and then abort it
+
+
+def _fabric(accelerator: str, **settings: Any) -> "Fabric":
+    from lightning_fabric import Fabric
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        return Fabric(accelerator=accelerator, **settings)
+    except (ImportError, MisconfigurationException, RuntimeError, ValueError) as error:
+        raise DeviceError(f"--accelerator {accelerator}: {error}") from None

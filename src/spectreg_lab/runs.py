@@ -49,9 +49,8 @@ def run(
 def _begin(config: Config, place: RunFolder, fabric: Fabric) -> tuple[dict[str, Any] | None, Checkpoint | None]:
     """The outcome of a run that is finished, and where to go on with one that is not."""
     place.begin(config, describe(str(fabric.device), torch.get_num_threads()))
-    outcome = place.outcome()
-    if outcome is not None and outcome["status"] == "finished":
-        return outcome, None
+    if place.finished():
+        return place.outcome(), None
     return None, place.resume()
 
 
@@ -79,15 +78,17 @@ def _train(
         outcome = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
     if first:
         if outcome["status"] == "finished" and config.measure is not None:
-            outcome |= _measured(place, config, images, config.measure)
+            outcome |= _measured(place, config, images, config.measure, fabric.device)
         place.end(**outcome)
     return outcome
 
 
-def _measured(place: RunFolder, config: Config, images: data.Images, setting: Measuring) -> dict[str, str]:
+def _measured(
+    place: RunFolder, config: Config, images: data.Images, setting: Measuring, device: torch.device
+) -> dict[str, str]:
     """Measure a run that has just ended; what cannot be measured does not make it a failed run."""
     try:
-        _measure(place, config, images, setting)
+        _measure(place, config, images, setting, device)
     except FAILURES as error:
         return {"measures": f"{type(error).__name__}: {error}"}
     return {}
@@ -118,18 +119,17 @@ def measure(folder: Path, setting: Measuring | None = None) -> bool:
     if place.measures() is not None:
         return False
     with place.locked():
-        _measure(place, config, data.load(config.data), setting or config.measure or Measuring())
+        _measure(place, config, data.load(config.data), setting or config.measure or Measuring(), torch.device("cpu"))
     return True
 
 
-def _measure(place: RunFolder, config: Config, images: data.Images, setting: Measuring) -> None:
+def _measure(place: RunFolder, config: Config, images: data.Images, setting: Measuring, device: torch.device) -> None:
     checkpoint = place.resume()
     if checkpoint is None:
         raise RunError(f"{place.path} has no weights to measure: run it again")
-    model = models.build(config.model, images.shape, images.classes)
-    if config.precision == "64-true":
-        model = model.double()
-        train, test = (split.to(torch.device("cpu"), torch.float64) for split in (images.train, images.test))
-        images = data.Images(train, test, images.classes)
+    dtype = torch.float64 if config.precision == "64-true" else torch.float32
+    model = models.build(config.model, images.shape, images.classes).to(dtype=dtype)
     model.load_state_dict(checkpoint.part("model"))
-    place.save_measures(measures.after(model, images, setting))
+    train, test = (split.to(device, dtype) for split in (images.train, images.test))
+    here = data.Images(train, test, images.classes)
+    place.save_measures(measures.after(model.to(device), here, setting))

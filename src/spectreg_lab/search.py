@@ -16,7 +16,7 @@ import pandas as pd
 
 from spectreg_lab.files import write
 from spectreg_lab.store import SEARCH, read_study
-from spectreg_lab.studies import StudyError
+from spectreg_lab.studies import Study, StudyError
 
 FIT = 0.95
 CELL = ["setting", "regime"]
@@ -32,10 +32,23 @@ class Choice:
     strengths: pd.DataFrame
 
 
+def check(study: Study) -> None:
+    """Refuse a study that searches nothing.
+
+    Raises:
+        StudyError: it has no [search] table: its runs would be judged on test images.
+    """
+    if study.search is None:
+        raise StudyError(
+            f"the study {study.name!r} has no [search] table, so there is nothing to choose: add one, or do its runs "
+            "with `spectreg reproduce`"
+        )
+
+
 def choose(folder: Path) -> Choice:
     """Judge the finished runs of a search's folder, and write the table of all of them there."""
     choice = judge(_tried(folder))
-    write(folder / SEARCH, choice.tried.to_csv(index=False, float_format="%.6g").encode())
+    keep(choice.tried, folder)
     return choice
 
 
@@ -49,22 +62,35 @@ def judge(tried: pd.DataFrame) -> Choice:
     return Choice(tried, rates, strengths)
 
 
-def gather(tables: list[Path], folder: Path) -> None:
-    """Put the tables of the searches that chose a study's settings into the study's folder, as one.
+def gather(tables: list[Path]) -> pd.DataFrame | None:
+    """The tables of the searches that chose a study's settings, as one; None where there was no search.
 
     Raises:
         StudyError: one of them is no such table.
     """
-    if tables:
-        joined = pd.concat([_table(table) for table in tables])
-        write(folder / SEARCH, joined.to_csv(index=False, float_format="%.6g").encode())
+    return pd.concat([read(table) for table in tables]) if tables else None
 
 
-def _table(path: Path) -> pd.DataFrame:
-    found = pd.read_csv(path)
+def keep(table: pd.DataFrame | None, folder: Path) -> None:
+    """Put the table of a study's searches into the study's folder."""
+    if table is not None:
+        write(folder / SEARCH, table.to_csv(index=False, float_format="%.6g").encode())
+
+
+def read(path: Path) -> pd.DataFrame:
+    """Every combination that a search tried, as it left them.
+
+    Raises:
+        StudyError: ``path`` is no such table.
+    """
+    try:
+        found = pd.read_csv(path)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path} is not the table of a search ({error}): `spectreg search` writes it anew") from None
     if missing := sorted({*KEYS, "training", "validation", "chosen"} - set(found)):
         raise StudyError(
-            f"searched: {path} has no column {', '.join(missing)}: `spectreg search` writes the table anew"
+            f"{path} is not the table of a search: it has no column {', '.join(missing)}; `spectreg search` writes it "
+            "anew"
         )
     return found
 

@@ -52,12 +52,20 @@ def write_json(path: Path, content: Any) -> None:
     write(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; a broken one is a `RunError` that names it."""
+RUN_AGAIN = "delete its folder and run again"
+MEASURE_AGAIN = "delete it and `spectreg measure` its run again"
+REWRITTEN = "give the command that made it again, which rewrites it and keeps the runs"
+
+
+def read_json(path: Path, remedy: str = RUN_AGAIN) -> dict[str, Any]:
+    """Read a JSON file that holds an object; a broken one is a `RunError` that names it and the ``remedy``."""
     try:
-        return json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except ValueError as error:
-        raise RunError(f"{path} is not JSON ({error}): delete its folder and run again") from None
+        raise RunError(f"{path} is not JSON ({error}): {remedy}") from None
+    if not isinstance(found, dict):
+        raise RunError(f"{path} holds no JSON object: {remedy}")
+    return found
 
 
 class RunFolder:
@@ -104,10 +112,9 @@ class RunFolder:
 
     def _setting(self) -> dict[str, Any]:
         found = read_json(self.path / CONFIG)
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            version = found.get("format") if isinstance(found, dict) else None
+        if found.get("format") != FORMAT:
             raise RunError(
-                f"{self.path} has format {version!r}; this version reads format {FORMAT}: "
+                f"{self.path} has format {found.get('format')!r}; this version reads format {FORMAT}: "
                 "use the spectreg version that wrote it, or delete the folder and run again"
             )
         return found["config"]
@@ -131,14 +138,21 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The epochs recorded so far, in order; a line cut short by a kill ends the list."""
+        """The epochs recorded so far, in order; a line cut short by a kill ends the list.
+
+        Raises:
+            RunError: a line that was not cut short tells no epoch.
+        """
         path = self.path / METRICS
         lines: list[dict[str, Any]] = []
         for line in path.read_text().splitlines() if path.exists() else ():
             try:
-                lines.append(json.loads(line))
+                found = json.loads(line)
             except ValueError:
                 break
+            if not isinstance(found, dict) or not isinstance(found.get("epoch"), int):
+                raise RunError(f"{path}: line {len(lines) + 1} has no epoch: {RUN_AGAIN}")
+            lines.append(found)
         return lines
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -188,12 +202,25 @@ class RunFolder:
     def measures(self) -> dict[str, Any] | None:
         """What was measured of the finished run; None before that."""
         path = self.path / MEASURES
-        return read_json(path) if path.exists() else None
+        return read_json(path, MEASURE_AGAIN) if path.exists() else None
 
     def outcome(self) -> dict[str, Any] | None:
         """What became of the run; None while it is unfinished."""
         path = self.path / OUTCOME
-        return read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        found = read_json(path)
+        if "status" not in found:
+            raise RunError(f"{path} has no status: {RUN_AGAIN}")
+        return found
+
+    def finished(self) -> bool:
+        """Whether the run has ended well and has the numbers of all its epochs."""
+        return (self.outcome() or {}).get("status") == "finished" and not self.lost()
+
+    def lost(self) -> int:
+        """How many of the run's epochs have no numbers on disk."""
+        return self.config().epochs - len(self.metrics())
 
 
 def _read_checkpoint(path: Path) -> Checkpoint:
@@ -242,6 +269,15 @@ def finished_runs(folder: Path) -> list[Path]:
     return [place for place in places if (RunFolder(place).outcome() or {}).get("status") == "finished"]
 
 
+def study_name(folder: Path) -> str | None:
+    """The name of the study in ``folder``; None where there is none, or none that can be read."""
+    try:
+        found = read_json(folder / STUDY)
+    except (FileNotFoundError, RunError):
+        return None
+    return found["study"].get("name") if isinstance(found.get("study"), dict) else None
+
+
 def begin_study(folder: Path, study: dict[str, Any], points: list[dict[str, Any]], command: str) -> None:
     """Record which runs make up a study: each point has ``setting``, ``regime``, ``method``, ``seed`` and ``run``."""
     (folder / RUNS).mkdir(parents=True, exist_ok=True)
@@ -252,11 +288,14 @@ def read_study(folder: Path) -> StudyRecord:
     """Read a study folder, whatever state its runs are in; needs neither the data nor the weights."""
     if not (folder / STUDY).exists():
         raise RunError(f"{folder} is not a study folder: it has no {STUDY}; `spectreg reproduce` makes one")
-    found = read_json(folder / STUDY)
-    if found.get("format") != FORMAT:
-        raise RunError(f"{folder / STUDY} has format {found.get('format')!r}; this version reads format {FORMAT}")
-    runs = [_read_run(folder / RUNS, **point) for point in found["points"]]
-    return StudyRecord(folder, {**found["study"], "command": found["command"]}, runs)
+    found = read_json(folder / STUDY, REWRITTEN)
+    if "format" in found and found["format"] != FORMAT:
+        raise RunError(f"{folder / STUDY} has format {found['format']!r}; this version reads format {FORMAT}")
+    try:
+        runs = [_read_run(folder / RUNS, **point) for point in found["points"]]
+        return StudyRecord(folder, {**found["study"], "command": found["command"]}, runs)
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{folder / STUDY} is not the record of a study ({error}): {REWRITTEN}") from None
 
 
 def _read_run(folder: Path, *, setting: str, regime: str, method: str, seed: int, run: str) -> RunRecord:
@@ -266,6 +305,8 @@ def _read_run(folder: Path, *, setting: str, regime: str, method: str, seed: int
         return RunRecord(*label, "missing", None, {}, {}, [], {})
     try:
         outcome = point.outcome() or {"status": "unfinished"}
+        if outcome["status"] == "finished" and (lost := point.lost()):
+            raise RunError(f"{lost} of its epochs are not in {METRICS}: `spectreg reproduce` runs it again")
         config = point.config().model_dump(mode="json")
         return RunRecord(
             *label,

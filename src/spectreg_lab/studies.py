@@ -169,12 +169,27 @@ class Selection:
     method: list[str] | None = None
     seed: list[int] | None = None
 
-    def __call__(self, point: "Point") -> bool:
-        """Whether ``point`` is among them."""
-        return all(
-            not getattr(self, name) or getattr(point, name) in getattr(self, name)
-            for name in ("setting", "regime", "method", "seed")
-        )
+    def of(self, study: Study) -> list["Point"]:
+        """The runs of ``study`` that are meant.
+
+        Raises:
+            StudyError: the study has no setting, regime, method or seed of that name.
+        """
+        points = study.points()
+        for name in ("setting", "regime", "method", "seed"):
+            asked, known = getattr(self, name), list(dict.fromkeys(getattr(point, name) for point in points))
+            if not asked:
+                continue
+            if unknown := [word for word in asked if word not in known]:
+                raise StudyError(_no_such(study, name, str(unknown[0]), [str(word) for word in known]))
+            points = [point for point in points if getattr(point, name) in asked]
+        return points
+
+
+def _no_such(study: Study, kind: str, word: str, known: list[str]) -> str:
+    near = get_close_matches(word, known, n=1)
+    hint = f", did you mean {near[0]!r}?" if near else ";"
+    return f"the study {study.name!r} has no {kind} {word!r}{hint} known: {', '.join(known)}"
 
 
 def strength_field(method: Method) -> str:
@@ -225,8 +240,8 @@ def read_study(path: Path, precision: str | None = None) -> Study:
         raise StudyError(f"study file {path} does not exist{hint}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise StudyError(f"study file {path} cannot be read: {error}") from None
-    if precision is not None:
-        content["training"] = {**content.get("training", {}), "precision": precision}
+    if precision is not None and isinstance(training := content.get("training", {}), dict):
+        content["training"] = {**training, "precision": precision}
     try:
         study = Study.model_validate(content)
     except ValidationError as error:

@@ -44,6 +44,10 @@ class Training:
 
     def __init__(self, config: Config, images: Images, fabric: Fabric) -> None:
         self.config, self.fabric = config, fabric
+        if (size := min(config.batch_size, len(images.train))) < fabric.world_size:
+            raise ValueError(
+                f"a batch of {size} images cannot be shared out among {fabric.world_size} processes: use at most {size}"
+            )
         dtype = torch.float64 if config.precision == "64-true" else torch.float32
         self.train, self.test = (split.to(fabric.device, dtype) for split in (images.train, images.test))
         self.model = models.build(config.model, images.shape, images.classes, config.seed)

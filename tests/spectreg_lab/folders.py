@@ -33,10 +33,12 @@ def write_study(
     measures: Measures | None = None,
     data: Data = DIGITS,
     batch_sizes: tuple[int, int] = (64, 512),
+    rates: tuple[float, float] = (0.1, 0.1),
     finish: bool = True,
 ) -> Path:
     """Write a study of one run a method, regime and seed, whose accuracies are ``curve(regime, method, seed)``."""
     regimes = dict(zip(("small", "large"), batch_sizes, strict=True))
+    rate = dict(zip(regimes, rates, strict=True))
     study = {
         "name": "by-hand",
         "title": "A study by hand",
@@ -61,7 +63,8 @@ def write_study(
                 {"epoch": n, "train_accuracy": train, "test_accuracy": test, "seconds": 1.0} | line(*of_run, n)
                 for n, (train, test) in enumerate(curve(*of_run), start=1)
             ]
-            run = write_run(folder / "runs" / point["run"], data, *of_run, regimes[point["regime"]], epochs)
+            sizes = regimes[point["regime"]], rate[point["regime"]]
+            run = write_run(folder / "runs" / point["run"], data, *of_run, *sizes, epochs)
             if finish:
                 run.end("finished")
             if measures is not None:
@@ -71,7 +74,14 @@ def write_study(
 
 
 def write_run(
-    path: Path, data: Data, regime: str, method: str, seed: int, batch_size: int, epochs: list[dict[str, Any]]
+    path: Path,
+    data: Data,
+    regime: str,
+    method: str,
+    seed: int,
+    batch_size: int,
+    learning_rate: float,
+    epochs: list[dict[str, Any]],
 ) -> store.RunFolder:
     """Write a run that has these epochs and no outcome."""
     run = store.RunFolder(path)
@@ -81,7 +91,7 @@ def write_run(
         data=data,
         method=METHODS[method],
         batch_size=batch_size,
-        learning_rate=0.1,
+        learning_rate=learning_rate,
         epochs=len(epochs),
         seed=seed,
     )

@@ -1,16 +1,23 @@
 """Two gloo processes on the CPU: what several devices do to a run."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from lightning_fabric import Fabric
+from test_cli import spectreg
+from test_studies import STUDY
 
-from spectreg_lab.config import VGG, Adversarial, Config, Data, Spectral, Vanilla
+from spectreg_lab import measures, runs
+from spectreg_lab.config import VGG, Adversarial, Config, Data, Measuring, Spectral, Vanilla
 from spectreg_lab.data import batches, load
+from spectreg_lab.pool import DeviceError, Pool, several_devices, shape
 from spectreg_lab.runs import run
 from spectreg_lab.store import RunFolder
-from spectreg_lab.train import Training
+from spectreg_lab.train import Training, train
 
 METHODS = [Vanilla(), Adversarial(), Spectral(strength=0.1)]
 
@@ -60,3 +67,114 @@ def test_two_processes_take_the_steps_of_one_and_leave_one_run_folder(tmp_path, 
     together, alone = (RunFolder(tmp_path / name).metrics() for name in ("run", "alone"))
     for a, b in zip(together, alone, strict=True):
         assert a["test_loss"] == pytest.approx(b["test_loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_command_under_torchrun_takes_the_processes_that_were_started(tmp_path, precision):
+    (tmp_path / "small.toml").write_text(STUDY.replace("seeds = [0, 1]", "seeds = [0]"))
+    words = ["reproduce", "small.toml", "--method", "vanilla", "--accelerator", "cpu", "--precision", precision]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "spectreg_lab.cli"]
+    ended = subprocess.run(
+        [sys.executable, *launcher, *words, "--out", "out"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("report: ") == 1
+    assert ended.stderr.count("2 runs to do") == 1
+    places = [RunFolder(path.parent) for path in (tmp_path / "out").rglob("outcome.json")]
+    assert [place.finished() for place in places] == [True, True]
+    assert {place.config().precision for place in places} == {precision}
+
+
+@pytest.mark.parametrize(
+    ("environment", "asked", "expected"),
+    [
+        ({}, (None, None), (1, 1)),
+        ({}, (8, 2), (8, 2)),
+        ({"SLURM_NNODES": "2"}, (None, None), (1, 1)),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, (None, None), (2, 1)),
+        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, (8, None), (8, 2)),
+        ({"WORLD_SIZE": "4"}, (2, 2), (2, 2)),  # as Fabric tells the processes that it starts itself
+        ({"SLURM_NTASKS": "8", "SLURM_NNODES": "2"}, (None, None), (4, 2)),
+    ],
+)
+def test_the_devices_of_a_run_are_those_started_else_those_asked_for(monkeypatch, environment, asked, expected):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NNODES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert shape(*asked) == expected
+
+
+def test_other_devices_than_those_started_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(DeviceError, match="--devices 8, but 4 processes have been started, 4 on a machine: leave"):
+        shape(8, None)
+    with pytest.raises(DeviceError, match="--nodes 2, but 4 processes"):
+        shape(None, 2)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_an_accelerator_that_is_not_there_is_refused_with_those_that_are(devices):
+    def start(accelerator):
+        if devices == 1:
+            Pool.for_machine(None, None, accelerator)
+        else:
+            with several_devices(accelerator, devices, 1, "32-true"):
+                pass
+
+    with pytest.raises(DeviceError, match=r"--accelerator foo: .*invalid accelerator.*cpu"):
+        start("foo")
+    if not torch.cuda.is_available():
+        with pytest.raises(DeviceError, match=r"--accelerator cuda: .*not available.*\['cpu'\]"):
+            start("cuda")
+
+
+def test_a_batch_of_fewer_images_than_processes_is_refused(monkeypatch, fabric):
+    setting = config(Vanilla(), batch_size=2)
+    monkeypatch.setattr(Fabric, "world_size", 3)
+    with pytest.raises(ValueError, match="a batch of 2 images cannot be shared out among 3 processes: use at most 2"):
+        next(train(setting, load(setting.data), fabric, None))
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float64), ("meta", torch.float64)])
+def test_a_finished_run_is_measured_on_the_device_that_trained_it(tmp_path, monkeypatch, device, dtype):
+    setting = config(Vanilla(), epochs=1)
+    run(setting, tmp_path)
+    seen = []
+
+    def after(model, images, _):
+        seen.extend([*model.parameters(), images.train.images, images.test.images])
+        return {}
+
+    monkeypatch.setattr(measures, "after", after)
+    runs._measure(RunFolder(tmp_path), setting, load(setting.data), Measuring(), torch.device(device))
+    assert {(tensor.device.type, tensor.dtype) for tensor in seen} == {(device, dtype)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--devices", "2", "--processes", "3"), "--processes and --threads are for runs side by side"),
+        (("--accelerator", "foo"), "--accelerator foo: "),
+        (("--accelerator", "foo", "--devices", "2"), "--accelerator foo: "),
+        (("--dry-run", "--devices", "8", "--precision", "64-true"), "cannot say what --devices would change"),
+        (("--dry-run", "--precision", "foo"), "training.precision: Input should be"),
+        (("--dry-run", "--setting", "vg"), "no setting 'vg', did you mean 'vgg'"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",
+)
+def test_options_that_cannot_be_followed_are_one_line_before_anything_is_written(tmp_path, words, message):
+    (tmp_path / "small.toml").write_text(STUDY)
+    code, _, err = spectreg("reproduce", tmp_path / "small.toml", "--out", tmp_path / "out", *words)
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()

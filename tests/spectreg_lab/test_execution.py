@@ -7,7 +7,9 @@ from test_studies import STUDY
 
 from spectreg_lab import execution, store
 from spectreg_lab.execution import DiskFullError, begin, check, execute
+from spectreg_lab.plan import plan
 from spectreg_lab.pool import Event, Pool
+from spectreg_lab.runs import run
 from spectreg_lab.studies import Selection, StudyError, read_study
 
 
@@ -141,6 +143,63 @@ def test_a_selection_does_only_its_runs_and_the_folder_still_knows_all(study, tm
     assert len(store.read_study(tmp_path / "out").runs) == 12
 
 
-def test_a_selection_of_nothing_is_refused(study, tmp_path):
-    with pytest.raises(StudyError, match="no run of the study"):
-        begin(study(), tmp_path / "out", "", Record(), Selection(method=["spectral"]))
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [
+        (Selection(setting=["vg"]), "the study 'small' has no setting 'vg', did you mean 'vgg'. known: vgg"),
+        (Selection(method=["spectral"]), "has no method 'spectral'; known: vanilla, decay, strong-decay"),
+        (Selection(regime=["large"], seed=[1, 9]), "has no seed '9'; known: 0, 1"),
+    ],
+    ids=str,
+)
+def test_a_selection_of_what_the_study_does_not_have_is_refused_with_what_it_has(study, tmp_path, only, message):
+    with pytest.raises(StudyError, match=message):
+        begin(study(), tmp_path / "out", "", Record(), only)
+    with pytest.raises(StudyError, match=message):
+        plan(study(), only, print)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_another_study_is_left_as_it_is_and_a_changed_study_of_the_same_name_goes_on(study, tmp_path):
+    begin(study(('name = "small"', 'name = "first"')), tmp_path / "out", "", Record())
+    before = (tmp_path / "out" / store.STUDY).read_bytes()
+    with pytest.raises(StudyError, match=r"out holds the study 'first': give 'small' another folder with --out"):
+        begin(study(), tmp_path / "out", "", Record())
+    assert (tmp_path / "out" / store.STUDY).read_bytes() == before
+    begin(
+        study(('name = "small"', 'name = "first"'), ("seeds = [0, 1]", "seeds = [5]")), tmp_path / "out", "", Record()
+    )
+    assert {run.seed for run in store.read_study(tmp_path / "out").runs} == {5}
+
+
+def test_a_start_that_fails_writes_nothing(study, tmp_path):
+    with pytest.raises(StudyError, match="digitz"):
+        begin(study(('"digits"', '"digitz"')), tmp_path / "out", "", Record())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("broken", [b"{", b"", b"[]", b'{"study": 3}'])
+def test_a_broken_record_of_a_study_says_that_the_same_command_rewrites_it_and_it_does(study, tmp_path, broken):
+    begin(study(), tmp_path / "out", "", Record())
+    (tmp_path / "out" / store.STUDY).write_bytes(broken)
+    with pytest.raises(
+        store.RunError, match=r"study.json .*the command that made it again, which rewrites it and keeps"
+    ):
+        store.read_study(tmp_path / "out")
+    begin(study(), tmp_path / "out", "", Record())
+    assert len(store.read_study(tmp_path / "out").runs) == 12
+
+
+def test_a_finished_run_without_its_metrics_is_run_again(study, tmp_path):
+    content = study(("seeds = [0, 1]", "seeds = [0]"))
+    only = Selection(regime=["large"], method=["vanilla"])
+    ((place, point),) = begin(content, tmp_path / "out", "", Record(), only).items()
+    run(point.config, place)
+    assert not begin(content, tmp_path / "out", "", Record(), only)
+    (place / store.METRICS).unlink()
+    assert [r.error for r in store.read_study(tmp_path / "out").runs if r.folder == place] == [
+        "2 of its epochs are not in metrics.jsonl: `spectreg reproduce` runs it again"
+    ]
+    assert list(begin(content, tmp_path / "out", "", Record(), only)) == [place]
+    assert run(point.config, place) == {"status": "finished"}
+    assert len(store.RunFolder(place).metrics()) == 2

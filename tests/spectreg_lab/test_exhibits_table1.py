@@ -1,6 +1,7 @@
 """Table 1 and the gap at a threshold, on studies whose numbers are known."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import folders
@@ -9,8 +10,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from spectreg_lab import store
-from spectreg_lab.config import Data
+from spectreg_lab import store, studies
+from spectreg_lab.config import Config, Data
 from spectreg_lab.exhibits import frames, labels, paper, table1
 from spectreg_lab.exhibits.paired import holm, interval, paired
 
@@ -141,13 +142,21 @@ def test_unfinished_failed_and_missing_runs_stay_out_of_table_1(tmp_path: Path) 
 PAPER = {"vgg": {"model": {}, "data": {"name": "cifar10"}, "paper": "vgg/cifar10"}}
 
 
-def test_the_papers_value_is_comparable_where_data_network_and_batch_size_are_the_papers(tmp_path: Path) -> None:
+def long(regime: str, method: str, seed: int) -> list[tuple[float, float]]:
+    """As many epochs as studies/paper.toml has."""
+    return [(0.9, 0.8)] * 200
+
+
+def test_the_papers_value_is_comparable_where_data_network_and_training_are_the_papers(tmp_path: Path) -> None:
     folder = folders.write_study(
         tmp_path / "s",
+        long,
         settings=PAPER,
         data=Data(name="cifar10"),
         batch_sizes=(64, 512),
+        rates=(0.01, 0.1),
         methods=("vanilla", "spectral"),
+        seeds=(0,),
     )
     study, table, values = build(folder)
     small = row(table, metric="test_accuracy", regime="small", method="spectral")
@@ -163,7 +172,8 @@ def test_a_stand_in_for_the_papers_data_is_marked_as_not_comparable_and_no_paper
     jpeg = {"vgg": {**PAPER["vgg"], "data": {"name": data.name}}, "other": {"model": {}, "data": {"name": data.name}}}
     study, table, _ = build(folders.write_study(tmp_path / "s", settings=jpeg, data=data))
     beside = row(table, metric="generalization_gap", setting="vgg", regime="small", method="decay")
-    assert (beside.paper, beside.not_comparable_in) == (0.074, "data, number of images")
+    differing = "data, number of images, learning rate, epochs, α"
+    assert (beside.paper, beside.not_comparable_in) == (0.074, differing)
     assert frames.select(table, setting="other").paper.isna().all()
     assert "JPEG CIFAR-10" in labels.setting(study, "vgg")
     assert any("† Not comparable" in note for note in paper.notes(study))
@@ -178,6 +188,62 @@ def test_against_the_paper_only_settings_that_are_the_papers_get_its_numbers(tmp
         found = row(table, metric="test_accuracy", setting="vgg", regime="small", method="spectral").paper
         assert found == pytest.approx(printed, nan_ok=True)
     assert any("The paper has no setting" in note for note in paper.notes(study))
+
+
+STUDY = studies.read_study(Path(__file__).parents[2] / "studies" / "paper.toml")
+
+
+def test_the_settings_of_the_papers_study_are_the_papers() -> None:
+    for point in STUDY.points():
+        config = point.config.model_dump(mode="json")
+        model, dataset = (STUDY.settings[point.setting].paper or "").split("/")
+        assert not paper.differences(config, model, dataset, point.config.batch_size, point.method)
+    for name, case in STUDY.settings.items():
+        model, dataset = (case.paper or "").split("/")
+        thresholds = frames.select(paper.table1(), model=model, dataset=dataset, metric="generalization_gap").threshold
+        assert list((case.alpha or {}).values()) == list(thresholds), name
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"learning_rate": 0.1}, "learning rate"),
+        ({"epochs": 2}, "epochs"),
+        ({"method": {"name": "decay", "strength": 1e-3}}, "strength"),
+        ({"batch_size": 63}, "batch size"),
+        ({"data": {"name": "cifar10", "augmentation": {"pad": 4, "flip": True}}}, "augmentation"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_run_that_is_not_trained_as_the_papers_is_not_comparable(change: dict, named: str) -> None:
+    point = next(p for p in STUDY.points() if (p.setting, p.regime, p.method) == ("vgg", "small", "decay"))
+    config = Config.model_validate(point.config.model_dump() | change).model_dump(mode="json")
+    assert paper.differences(config, "vgg", "cifar10", 64, "decay") == (named,)
+
+
+@pytest.mark.parametrize(("alpha", "differing"), [(0.88, ""), (0.3, "α"), (None, "α")])
+def test_gaps_at_another_threshold_than_the_papers_are_marked_and_accuracies_are_not(
+    tmp_path: Path, alpha: float | None, differing: str
+) -> None:
+    settings = {"vgg": PAPER["vgg"] | ({"alpha": {"small": alpha, "large": 0.85}} if alpha else {})}
+    settled = {"data": Data(name="cifar10"), "batch_sizes": (64, 4096), "rates": (0.01, 0.1)}
+    folder = folders.write_study(tmp_path / "s", long, settings=settings, methods=("decay",), seeds=(0,), **settled)
+    study = store.read_study(folder)
+    assert paper.row(study, "vgg", "small", "generalization_gap").differing == ((differing,) if differing else ())
+    assert paper.row(study, "vgg", "small", "test_accuracy").differing == ()
+    assert any("VGG" in note or "vgg" in note for note in paper.notes(study)) == bool(differing)
+
+
+def test_the_papers_regime_is_the_one_of_the_same_batch_size_wherever_it_stands(tmp_path: Path) -> None:
+    study = store.read_study(folders.write_study(tmp_path / "s", settings=PAPER, data=Data(name="cifar10")))
+    for regimes, expected in (
+        ({"large": {"batch_size": 4096}}, 0.885),
+        ({"huge": {"batch_size": 4096}, "tiny": {"batch_size": 64}}, 0.885),
+        ({"large": {"batch_size": 128}}, 0.885),
+        ({"huge": {"batch_size": 128}}, None),
+    ):
+        other = replace(study, study=study.study | {"regimes": regimes})
+        assert paper.row(other, "vgg", next(iter(regimes)), "test_accuracy").values.get("spectral") == expected
 
 
 def test_a_setting_with_its_own_batch_size_is_labelled_with_it(tmp_path: Path) -> None:

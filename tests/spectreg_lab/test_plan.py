@@ -20,6 +20,21 @@ def test_a_plan_counts_runs_parameters_and_steps_and_trains_nothing(tmp_path):
     assert large.split()[5] == "1"
 
 
+def test_a_plan_counts_the_images_on_the_device_and_says_what_it_leaves_out(tmp_path):
+    path = tmp_path / "small.toml"
+    small = ("width = 4, stages = [1, 1]", "width = 1, stages = [1]")
+    path.write_text(STUDY.replace(*small).replace(", train_size = 96, test_size = 40", "") + "[measure]\n")
+    only = Selection(regime=["small"], method=["vanilla"])
+    text = plan(read_study(path), only, lambda _: None)
+    assert "what [measure] asks for comes on top" in text
+    path.write_text(path.read_text().replace('"digits"', '"cifar10"'))
+    sizes = [
+        float(plan(read_study(path, precision), only, lambda _: None).splitlines()[1].split()[-2])
+        for precision in ("32-true", "64-true")
+    ]
+    assert sizes == pytest.approx([60_000 * 3 * 32 * 32 * size / 2**30 for size in (4, 8)], abs=0.02)
+
+
 @pytest.mark.slow
 def test_the_papers_study_is_planned_without_its_data(tmp_path):
     from pathlib import Path

@@ -106,6 +106,34 @@ def test_a_folder_that_is_no_study_is_refused_with_what_makes_one(tmp_path: Path
         report.write(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        (store.MEASURES, "[1]", "measures.json holds no JSON object: delete it and spectreg measure its run again"),
+        (store.METRICS, '{"train_loss": 1}\n', "metrics.jsonl: line 1 has no epoch"),
+        (store.METRICS, "[]\n", "metrics.jsonl: line 1 has no epoch"),
+        (store.METRICS, "", "2 of its epochs are not in metrics.jsonl"),
+        (store.OUTCOME, "{}", "outcome.json has no status"),
+        (store.VERSIONS, "3", "versions.json holds no JSON object"),
+    ],
+)
+def test_a_run_with_a_broken_file_is_named_with_it_and_the_others_are_shown(
+    tmp_path: Path, file: str, content: str, said: str
+) -> None:
+    folder = folders.write_study(tmp_path / "s", seeds=(0,))
+    (folder / "runs" / "vgg-small-decay-0" / file).write_text(content)
+    words = text(report.write(folder)).replace("`", "")
+    assert "8 runs: 7 finished, 1 missing" in words
+    assert re.sub(r"\s+", " ", said) in re.sub(r" (?=[:;,.])", "", words)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "{}", '{"format": 1, "study": {}, "command": ""}', '{"points": [1]}'])
+def test_a_broken_record_of_a_study_is_refused_with_its_remedy(tmp_path: Path, content: str) -> None:
+    (tmp_path / store.STUDY).write_text(content)
+    with pytest.raises(store.RunError, match=r"study\.json .*give the command that made it again"):
+        report.write(tmp_path)
+
+
 @pytest.mark.slow
 def test_the_page_of_a_hundred_runs_of_200_epochs_is_under_12_mb(tmp_path: Path) -> None:
     def curve(regime: str, method: str, seed: int) -> list[tuple[float, float]]:

@@ -2,12 +2,13 @@ import json
 
 import pandas as pd
 import pytest
+from test_studies import STUDY
 
 from spectreg_lab import store
 from spectreg_lab.config import VGG, Config, Decay, Spectral, Vanilla
 from spectreg_lab.exhibits import search
-from spectreg_lab.search import choose, gather
-from spectreg_lab.studies import StudyError
+from spectreg_lab.search import check, choose, gather, keep
+from spectreg_lab.studies import StudyError, read_study
 
 # (method, learning rate): (training, validation) accuracies
 GRID = {
@@ -61,7 +62,7 @@ def test_the_table_says_which_combinations_were_chosen(folder):
 def test_the_tables_of_several_searches_stand_in_the_study_as_one(folder, tmp_path):
     choose(folder)
     (study := tmp_path / "study").mkdir()
-    gather([folder / "search.csv"] * 2, study)
+    keep(gather([folder / "search.csv"] * 2), study)
     assert len(pd.read_csv(study / "search.csv")) == 2 * len(GRID)
 
 
@@ -95,4 +96,17 @@ def test_the_report_says_where_a_study_departs_from_its_search(folder):
 def test_a_table_that_is_no_searchs_is_refused_with_what_it_lacks(tmp_path):
     (tmp_path / "search.csv").write_text("setting,regime\nvgg,small\n")
     with pytest.raises(StudyError, match=r"has no column chosen, learning_rate.*`spectreg search` writes"):
-        gather([tmp_path / "search.csv"], tmp_path)
+        gather([tmp_path / "search.csv"])
+
+
+@pytest.mark.parametrize("content", ["", "\n", "setting,regime,method,learning_rate,strength,n,training,validation\n"])
+def test_a_report_beside_a_broken_table_of_a_search_is_refused_with_its_remedy(folder, content):
+    (folder / "search.csv").write_text(content)
+    with pytest.raises(StudyError, match=r"search.csv is not the table of a search.*`spectreg search` writes it anew"):
+        search.values(store.read_study(folder))
+
+
+def test_a_study_without_a_search_table_is_not_searched(tmp_path):
+    (tmp_path / "small.toml").write_text(STUDY)
+    with pytest.raises(StudyError, match=r"'small' has no \[search\] table.*`spectreg reproduce`"):
+        check(read_study(tmp_path / "small.toml"))

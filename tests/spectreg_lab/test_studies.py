@@ -133,6 +133,14 @@ def test_a_wrong_study_file_is_refused_with_file_field_and_what_was_given(study_
         read_study(study_file((old, new)))
 
 
+def test_a_precision_replaces_the_files_and_a_training_that_is_no_table_is_refused_with_it_too(study_file):
+    assert read_study(study_file(), "64-true").training.precision == "64-true"
+    with pytest.raises(StudyError, match=r"training\.precision: .*got 'foo'"):
+        read_study(study_file(), "foo")
+    with pytest.raises(StudyError, match=r"training: .*got 3"):
+        read_study(study_file(("epochs = 2", "epochs = 2\ntraining = 3")), "64-true")
+
+
 def test_a_strength_for_a_method_that_is_not_there_is_refused(study_file):
     with pytest.raises(StudyError, match=r"search.strength is given for \['spectral'\]"):
         read_study(study_file(("decay = [", "spectral = ["), text=STUDY + SEARCH))

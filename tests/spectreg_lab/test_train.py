@@ -54,6 +54,14 @@ def test_the_learning_rate_is_divided_by_ten_at_one_half_and_three_quarters(tiny
     np.testing.assert_allclose([learning_rate(config, epoch) for epoch in range(1, 9)], expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 3, 5, 10, 150, 199, 200])
+def test_the_rate_of_every_epoch_is_that_of_the_epochs_done_before_it_counted_in_whole_numbers(tiny, epochs):
+    config = tiny(learning_rate=0.1, epochs=epochs)
+    for done in range(epochs):
+        divisor = 100 if 4 * done >= 3 * epochs else 10 if 2 * done >= epochs else 1
+        assert learning_rate(config, done + 1) == pytest.approx(0.1 / divisor, rel=1e-12), done
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 @pytest.mark.parametrize("micro_batch", [7, 16, 32])
 def test_micro_batches_give_the_gradient_of_the_whole_batch_without_batch_normalization(

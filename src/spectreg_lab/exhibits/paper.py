@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from spectreg_lab.config import NIN, VGG, DenseNet, Setting
+from spectreg_lab.config import NIN, VGG, Adversarial, Augmentation, Decay, DenseNet, Setting, Spectral, Vanilla
 from spectreg_lab.exhibits import labels
 from spectreg_lab.exhibits.frames import select
 from spectreg_lab.store import StudyRecord
@@ -18,7 +18,16 @@ MODELS: dict[str, Setting] = {
     "densenet40": DenseNet.model_validate({"depth": 40}),
     "densenet22": DenseNet.model_validate({"depth": 22}),
 }
-BATCH_SIZES = (64, 4096)  # the paper's two regimes
+METHODS: dict[str, Setting] = {
+    "vanilla": Vanilla(),
+    "decay": Decay(strength=1e-4),
+    "adversarial": Adversarial(epsilon=1.0, alpha=0.5),
+    "spectral": Spectral(strength=0.01),
+}
+BATCH_SIZES = {"small": 64, "large": 4096}  # the paper's two regimes
+RATES = {"vgg": (0.01, 0.1), "nin": (0.1, 1.0), "densenet40": (0.1, 1.0), "densenet22": (0.01, 0.1)}  # in either
+EPOCHS = 200  # not in the paper: see studies/paper.toml
+AUGMENTATIONS = {"stl10": Augmentation(pad=12, flip=True).model_dump(mode="json")}
 SOURCE = "Table 1 of arXiv:1705.10941"
 
 
@@ -38,15 +47,29 @@ def table1() -> pd.DataFrame:
 
 
 def row(study: StudyRecord, setting: str, regime: str, metric: str) -> PaperRow:
-    """The paper's values to set beside one of ours: those of its regime of the same place; none where not asked for."""
-    model, _, dataset = (study.study["settings"][setting].get("paper") or "").partition("/")
-    batch_size = BATCH_SIZES[min(list(study.study["regimes"]).index(regime), 1)]
+    """The paper's values to set beside one of ours: those of its regime of that batch size, else of that name.
+
+    There are none where none are asked for, or the regime has neither.
+    """
+    described = study.study["settings"][setting]
+    model, _, dataset = (described.get("paper") or "").partition("/")
+    batch_size = labels.batch_size(study, regime, setting)
+    if batch_size not in BATCH_SIZES.values():
+        batch_size = BATCH_SIZES.get(regime)
     rows = select(table1(), model=model, dataset=dataset, batch_size=batch_size, metric=metric)
-    if rows.empty:
+    if rows.empty or batch_size is None:
         return PaperRow({})
     values = {method: float(rows[method].iloc[0]) for method in study.study["methods"] if method in rows}
-    configs = [run.config for run in study.runs if (run.setting, run.regime) == (setting, regime) and run.config]
-    return PaperRow(values, differences(configs[0], model, dataset, batch_size) if configs else ())
+    differing = [
+        difference
+        for run in study.runs
+        if (run.setting, run.regime) == (setting, regime) and run.method in values and run.config
+        for difference in differences(run.config, model, dataset, batch_size, run.method)
+    ]
+    threshold = (described.get("alpha") or {}).get(regime)
+    if metric == "generalization_gap" and threshold != float(rows.threshold.iloc[0]):
+        differing.append("α")
+    return PaperRow(values, tuple(dict.fromkeys(differing)))
 
 
 def beside(study: StudyRecord) -> StudyRecord:
@@ -61,20 +84,30 @@ def beside(study: StudyRecord) -> StudyRecord:
 def _same_setting(study: StudyRecord, setting: str) -> str | None:
     config = next((run.config for run in study.runs if run.setting == setting and run.config), None)
     rows = table1()[["model", "dataset"]].drop_duplicates().itertuples(index=False)
-    return next((f"{m}/{d}" for m, d in rows if config and not differences(config, m, d, config["batch_size"])), None)
+    return next((f"{m}/{d}" for m, d in rows if config and all(_network_and_images(config, m, d).values())), None)
 
 
-def differences(config: dict[str, Any], model: str, dataset: str, batch_size: int) -> tuple[str, ...]:
+def differences(config: dict[str, Any], model: str, dataset: str, batch_size: int, method: str) -> tuple[str, ...]:
     """In what a run's setting is not the paper's; its numbers are comparable only where this is empty."""
-    data = config["data"]
-    same = {
-        "data": data["name"].rsplit("/", 1)[-1] == dataset,
-        "number of images": not any(data.get(key) for key in ("train_size", "test_size", "validation", "classes")),
+    rate = RATES[model][list(BATCH_SIZES.values()).index(batch_size)]
+    same = _network_and_images(config, model, dataset) | {
+        "augmentation": config["data"].get("augmentation") == AUGMENTATIONS.get(dataset),
         "batch size": config["batch_size"] == batch_size,
-        "image size": not data.get("shrink"),
-        "network": model in MODELS and config["model"] == MODELS[model].model_dump(mode="json"),
+        "learning rate": config["learning_rate"] == rate,
+        "epochs": config["epochs"] == EPOCHS,
+        "strength": config["method"] == METHODS[method].model_dump(mode="json"),
     }
     return tuple(name for name, alike in same.items() if not alike)
+
+
+def _network_and_images(config: dict[str, Any], model: str, dataset: str) -> dict[str, bool]:
+    data = config["data"]
+    return {
+        "data": data["name"].rsplit("/", 1)[-1] == dataset,
+        "number of images": not any(data.get(key) for key in ("train_size", "test_size", "validation", "classes")),
+        "image size": not data.get("shrink"),
+        "network": config["model"] == MODELS[model].model_dump(mode="json"),
+    }
 
 
 def notes(study: StudyRecord) -> list[str]:
@@ -91,5 +124,6 @@ def notes(study: StudyRecord) -> list[str]:
 
 
 def _differing(study: StudyRecord, setting: str) -> list[str]:
-    rows = [row(study, setting, regime, "test_accuracy") for regime in study.study["regimes"]]
+    metrics = ("test_accuracy", "generalization_gap")
+    rows = [row(study, setting, regime, metric) for regime in study.study["regimes"] for metric in metrics]
     return list(dict.fromkeys(what for found in rows for what in found.differing))

@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from spectreg_lab import search
 from spectreg_lab.exhibits import labels
 from spectreg_lab.exhibits.exhibit import Cell, Exhibit, Table
 from spectreg_lab.exhibits.frames import records, select
@@ -13,7 +14,7 @@ COLUMNS = ["setting", "regime", "method", "learning_rate", "strength", "n", "tra
 def values(study: StudyRecord) -> pd.DataFrame:
     """Every combination that the search tried, as `spectreg_lab.search` wrote it; empty where there was no search."""
     path = study.folder / SEARCH
-    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=COLUMNS)
+    return search.read(path) if path.exists() else pd.DataFrame(columns=COLUMNS)
 
 
 def _cell(found: pd.DataFrame) -> Cell:
