@@ -20,7 +20,7 @@ from spectreg_lab import report
 from spectreg_lab.config import VGG, Adversarial, Config, Data, Decay, DenseNet, Method, Spectral, Vanilla
 from spectreg_lab.data import Images, Split
 from spectreg_lab.pool import Job, Pool
-from spectreg_lab.store import METRICS, RunFolder, run_folder
+from spectreg_lab.store import METRICS, RunFolder, read_study, run_folder
 from spectreg_lab.train import Training
 
 NAME = "a study"
@@ -90,6 +90,7 @@ def long_study(folder: Path) -> int:
         epochs = RunFolder(run).metrics()
         more = [epochs[n % len(epochs)] | {"epoch": n + 1} for n in range(EPOCHS)]
         (run / METRICS).write_text("".join(json.dumps(line) + "\n" for line in more))
+    assert all(run.status == "finished" for run in read_study(folder).runs), "a run is not in the report"
     return len(runs)
 
 

@@ -220,7 +220,7 @@ class RunFolder:
 
     def lost(self) -> int:
         """How many of the run's epochs have no numbers on disk."""
-        return self.config().epochs - len(self.metrics())
+        return max(self.config().epochs - len(self.metrics()), 0)
 
 
 def _read_checkpoint(path: Path) -> Checkpoint:
