@@ -82,6 +82,15 @@ def test_a_checkpoint_newer_than_the_metrics_is_not_used(folder):
     assert folder.resume().epoch == 1
 
 
+@pytest.mark.parametrize(("surplus", "finished"), [(-1, False), (0, True), (3, True)])
+def test_a_run_is_finished_if_it_has_the_numbers_of_all_its_epochs(folder, surplus, finished):
+    epochs = folder.config().epochs
+    advance(folder, range(1, epochs + surplus + 1))
+    folder.end("finished")
+    assert folder.finished() is finished
+    assert folder.lost() == (0 if finished else 1)
+
+
 def test_a_second_process_is_told_that_the_run_is_in_use(folder):
     with (
         folder.locked(),
