@@ -1,6 +1,6 @@
 """The weights of one device, one precision and one optimizer, whose vectors are iterated together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,16 @@ from spectreg.linear_maps import LinearMap
 from spectreg.memory import Memory
 from spectreg.penalties import Penalty
 from spectreg.power import Triplets, full_precision
+from spectreg.refusals import torch_func_refused
 
 
 class Bundle:
-    """Takes power steps on its weights, and turns a penalty into gradients for all of them."""
+    """Takes power steps on its weights, and turns a penalty into gradients for all of them.
 
-    def __init__(self, memories: Sequence[Memory], weights: Sequence[Tensor]) -> None:
+    ``strength`` is λ of each value: a tensor, so that a compiled step does not depend on the numbers in it.
+    """
+
+    def __init__(self, memories: Sequence[Memory], weights: Sequence[Tensor], strengths: Mapping[str, float]) -> None:
         self.memories = list(memories)
         self.device = weights[0].device
         dtype = torch.promote_types(weights[0].dtype, torch.float32)
@@ -30,16 +34,14 @@ class Bundle:
             m.u, m.v, m.sigma = u.view(m.u.shape), v.view(m.v.shape), s.view(m.sigma.shape)
         maps = [m.weight.map for m in memories]
         self._diagonal = [i for i, m in enumerate(maps) if m.norm == "max" and m.blocks > 1]
-        self._strength: tuple[int, Any] = (-1, None)
         self._target: Tensor | None = None
+        self.strength = torch.empty_like(self.triplets.sigma)
+        self.set_strengths(strengths)
 
-    def strength(self, strengths: dict[str, float], version: int) -> float | Tensor:
-        """λ of each value: one number if all are alike."""
-        if self._strength[0] != version:
-            numbers = [strengths[m.weight.name] for m in self.memories]
-            each = [torch.full_like(m.sigma, x).flatten() for m, x in zip(self.memories, numbers, strict=True)]
-            self._strength = (version, numbers[0] if len(set(numbers)) == 1 else torch.cat(each))
-        return self._strength[1]
+    def set_strengths(self, strengths: Mapping[str, float]) -> None:
+        """Take λ of each weight by its name."""
+        each = [strengths[m.weight.name] for m in self.memories for _ in range(m.sigma.numel())]
+        self.strength.copy_(torch.tensor(each, dtype=torch.float64))
 
     def target(self, penalty: Penalty) -> Float[Tensor, "*values"]:
         """What the penalty aims at: a number for all values, or one for each."""
@@ -73,35 +75,31 @@ class Bundle:
             sigma *= self.counted()
         return penalty.slope(sigma, self.target(penalty)).masked_fill(sigma == 0, 0.0)
 
-    def add_gradient(self, penalty: Penalty, weights: Sequence[Tensor], strength: float | Tensor) -> None:
-        """Add λφ'(σ)·uvᵀ to the gradient of each of ``weights``."""
+    def add_gradient(self, penalty: Penalty, weights: Sequence[Tensor], factor: float | Tensor = 1.0) -> None:
+        """Add λφ'(σ)·uvᵀ, times ``factor``, to the gradient of each of ``weights``."""
         targets = [_gradient_of(W, m.weight.name) for W, m in zip(weights, self.memories, strict=True)]
-        self._add(targets, penalty, strength, [1.0] * len(targets))
+        self._add(targets, penalty, [1.0] * len(targets), factor)
 
     def move(
-        self, penalty: Penalty, weights: Sequence[Tensor], strength: float | Tensor, rates: Sequence[float | Tensor]
+        self, penalty: Penalty, weights: Sequence[Tensor], rates: Sequence[float | Tensor], factor: float | Tensor
     ) -> None:
-        """W ← W − ηλφ'(σ)·uvᵀ for each of ``weights`` with its learning rate η."""
-        self._add(weights, penalty, strength, [-rate for rate in rates])
+        """W ← W − ηλφ'(σ)·uvᵀ, times ``factor``, for each of ``weights`` with its learning rate η."""
+        self._add(weights, penalty, [-rate for rate in rates], factor)
 
     def _add(
-        self, targets: Sequence[Tensor], penalty: Penalty, strength: float | Tensor, rates: Sequence[float | Tensor]
+        self, targets: Sequence[Tensor], penalty: Penalty, rates: Sequence[float | Tensor], factor: float | Tensor
     ) -> None:
-        slopes = self.slopes(penalty)
-        if isinstance(strength, Tensor):
-            slopes *= strength
-        else:
-            rates = [rate * strength for rate in rates]
-        self.triplets.add_outer_(targets, slopes, rates)
+        self.triplets.add_outer_(targets, self.slopes(penalty) * (self.strength * factor), rates)
 
-    def value(self, penalty: Penalty, weights: Sequence[Tensor], strength: float | Tensor) -> Tensor:
+    def value(self, penalty: Penalty, weights: Sequence[Tensor]) -> Tensor:
         """λΣφ(σ) with a gradient for each of ``weights``."""
         t = self.triplets
         pairs = enumerate(zip(weights, t.us, t.vs, t.sigmas, strict=True))
-        sigma = torch.cat([PairValue.apply(W, t, i, u.clone(), v.clone(), s.clone()) for i, (W, u, v, s) in pairs])
+        with torch_func_refused():
+            sigma = torch.cat([PairValue.apply(W, t, i, u.clone(), v.clone(), s.clone()) for i, (W, u, v, s) in pairs])
         counted, sigma = self.counted() & t.sigma.isfinite(), torch.where(sigma > 0, sigma, sigma.detach())
         # σ that do not count are put out of the way first: 0 × NaN in the backward pass would bring them back.
-        values = strength * penalty.value(torch.where(counted, sigma, 1.0), self.target(penalty))
+        values = self.strength * penalty.value(torch.where(counted, sigma, 1.0), self.target(penalty))
         return torch.where(counted, values, 0.0).sum()
 
 
@@ -142,7 +140,8 @@ def _gradient_of(W: Tensor, name: str) -> Tensor:
     G = W.grad
     if G is None:
         with torch.inference_mode(False):
-            G = W.grad = torch.zeros_like(W)
+            wanted = None if torch.compiler.is_compiling() else getattr(W, "grad_dtype", None)
+            G = W.grad = torch.zeros_like(W, dtype=wanted)
     if G.is_sparse:
         raise ValueError(f"weight {name!r} has a sparse gradient: use sparse=False, or leave it out with select.")
     if not G.is_contiguous() and 0 in G.stride():  # expanded: several entries in one place

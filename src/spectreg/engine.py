@@ -39,12 +39,19 @@ class Engine:
         self.halves, self.every, self.warmup = halves, every, warmup
         self.keeps_start = keeps_start
         self.lanes: Mapping[str, int] = {}
+        self.strengths: Mapping[str, float] = {w.name: 0.0 for w in weights}
         generator = torch.Generator("cpu").manual_seed(seed)
         self.memories = {w.name: Memory.first(w, k, generator) for w in weights}
         self._sharded = {w.name for w in weights if is_sharded(w.tensor)}
         self._gathered: list[str] = []
         self._bundles: list[tuple[Bundle, list[int], int]] = []
         self._layout: Any = None
+
+    def set_strengths(self, strengths: Mapping[str, float]) -> None:
+        """λ of each weight by its name."""
+        self.strengths = strengths
+        for bundle, _, _ in self._bundles:
+            bundle.set_strengths(strengths)
 
     def step(self, lane: int | None = None, effective: bool = False) -> Iterator[tuple[Bundle, list[Tensor]]]:
         """Step the trainable bundles of ``lane`` (all if None) whose turn it is, and hand them out.
@@ -120,7 +127,7 @@ class Engine:
             groups.setdefault((self.lanes.get(name, 0), *key, m.sigma.shape[1], m.calls), []).append(i)
         memories = list(self.memories.values())
         self._bundles = [
-            (Bundle([memories[i] for i in members], [weights[i] for i in members]), members, key[0])
+            (Bundle([memories[i] for i in members], [weights[i] for i in members], self.strengths), members, key[0])
             for key, members in groups.items()
         ]
 

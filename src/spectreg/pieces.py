@@ -55,26 +55,12 @@ def _piece(
     """The part of ``block`` that is ``along`` the dimension of the blocks and ``across`` the other one."""
     rows, columns = (across, along) if _transposed(m) else (along, across)
     if isinstance(m, OperatorMap):
-        return _operator_piece(m, local, block, rows, columns)
+        part = m.part(slice(block, block + 1), rows, columns)
+        return Piece(local, 0, part.rows, part.columns, part.map)
     assert isinstance(m, MatrixMap)
     unit = prod(shape[2:])
     columns = slice(columns.start * unit, columns.stop * unit)
     return Piece(local, block, rows, columns, replace(m, shape=shape, blocks=1))
-
-
-def _operator_piece(m: OperatorMap, local: tuple[slice, ...], group: int, outputs: slice, inputs: slice) -> Piece:
-    """A convolution of some channels of one group to some."""
-    rows, row_map = _channels(m.output_shape, _blocks(m), group, outputs)
-    columns, column_map = _channels(m.input_shape, _blocks(m), group, inputs)
-    one = replace(m, input_shape=column_map, output_shape=row_map, arguments=(*m.arguments[:-1], 1))
-    return Piece(local, 0, rows, columns, one)
-
-
-def _channels(shape: tuple[int, ...], groups: int, group: int, part: slice) -> tuple[slice, tuple[int, ...]]:
-    """Where ``part`` of the channels of ``group`` lies in the flat images, and the shape of these."""
-    first, unit = group * (shape[0] // groups), prod(shape[1:])
-    where = slice((first + part.start) * unit, (first + part.stop) * unit)
-    return where, (part.stop - part.start, *shape[1:])
 
 
 def _blocks(m: LinearMap) -> int:

@@ -247,4 +247,10 @@ def keep_normalised(
     """
     over = (length / length).div_(length).to(x.dtype)  # NaN for 0 and infinity, too
     multiply(raw, over, segments, out=raw)
-    torch.where(raw.isnan(), x, raw, out=x)
+    if not segments.are_long:
+        torch.where(raw.isnan(), x, raw, out=x)
+        return
+    fine = (over == over).to(x.dtype).unbind()
+    parts = zip(x.split_with_sizes(segments.sizes), raw.split_with_sizes(segments.sizes), fine, strict=True)
+    for old, new, whole in parts:  # isnan() and where() take four times as long
+        old.lerp_(new.nan_to_num_(0.0, 0.0, 0.0), whole)

@@ -1,6 +1,7 @@
 """What the regularizer cannot act on, and what to do then: one clear error each."""
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
@@ -57,3 +58,17 @@ def refuse_strangers(memories: Sequence[Memory], weights: Sequence[Tensor], held
                 f"weight {m.weight.name!r} is not a parameter of the optimizer that held it at attach(): it was "
                 "replaced or thawed since. Let its optimizer hold it, then detach() and attach() again."
             )
+
+
+@contextmanager
+def torch_func_refused() -> Iterator[None]:
+    """Say what to do where a transform of ``torch.func`` meets a function that it cannot differentiate."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "functorch" not in str(error):
+            raise
+        raise NotImplementedError(
+            "penalty() is not differentiated by torch.func (grad, vmap, jacrev and others), which sees other weights "
+            "than the model's own. Use backward() or torch.autograd.grad, or add_gradient()."
+        ) from error

@@ -82,7 +82,6 @@ class SpectralNormRegularizer:
         check_number("seed", seed, lambda x: x % 1 == 0, "a whole number")
         self.weights: list[Weight] = named_weights(model, select, map, input_size, embeddings)
         self.penalty_function, self.every, self.decoupled = penalty_of(penalty), int(every), decoupled
-        self.strength = strength
         self._engine = Engine(
             self.weights,
             k=int(k),
@@ -92,6 +91,7 @@ class SpectralNormRegularizer:
             warmup=int(warmup),
             keeps_start=self.penalty_function.target == "start",
         )
+        self.strength = strength
         self._attachment: Attachment | None = None
 
     @property
@@ -107,8 +107,7 @@ class SpectralNormRegularizer:
         for name, number in numbers.items():
             check_number(f"strength of {name!r}", number, lambda x: isfinite(x) and x >= 0, "a finite number from 0")
         self._strength = dict(strength) if isinstance(strength, Mapping) else strength
-        self._strengths = {n: float(x) * self.every for n, x in numbers.items()}
-        self._strength_version = getattr(self, "_strength_version", 0) + 1
+        self._engine.set_strengths({name: float(number) * self.every for name, number in numbers.items()})
 
     @torch.no_grad()
     def add_gradient(self) -> None:
@@ -124,7 +123,7 @@ class SpectralNormRegularizer:
         if self.decoupled:
             raise RuntimeError("decoupled=True acts on the weights with the optimizer's learning rate: use attach().")
         for bundle, weights in self._engine.step():
-            bundle.add_gradient(self.penalty_function, weights, bundle.strength(*self._lambda))
+            bundle.add_gradient(self.penalty_function, weights)
 
     def penalty(self) -> Float[Tensor, ""]:
         """The penalty λΣφ(σ) as a term of the loss, after a power step; its gradient is what ``add_gradient`` adds.
@@ -139,11 +138,9 @@ class SpectralNormRegularizer:
         if self.decoupled:
             raise RuntimeError("decoupled=True does not act through the loss: use attach(), or leave it out.")
         looking = not torch.is_grad_enabled()
+        bundles = self._engine.trained() if looking else self._engine.step(effective=True)
         share = 1 / self.every if looking else 1.0
-        terms = [
-            bundle.value(self.penalty_function, weights, share * bundle.strength(*self._lambda))
-            for bundle, weights in (self._engine.trained() if looking else self._engine.step(effective=True))
-        ]
+        terms = [share * bundle.value(self.penalty_function, weights) for bundle, weights in bundles]
         device = terms[0].device if terms else self.weights[0].tensor.device
         return torch.stack([t.to(device) for t in terms]).sum() if terms else torch.zeros((), device=device)
 
@@ -219,7 +216,8 @@ class SpectralNormRegularizer:
         weight  shape  map        strength  σ  residual  stable rank
         weight  2 × 3  1 × 2 × 3  0.01      2  ...       1.25
         """
-        return table(self._strengths, self.every, self.weights, self.sigma(), self.residual(), self.stable_rank())
+        numbers = self.sigma(), self.residual(), self.stable_rank()
+        return table(self._engine.strengths, self.every, self.weights, *numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """Its vectors by the name of the weight, alike on every rank. Safe to save; nothing of the model is in it."""
@@ -248,18 +246,12 @@ class SpectralNormRegularizer:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_attachment": None}
 
-    @property
-    def _lambda(self) -> tuple[dict[str, float], int]:
-        return self._strengths, self._strength_version
-
     @torch.no_grad()
     def _before_step(self, lane: int, rates: Mapping[int, Any], factor: Tensor | float, keep: Tensor | float) -> None:
         """Called by the attachment: with learning rates by parameter, the gradients' scale, and 0 to skip the step."""
         for bundle, weights in self._engine.step(lane):
             refuse_strangers(bundle.memories, weights, rates)
             if self.decoupled:
-                strength = bundle.strength(*self._lambda) * keep
-                bundle.move(self.penalty_function, weights, strength, [rates[id(W)] for W in weights])
+                bundle.move(self.penalty_function, weights, [rates[id(W)] for W in weights], keep)
             else:
-                strength = bundle.strength(*self._lambda) * (factor * keep)
-                bundle.add_gradient(self.penalty_function, weights, strength)
+                bundle.add_gradient(self.penalty_function, weights, factor * keep)

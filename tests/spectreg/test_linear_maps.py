@@ -5,22 +5,25 @@ from cases import KINDS, seeded
 from spectreg import named_weights
 
 
+@pytest.mark.parametrize(("tile", "dtype"), [(1, torch.float32), (20, torch.float32), (10**6, torch.float64)])
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
-def test_the_products_and_the_outer_product_of_a_map_are_those_of_its_dense_blocks(kind, k):
+def test_the_products_and_the_outer_product_of_a_map_are_those_of_its_dense_blocks(kind, k, tile, dtype, monkeypatch):
+    monkeypatch.setattr("spectreg.linear_maps.TILE", tile)
     module = seeded(kind.build)
     chosen = named_weights(module, select=lambda name, _: name == kind.weight, **kind.settings)
-    m, W = chosen[0].map, chosen[0].tensor.detach()
+    m, weight = chosen[0].map, chosen[0].tensor.detach().to(dtype)
+    W = weight.double()
     blocks, generator = torch.stack(kind.matrices(W)), torch.Generator().manual_seed(1)
     v = torch.randn(m.blocks, m.inputs, k, generator=generator, dtype=torch.float64)
     u = torch.randn(m.blocks, m.outputs, k, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(m.matrices(W), blocks)
-    torch.testing.assert_close(m.forward(W, v.flatten(), k).view_as(u), blocks @ v)
-    torch.testing.assert_close(m.adjoint(W, u.flatten(), k).view_as(v), blocks.mT @ u)
+    torch.testing.assert_close(m.forward(weight, v.flatten(), k).view_as(u), blocks @ v)
+    torch.testing.assert_close(m.adjoint(weight, u.flatten(), k).view_as(v), blocks.mT @ u)
     torch.testing.assert_close(m.squares(W), blocks.square().sum((1, 2)))
-    G = torch.zeros_like(W)
+    G = torch.zeros_like(weight)
     m.add_outer_(G, u.flatten(), v.flatten(), k, alpha=-2.0)
-    torch.testing.assert_close(m.matrices(G), -2 * u @ v.mT)
+    torch.testing.assert_close(m.matrices(G), (-2 * u @ v.mT).to(dtype))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=repr)

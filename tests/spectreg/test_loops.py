@@ -233,9 +233,26 @@ def test_low_precision_weights_iterate_in_float32_and_get_the_gradient_rounded_o
     torch.testing.assert_close(low.weight.grad, high.weight.grad.to(dtype), rtol=1e-2, atol=1e-6)
 
 
-def test_no_float32_copy_of_a_whole_bfloat16_weight_is_made():
-    layer = nn.Linear(2048, 1024, bias=False, dtype=torch.bfloat16)
-    regularizer = SpectralNormRegularizer(layer, 0.1, warmup=0)
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has one precision for both")
+def test_a_low_precision_weight_whose_gradient_is_kept_in_float32_gets_it_unrounded():
+    low = seeded(lambda: nn.Linear(7, 5)).bfloat16()
+    high = copy.deepcopy(low).float()
+    low.weight.grad_dtype = torch.float32
+    for model in (low, high):
+        SpectralNormRegularizer(model, 0.1).add_gradient()
+    assert low.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(low.weight.grad, high.weight.grad)
+
+
+@pytest.mark.parametrize(("build", "settings"), [
+    (lambda: nn.Linear(2048, 1024), {}),
+    (lambda: nn.ConvTranspose2d(512, 512, 3), {}),
+    (lambda: nn.Conv2d(1024, 1024, 3, padding=1), {"map": "operator", "input_size": (2, 2)}),
+    (lambda: nn.Conv2d(4096, 2048, 3, padding=1, groups=8), {"map": "operator", "input_size": (2, 2)}),
+], ids=["matrix", "transposed", "operator", "groups"])  # fmt: skip
+def test_no_float32_copy_of_a_whole_bfloat16_weight_is_made(build, settings):
+    layer = build().bfloat16()
+    regularizer = SpectralNormRegularizer(layer, 0.1, warmup=0, **settings)
     regularizer.add_gradient()
 
     class Largest(TorchDispatchMode):
@@ -574,7 +591,7 @@ for backend, settings in (
     fast.zero_grad()
     a, b = (SpectralNormRegularizer(m, 0.1, warmup=1, **settings) for m in (plain, fast))
     compiled = torch.compile(b.add_gradient, fullgraph=True, backend=backend)
-    for strength in (0.1, 0.1, 0.2):
+    for strength in (0.1, 0.1, *(0.2 + i / 10 for i in range(10))):  # more than dynamo would compile anew for
         a.strength = b.strength = strength
         a.add_gradient()
         compiled()

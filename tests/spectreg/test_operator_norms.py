@@ -109,7 +109,7 @@ def test_on_a_wide_input_too_the_value_is_the_norm_of_the_dense_matrix(kind, inp
     truth = sigma[0]
     exact = operator_norm(layer, input_shape, tolerance=1e-7, max_products=2000)
     assert exact.converged
-    assert np.abs(sigma - exact.value).min() <= exact.residual
+    assert np.abs(sigma - exact.value).min() <= exact.residual + 1e-12 * truth
     assert exact.value == pytest.approx(truth, rel=1e-6)  # waves of ±ω differ by as little as 6e-7 here
     assert truth * (1 - 2e-3) <= operator_norm(layer, input_shape).value <= truth * (1 + 1e-12)
 

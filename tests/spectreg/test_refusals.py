@@ -102,6 +102,17 @@ def test_without_gradients_the_penalty_has_its_value_and_takes_no_step(build):
     torch.testing.assert_close(regularizer.penalty().detach(), 2 * looked)
 
 
+def test_the_penalty_under_a_transform_of_torch_func_is_refused_by_name():
+    model = mlp()
+    regularizer = SpectralNormRegularizer(model, 0.1)
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, torch.ones(5).double()).sum() + regularizer.penalty()
+
+    with pytest.raises(NotImplementedError, match=r"penalty\(\) is not differentiated by torch.func .* backward\(\)"):
+        torch.func.grad(loss)(dict(model.named_parameters()))
+
+
 def test_a_function_without_a_slope_is_refused():
     regularizer = SpectralNormRegularizer(mlp(), 0.1, penalty=lambda sigma: (sigma > 1).to(sigma))
     with pytest.raises(ValueError, match="the penalty function has no slope"):
