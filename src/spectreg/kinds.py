@@ -40,6 +40,8 @@ def maps_of(
         return {"matrix": MatrixMap(shape, parts, norm="each"), "joint": joint, "heads": heads}
     if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
         return {"matrix": MatrixMap(shape, layout="columns")}
+    if weight.ndim > 2 and not isinstance(module, nn.Bilinear):
+        return {"matrix": joint, "each": MatrixMap(shape, shape[0], norm="each", layout="stack")}
     return {"matrix": joint}
 
 

@@ -79,7 +79,7 @@ class MatrixMap:
             ``"each"``: every block is a map of its own and is penalized by itself.
         layout: How the weight is stored. ``"rows"``: as above. ``"columns"``: inputs first, two dimensions, as
             the ``Conv1D`` of transformers has it. ``"transposed"``: a transposed convolution, (inputs, outputs of one
-            group, kernel…).
+            group, kernel…). ``"stack"``: one matrix after the other, (blocks, outputs, inputs…).
 
     >>> MatrixMap((6, 4, 3, 3), blocks=2).matrices(torch.zeros(6, 4, 3, 3)).shape
     torch.Size([2, 3, 36])
@@ -90,21 +90,19 @@ class MatrixMap:
     shape: tuple[int, ...]
     blocks: int = 1
     norm: Norm = "max"
-    layout: Literal["rows", "columns", "transposed"] = "rows"
+    layout: Literal["rows", "columns", "transposed", "stack"] = "rows"
 
     @property
     def outputs(self) -> int:
         """Rows of one block."""
-        return self.shape[1] if self.layout == "transposed" else self._rows // self.blocks
+        if self.layout in ("transposed", "stack"):
+            return self.shape[1]
+        return self.shape[self.layout == "columns"] // self.blocks
 
     @property
     def inputs(self) -> int:
         """Columns of one block."""
         return self._parts * self._columns
-
-    @property
-    def _rows(self) -> int:
-        return self.shape[1] if self.layout == "columns" else self.shape[0]
 
     @property
     def _parts(self) -> int:
@@ -115,13 +113,15 @@ class MatrixMap:
     def _columns(self) -> int:
         if self.layout == "columns":
             return self.shape[0]
-        return prod(self.shape[2:] if self.layout == "transposed" else self.shape[1:])
+        return prod(self.shape[1:] if self.layout == "rows" else self.shape[2:])
 
     def matrices(self, W: Tensor) -> Float[Tensor, "blocks outputs inputs"]:
         """The blocks of ``W``: a view of its memory where the strides allow, a copy for a transposed convolution."""
         if self.layout == "transposed":
             parts = W.reshape(self.blocks, self._parts, self.outputs, self._columns)
             return parts.transpose(1, 2).reshape(self.blocks, self.outputs, self.inputs)
+        if self.layout == "stack":
+            return W.flatten(2)
         stored = W.t() if self.layout == "columns" else W.flatten(1)
         return stored.unflatten(0, (self.blocks, self.outputs))
 
@@ -205,7 +205,7 @@ class MatrixMap:
 
     def _is_plain(self, W: Tensor, x: Tensor, k: int) -> bool:
         """Whether one BLAS call on a matrix does it."""
-        one = k == 1 and self.blocks == 1 and self.layout != "transposed" and W.dtype == x.dtype
+        one = k == 1 and self.blocks == 1 and self.layout in ("rows", "columns") and W.dtype == x.dtype
         return one and (W.ndim == 2 or W.is_contiguous() or self._kernel_first(W))
 
     def _plain(self, W: Tensor) -> Float[Tensor, "outputs inputs"]:
@@ -232,6 +232,8 @@ class MatrixMap:
             return W.flatten(2).unflatten(0, (self.blocks, self._parts))
         if self.layout == "columns":
             return W.t().unflatten(0, (self.blocks, 1, self.outputs))
+        if self.layout == "stack":
+            return W.flatten(2).unsqueeze(1)
         stored = W.movedim(1, -1) if self._kernel_first(W) else W
         return stored.reshape(self.blocks, 1, self.outputs, -1)
 

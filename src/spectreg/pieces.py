@@ -30,7 +30,7 @@ def pieces_of(m: LinearMap, W: Any) -> list[Piece]:
     shape, offset = compute_local_shape_and_global_offset(W.shape, W.device_mesh, W.placements)
     if 0 in shape:
         return []
-    cut = 1 if getattr(m, "layout", "") == "columns" else 0  # the dimension in which the blocks follow each other
+    cut = 1 if _layout(m) == "columns" else 0  # the dimension in which the blocks follow each other
     across = slice(offset[1 - cut], offset[1 - cut] + shape[1 - cut])
     size, first, last = W.shape[cut] // _blocks(m), offset[cut], offset[cut] + shape[cut]
     pieces = []
@@ -45,7 +45,7 @@ def pieces_of(m: LinearMap, W: Any) -> list[Piece]:
 
 def is_sharded_by_columns(m: LinearMap, W: Any) -> bool:
     """Whether a rank holds some columns of the map only, so that its share of Wv is a term of a sum."""
-    column_dim = 0 if _transposed(m) or getattr(m, "layout", "") == "columns" else 1
+    column_dim = {"columns": 0, "transposed": 0, "stack": 2}.get(_layout(m), 1)
     return any(getattr(p, "dim", None) == column_dim for p in W.placements)
 
 
@@ -53,7 +53,7 @@ def _piece(
     m: LinearMap, local: tuple[slice, ...], block: int, along: slice, across: slice, shape: tuple[int, ...]
 ) -> Piece:
     """The part of ``block`` that is ``along`` the dimension of the blocks and ``across`` the other one."""
-    rows, columns = (across, along) if _transposed(m) else (along, across)
+    rows, columns = (across, along) if _layout(m) in ("transposed", "stack") else (along, across)
     if isinstance(m, OperatorMap):
         part = m.part(slice(block, block + 1), rows, columns)
         return Piece(local, 0, part.rows, part.columns, part.map)
@@ -67,8 +67,10 @@ def _blocks(m: LinearMap) -> int:
     return m.arguments[-1] if isinstance(m, OperatorMap) else m.blocks
 
 
-def _transposed(m: LinearMap) -> bool:
-    return m.arguments[3] if isinstance(m, OperatorMap) else getattr(m, "layout", "") == "transposed"
+def _layout(m: LinearMap) -> str:
+    if isinstance(m, OperatorMap):
+        return "transposed" if m.arguments[3] else "rows"
+    return getattr(m, "layout", "rows")
 
 
 def _check_placements(W: Any) -> None:

@@ -37,7 +37,8 @@ def refuse_computed(weights: Sequence[Weight]) -> None:
         if weight.computed:
             raise ValueError(
                 f"weight {weight.name!r} is under a parametrization: it is computed (as one under a pruning mask is) "
-                "and has no gradient of its own. Use penalty(), which acts on the effective weight."
+                "and has no gradient of its own. Use penalty(), which acts on the effective weight, or leave it out "
+                "with select."
             )
 
 

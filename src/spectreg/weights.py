@@ -138,7 +138,7 @@ def _counts(name: str, module: nn.Module, attribute: str, tensor: Tensor) -> boo
     _refuse_hidden(name, tensor)
     if is_lazy(tensor):
         return True
-    if tensor.ndim < 2 or isinstance(module, NORMALIZATIONS) or attribute in ("bias_k", "bias_v"):
+    if tensor.ndim < 2 or isinstance(module, NORMALIZATIONS) or "bias" in attribute.split("_"):
         return False
     if not tensor.is_floating_point() and not tensor.is_complex():
         return False

@@ -92,6 +92,10 @@ KINDS = [
     Kind("gpt-2", gpt2_projection, "weight", lambda W: [W.T]),
     Kind("embedding", lambda: nn.Embedding(7, 3), "weight", rows(1), False, {"embeddings": True}),
     Kind("bare", lambda: Bare(3, 2, 4), "table", rows(1)),
+    Kind("bare, a stack", lambda: Bare(3, 5, 4), "table", list, True, {"map": "each"}),
+    Kind("bare, a stack of one", lambda: Bare(1, 5, 4), "table", list, True, {"map": "each"}),
+    Kind("bare, a stack of kernels", lambda: Bare(2, 3, 2, 2), "table", lambda W: [w.flatten(1) for w in W], True,
+         {"map": "each"}),
 ]  # fmt: skip
 
 

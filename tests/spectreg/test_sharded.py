@@ -151,11 +151,18 @@ def test_heads_and_groups_that_straddle_shards_give_the_unsharded_gradient(ranks
     on_ranks(ranks, blocks_across_shards)
 
 
-def every_kind_of_convolution() -> nn.Module:
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(5, 3, 2, 2))
+
+
+def every_kind_of_convolution_and_a_stack() -> nn.Module:
     return seeded(
         lambda: nn.Sequential(
             nn.ConvTranspose2d(5, 3, 3), nn.ConvTranspose1d(4, 6, 3, groups=2), nn.Conv2d(4, 6, 3, groups=2, padding=1),
             nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), nn.ConvTranspose2d(4, 4, 2, groups=4, stride=2),
+            Experts(),
         )
     )  # fmt: skip
 
@@ -163,14 +170,16 @@ def every_kind_of_convolution() -> nn.Module:
 SIZES = {"0.weight": (3, 4), "1.weight": (5,), "2.weight": (4, 4), "3.weight": (4, 3), "4.weight": (2, 2)}
 
 
-def sharded_convolutions(dimension: int) -> None:
+def sharded_by(dimension: int) -> None:
     for settings in (
         {},
         {"k": 2},
+        {"map": "each"},
+        {"map": "each", "k": 2},
         {"map": "operator", "input_size": SIZES},
         {"map": "operator", "input_size": SIZES, "k": 2},
     ):
-        plain, sharded = every_kind_of_convolution(), every_kind_of_convolution()
+        plain, sharded = every_kind_of_convolution_and_a_stack(), every_kind_of_convolution_and_a_stack()
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for layer in sharded:
             layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(dimension)]))
@@ -186,8 +195,8 @@ def sharded_convolutions(dimension: int) -> None:
 
 
 @pytest.mark.parametrize(("ranks", "dimension"), [(2, 0), (2, 1), (3, 0)])
-def test_transposed_convolutions_and_operators_sharded_by_either_channel_give_the_unsharded_gradient(ranks, dimension):
-    on_ranks(ranks, sharded_convolutions, dimension)
+def test_convolutions_operators_and_stacks_sharded_by_either_dimension_give_the_unsharded_gradient(ranks, dimension):
+    on_ranks(ranks, sharded_by, dimension)
 
 
 def penalties_as_a_loss() -> None:

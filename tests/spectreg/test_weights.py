@@ -23,6 +23,7 @@ def test_biases_normalization_scales_embeddings_and_vectors_in_disguise_do_not_c
             "token": Bare(1, 1, 8), "table": Bare(3, 4), "norm": nn.LayerNorm((2, 3)), "batch": nn.BatchNorm2d(4),
             "words": nn.Embedding(5, 4), "linear": nn.Linear(4, 1),
             "attention": nn.MultiheadAttention(4, 2, add_bias_kv=True),
+            "experts": nn.ParameterDict({"up_bias": torch.ones(2, 3)}),
         }
     )  # fmt: skip
     expected = ["table.table", "linear.weight", "attention.in_proj_weight", "attention.out_proj.weight"]
