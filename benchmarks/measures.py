@@ -22,7 +22,7 @@ from spectreg_lab.config import VGG
 from spectreg_lab.models.vgg import vgg
 
 NAME = "measures"
-SECONDS = 110
+SECONDS = 145
 VALUES = "all singular values of VGG-16"
 
 

@@ -120,9 +120,16 @@ def about(benchmark: str) -> str:
     return ""
 
 
+def elsewhere(folder: Path) -> Iterator[str]:
+    """The goals as older records, of other machines, have them."""
+    for path in sorted(folder.glob("benchmarks-*.jsonl")):
+        lines = read(path)
+        yield f"### On another machine, before\n\n`results/{path.name}`: {origin(lines)}\n\n{goals(lines)}\n"
+
+
 def page(lines: Sequence[Line]) -> str:
     """The whole page."""
-    parts = [INTRODUCTION, "## Goals\n", goals(lines) + "\n"]
+    parts = [INTRODUCTION, "## Goals\n", goals(lines) + "\n", *elsewhere(RESULTS.parent)]
     parts += [
         f"![Time against error]({PLOT})\n",
         "*The norm of a convolution, by every way to it; the table is below.*\n",

@@ -24,7 +24,7 @@ from spectreg_lab.store import METRICS, RunFolder, read_study, run_folder
 from spectreg_lab.train import Training
 
 NAME = "a study"
-SECONDS = 190
+SECONDS = 240
 STUDY = Path(__file__).parents[1] / "results" / "cpu"
 EPOCHS = 200
 BATCH = 64

@@ -1,8 +1,6 @@
 """A weight as the linear map it is: one or more matrix blocks, seen in the weight's own memory."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from math import prod
 from typing import Literal, Protocol, runtime_checkable
 
@@ -10,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spectreg.products import converted_if_small, fetching_is_slow, flat, products, tiles
+
 Norm = Literal["max", "each"]
 
-TILE = 1 << 18  # elements of a weight of lower precision that are held in float32 at a time
 CACHED = 1 << 17  # elements of a weight that stay in a processor's own cache from one product to the next
-WORTH_A_CALL = 1 << 12  # elements of a block whose product takes longer than to call it by itself
 SMALL = 1 << 18  # elements of a weight that is read twice sooner than it is looked after
 
 
@@ -133,28 +131,31 @@ class MatrixMap:
 
     def forward(self, W: Tensor, v: Float[Tensor, " v"], k: int = 1) -> Float[Tensor, " u"]:
         """Wv, in the precision of ``v``."""
+        W = converted_if_small(W, v)
         if self._is_plain(W, v, k):
             return torch.mv(self._plain(W), self._to_memory(W, v))
         W4, v4 = self._stored(W), self._inputs_as_stored(W, v, k)
         u = v.new_zeros(self.blocks, self.outputs, k)
-        for b, p, r in _tiles(W4, v):
-            u[b, r] += _products(W4[b, p, r].to(v.dtype), v4[b, p]).sum(1)
+        for b, p, r in tiles(W4, v):
+            u[b, r] += products(W4[b, p, r].to(v.dtype), v4[b, p]).sum(1)
         return u.flatten()
 
     def adjoint(self, W: Tensor, u: Float[Tensor, " u"], k: int = 1) -> Float[Tensor, " v"]:
         """Wᵀu, in the precision of ``u``."""
+        W = converted_if_small(W, u)
         if self._is_plain(W, u, k):
             return self._from_memory(W, torch.mv(self._plain(W).t(), u))
         W4, u4 = self._stored(W), u.view(self.blocks, 1, self.outputs, k)
         v4 = u.new_zeros(self.blocks, self._parts, self._columns, k)
-        for b, p, r in _tiles(W4, u):
-            v4[b, p] += _products(W4[b, p, r].to(u.dtype).mT, u4[b, :, r])
+        for b, p, r in tiles(W4, u):
+            v4[b, p] += products(W4[b, p, r].to(u.dtype).mT, u4[b, :, r])
         if self._kernel_first(W):
             return v4.view(self.blocks, -1, self.shape[1], k).transpose(1, 2).flatten()
         return v4.flatten()
 
     def round_trip(self, W: Tensor, v: Float[Tensor, " v"], u: Float[Tensor, " u"], w: Float[Tensor, " v"]) -> None:
         """Write Wv to ``u`` and Wᵀu to ``w``; on a CPU in one pass over a ``W`` that is not small."""
+        W = converted_if_small(W, v)
         large = W.device.type == "cpu" and W.numel() >= SMALL
         if large and self.blocks == 1 and self.layout == "rows" and (W.is_contiguous() or self._kernel_first(W)):
             self._in_one_pass(W, v, u, w)
@@ -170,7 +171,7 @@ class MatrixMap:
         """Some rows after the others, both products while they are in the cache."""
         A, x, rows = self._plain(W), self._to_memory(W, v), max(1, CACHED // self.inputs)
         y = w.zero_() if x is v else torch.zeros_like(x)
-        touch = not torch.compiler.is_compiling() and _products_fetch_slowly()
+        touch = not torch.compiler.is_compiling() and fetching_is_slow()
         for some, across, of_u in zip(A.split(rows), A.t().split(rows, 1), u.split(rows), strict=True):
             if W.dtype != v.dtype:
                 some = some.to(v.dtype)
@@ -194,14 +195,14 @@ class MatrixMap:
             G.add_(dense, alpha=alpha)
         else:
             G4, u4, v4 = self._stored(G), u.view(self.blocks, 1, self.outputs, k), self._inputs_as_stored(G, v, k)
-            for b, p, r in _tiles(G4, u):
+            for b, p, r in tiles(G4, u):
                 tile, left, right = G4[b, p, r], u4[b, :, r], v4[b, p].mT
                 if G.dtype == u.dtype and k == 1:
                     tile.addcmul_(left, right, value=alpha)
                 elif G.dtype == u.dtype:
-                    _flat(tile).baddbmm_(_flat(left.expand(*tile.shape[:3], k)), _flat(right), alpha=alpha)
+                    flat(tile).baddbmm_(flat(left.expand(*tile.shape[:3], k)), flat(right), alpha=alpha)
                 else:
-                    tile.add_(left @ right, alpha=alpha)
+                    tile.add_(left * right if k == 1 else left @ right, alpha=alpha)
 
     def _is_plain(self, W: Tensor, x: Tensor, k: int) -> bool:
         """Whether one BLAS call on a matrix does it."""
@@ -241,51 +242,3 @@ class MatrixMap:
         if self._kernel_first(W):
             v = v.view(self.blocks, self.shape[1], -1, k).transpose(1, 2).reshape(-1)
         return v.view(self.blocks, self._parts, self._columns, k)
-
-
-@cache
-def _products_fetch_slowly() -> bool:
-    """Whether a matrix is multiplied with sooner if it is read in order before, into the cache.
-
-    With MKL on a processor of AMD: a power step on 1024 × 1024 takes 0.8 × as long then; on one of Intel, 1.3 ×.
-    """
-    capabilities = getattr(torch.cpu, "get_capabilities", None)  # older versions of torch have none
-    return capabilities is not None and "AMD" in capabilities().get("cpu_name", "")
-
-
-def _products(A: Float[Tensor, "blocks parts rows columns"], x: Float[Tensor, "blocks _ columns k"]) -> Tensor:
-    """A·x slice by slice; for single columns on a CPU by ``mv``, which reads a matrix six to twenty times faster."""
-    A3, x3 = _flat(A), _flat(x.expand(*A.shape[:2], *x.shape[2:]))
-    if x.shape[3] > 1 or A.device.type != "cpu" or len(A3) == 0 or A.shape[2] * A.shape[3] < WORTH_A_CALL:
-        products = torch.bmm(A3, x3)
-    else:
-        products = torch.stack([torch.mv(M, column) for M, column in zip(A3, x3.squeeze(2), strict=True)])
-    return products.view(*A.shape[:3], x.shape[3])
-
-
-def _flat(x: Float[Tensor, "blocks parts rows columns"]) -> Float[Tensor, "slices rows columns"]:
-    """Of an ``x`` of several blocks, all parts; a view then, but for vectors that are the same for all parts."""
-    return x.flatten(0, 1)
-
-
-def _tiles(W4: Float[Tensor, "blocks parts rows columns"], x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut blocks, parts and rows so that what a product makes of them for a while is small.
-
-    That is a piece converted to the precision of ``x``, of about ``TILE`` elements, and the products of all parts.
-    """
-    blocks, parts, rows, columns = W4.shape
-    if W4.dtype == x.dtype and parts == 1:
-        yield slice(None), slice(None), slice(None)
-        return
-    for b, p in runs(blocks, parts, max(1, TILE // max(1, rows * columns))):
-        r = max(1, TILE // max(1, (b.stop - b.start) * (p.stop - p.start) * columns))
-        for i in range(0, rows, r):
-            yield b, p, slice(i, i + r)
-
-
-def runs(blocks: int, parts: int, most: int) -> Iterator[tuple[slice, slice]]:
-    """Cut blocks of equally many parts into pieces of at most so many parts: some blocks, or some parts of one."""
-    together, step = max(1, most // max(1, parts)), max(1, min(most, parts))
-    for block in range(0, blocks, together):
-        for part in range(0, parts, step):
-            yield slice(block, min(block + together, blocks)), slice(part, min(part + step, parts))

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from spectreg.linear_maps import Norm, runs
+from spectreg.linear_maps import Norm
 from spectreg.names import named_modules
+from spectreg.products import runs
 
 PIECE = 1 << 20  # elements of a kernel that are in memory a second time; as fast as all at once, or faster
 
