@@ -37,10 +37,11 @@ def run(name: str) -> None:
 
 
 def forget(titles: set[str]) -> None:
-    """Drop the lines that are about to be measured again."""
+    """Drop the lines that are about to be measured again, and how long these took."""
     if RESULTS.exists():
-        lines = RESULTS.read_text().splitlines(keepends=True)
-        RESULTS.write_text("".join(line for line in lines if json.loads(line)["benchmark"] not in titles))
+        lines = [(line, json.loads(line)) for line in RESULTS.read_text().splitlines(keepends=True)]
+        old = {line for line, row in lines if (row["case"] if row["benchmark"] == NAME else row["benchmark"]) in titles}
+        RESULTS.write_text("".join(line for line, _ in lines if line not in old))
 
 
 def main(names: list[str]) -> int:
@@ -49,7 +50,7 @@ def main(names: list[str]) -> int:
         return 0
     names = names or list(NAMES)
     modules = {name: importlib.import_module(f"benchmarks.{name}") for name in names}
-    forget({module.NAME for module in modules.values()} | {NAME})
+    forget({module.NAME for module in modules.values()} | ({"all"} if len(names) == len(NAMES) else set()))
     print(f"torch {torch.__version__}, {THREADS} thread(s), load {os.getloadavg()}", flush=True)
     worst, begin, left = 0, time.time(), sum(module.SECONDS for module in modules.values())
     for name, module in modules.items():

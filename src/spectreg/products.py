@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-TILE = 1 << 18  # elements of a weight of lower precision that are held in float32 at a time
+TILE = 1 << 16  # elements of a weight of lower precision that are held in float32 at a time
 WORTH_A_CALL = 1 << 12  # elements of a block whose product takes longer than to call it by itself
 
 
