@@ -26,7 +26,7 @@ SECONDS = 480
 UNIT = "% of a step"
 OURS = "add_gradient"
 WHY = {
-    "floor": "A power step reads each weight once, and twice more from cache, where the floor reads it once; and "
+    "floor": "A power step reads each weight once from memory and again from cache, where the floor reads it once; and "
     "normalising all vectors takes a while that does not depend on the size of the weights. `steps=0.5` reads once.",
     "torch's weight decay": "Decay needs no vectors: it is one pass over the weights inside the optimizer's own.",
     "autograd penalty": "Of packed query, key and value weights ours keeps a vector each; the autograd penalty as "

@@ -7,24 +7,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-TILE = 1 << 16  # elements of a weight of lower precision that are held in float32 at a time
+TILE = 1 << 16  # elements of a weight of lower precision that are held in float32 at a time, on a CPU
+TILE_ELSEWHERE = 1 << 22  # on an accelerator, where each piece costs a dozen launches
 WORTH_A_CALL = 1 << 12  # elements of a block whose product takes longer than to call it by itself
 
 
 @cache
 def fetching_is_slow() -> bool:
-    """Whether a matrix is multiplied with sooner if it is read in order before, into the cache.
-
-    With MKL on a processor of AMD that saves a tenth of a step on matrices of 1024 × 1024; on one of Intel it would
-    cost that much.
-    """
+    """Whether a matrix is multiplied with sooner if it is read in order before: so with MKL on a processor of AMD."""
     capabilities = getattr(torch.cpu, "get_capabilities", None)  # older versions of torch have none
     return capabilities is not None and "AMD" in capabilities().get("cpu_name", "")
 
 
 def converted_if_small(W: Tensor, x: Tensor) -> Tensor:
     """``W`` in the precision of ``x``, if that is one piece."""
-    return W.to(x.dtype) if W.numel() <= TILE else W
+    return W.to(x.dtype) if W.numel() <= tile_on(W.device) else W
+
+
+def tile_on(device: torch.device) -> int:
+    """Elements of a piece."""
+    return TILE if device.type == "cpu" else TILE_ELSEWHERE
 
 
 def products(A: Float[Tensor, "blocks parts rows columns"], x: Float[Tensor, "blocks _ columns k"]) -> Tensor:
@@ -45,14 +47,19 @@ def flat(x: Float[Tensor, "blocks parts rows columns"]) -> Float[Tensor, "slices
 def tiles(W4: Float[Tensor, "blocks parts rows columns"], x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
     """Cut blocks, parts and rows so that what a product makes of them for a while is small.
 
-    That is a piece converted to the precision of ``x``, of about ``TILE`` elements, and the products of all parts.
+    That is a piece converted to the precision of ``x``, and the products of all parts.
+
+    >>> W, x = torch.empty(1, 1, 4096, 4096, dtype=torch.bfloat16), torch.empty(())
+    >>> len(list(tiles(W, x))), len(list(tiles(W.to("meta"), x.to("meta"))))
+    (256, 4)
     """
     blocks, parts, rows, columns = W4.shape
+    most = tile_on(W4.device)
     if W4.dtype == x.dtype and parts == 1:
         yield slice(None), slice(None), slice(None)
         return
-    for b, p in runs(blocks, parts, max(1, TILE // max(1, rows * columns))):
-        r = max(1, TILE // max(1, (b.stop - b.start) * (p.stop - p.start) * columns))
+    for b, p in runs(blocks, parts, max(1, most // max(1, rows * columns))):
+        r = max(1, most // max(1, (b.stop - b.start) * (p.stop - p.start) * columns))
         for i in range(0, rows, r):
             yield b, p, slice(i, i + r)
 

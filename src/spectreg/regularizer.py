@@ -134,6 +134,7 @@ class SpectralNormRegularizer:
 
         Raises:
             RuntimeError: The regularizer is ``decoupled``.
+            NotImplementedError: A transform of ``torch.func`` is at work.
         """
         if self.decoupled:
             raise RuntimeError("decoupled=True does not act through the loss: use attach(), or leave it out.")

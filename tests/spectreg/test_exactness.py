@@ -150,8 +150,12 @@ def test_the_gradient_is_that_of_a_full_svd_for_every_shape_and_scale(kind, expo
     torch.testing.assert_close(regularizer.sigma()[kind.weight] / sigma, torch.ones_like(sigma))
 
 
+@pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("settings_", [{}, {"steps": 0.5}, {"k": 2}, {"penalty": "power"}], ids=str)
-def test_a_zero_weight_has_sigma_zero_no_gradient_and_keeps_its_vector_until_it_comes_alive(settings_):
+def test_a_zero_weight_has_sigma_zero_no_gradient_and_keeps_its_vector_until_it_comes_alive(
+    settings_, long, monkeypatch
+):
+    monkeypatch.setattr("spectreg.power.Segments.are_long", long)
     layer = linear(torch.zeros(4, 6))
     regularizer = SpectralNormRegularizer(layer, 1.0, **settings_)
     v = regularizer.state_dict()["vectors"]["weight"]["v"]
@@ -166,6 +170,15 @@ def test_a_zero_weight_has_sigma_zero_no_gradient_and_keeps_its_vector_until_it_
     for _ in range(200):
         regularizer.add_gradient()
     torch.testing.assert_close(regularizer.sigma()["weight"], torch.linalg.matrix_norm(layer.weight.detach(), 2))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_vectors_of_thousands_of_numbers_have_the_gradient_of_the_singular_values_asked_for(k):
+    U, S, Vh = torch.linalg.svd(gaussian(9000, 4, seed=0), full_matrices=False)
+    S = S * torch.tensor([8.0, 4.0, 2.0, 1.0])
+    layer = linear(U * S @ Vh)
+    SpectralNormRegularizer(layer, 1.0, k=k).add_gradient()
+    torch.testing.assert_close(layer.weight.grad, U[:, :k] * S[:k] @ Vh[:k])
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -203,11 +216,13 @@ def test_with_a_repeated_top_singular_value_the_gradient_is_a_unit_pair_of_its_s
     torch.testing.assert_close(G[:2, :2].norm().item(), 3.0)
 
 
+@pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("settings_", [{}, {"steps": 0.5}, {"k": 2}], ids=str)
 def test_a_weight_that_is_not_finite_shows_in_sigma_and_spreads_neither_into_the_vectors_nor_the_gradient(
-    bad, settings_
+    bad, settings_, long, monkeypatch
 ):
+    monkeypatch.setattr("spectreg.power.Segments.are_long", long)
     layer = linear(gaussian(4, 6, seed=0))
     regularizer = SpectralNormRegularizer(layer, 1.0, **settings_)
     regularizer.sigma()
@@ -281,9 +296,11 @@ def as_conv2d_channels_last(W: torch.Tensor) -> nn.Conv2d:
     return layer
 
 
+@pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize("layer_of", [linear, as_conv2d_channels_last])
 @pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
-def test_a_large_weight_is_read_in_one_pass_with_the_same_result(scale, layer_of, monkeypatch):
+def test_a_large_weight_is_read_in_one_pass_with_the_same_result(scale, layer_of, slow, monkeypatch):
+    monkeypatch.setattr("spectreg.linear_maps.fetching_is_slow", lambda: slow)
     W = (scale * gaussian(60, 40, seed=0)).float()
     two, one = layer_of(W.clone()), layer_of(W.clone())
     ours = [SpectralNormRegularizer(layer, 1.0, warmup=3) for layer in (two, one)]

@@ -269,25 +269,43 @@ def test_no_float32_copy_of_a_whole_bfloat16_weight_is_made(build, settings):
     assert 0 < largest.size <= layer.weight.numel() // 8
 
 
+class Made(TorchDispatchMode):
+    """The bytes of the largest storage that is not a parameter's or its gradient's."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.largest = 0
+        own = [x for p in model.parameters() for x in (p, p.grad) if x is not None]
+        self.own = {x.untyped_storage().data_ptr() for x in own}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in self.own:
+            self.largest = max(self.largest, out.untyped_storage().nbytes())
+        return out
+
+
 def test_a_step_needs_no_memory_of_the_size_of_a_weight():
     model = nn.Sequential(nn.Linear(300, 200), nn.Conv2d(64, 64, 3, groups=2), nn.LSTM(100, 100))
     regularizer = SpectralNormRegularizer(model, 0.1)
     regularizer.add_gradient()
-    own = {x.untyped_storage().data_ptr() for p in model.parameters() for x in (p, p.grad) if x is not None}
     vectors = sum(x.numel() for s in regularizer.state_dict()["vectors"].values() for x in (s["u"], s["v"]))
-
-    class Made(TorchDispatchMode):
-        largest = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in own:
-                self.largest = max(self.largest, out.untyped_storage().nbytes())
-            return out
-
-    with Made() as made:
+    with Made(model) as made:
         regularizer.add_gradient()
     assert 0 < made.largest <= 8 * vectors < model[2].weight_hh_l0.numel() * 4
+
+
+@pytest.mark.parametrize(("build", "settings"), [
+    (lambda: nn.ConvTranspose2d(512, 512, 3), {}),
+    (lambda: nn.Conv2d(1024, 1024, 3, padding=1), {"map": "operator", "input_size": (2, 2)}),
+], ids=["transposed", "operator"])  # fmt: skip
+def test_a_float32_weight_taken_piece_by_piece_needs_one_piece_of_four_megabytes(build, settings):
+    layer = build()
+    regularizer = SpectralNormRegularizer(layer, 0.1, warmup=0, **settings)
+    regularizer.add_gradient()
+    with Made(layer) as made:
+        regularizer.add_gradient()
+    assert 0 < made.largest <= 2**22 < layer.weight.numel() * 4
 
 
 def test_moving_a_model_to_another_precision_takes_the_vectors_along():

@@ -83,6 +83,14 @@ def test_operators_of_a_network_find_their_sizes_in_a_forward_pass_and_linear_la
         torch.testing.assert_close(sigma, torch.linalg.matrix_norm(matrix.detach(), 2))
 
 
+def test_a_bfloat16_operator_iterates_in_float32():
+    module = seeded(CONVOLUTIONS["plain"][0]).bfloat16()
+    regularizer = SpectralNormRegularizer(module, 0.1, map="operator", input_size=(5, 6), warmup=100)
+    regularizer.add_gradient()
+    norm = torch.linalg.matrix_norm(dense(module.double(), (5, 6)), 2)
+    torch.testing.assert_close(regularizer.sigma()["weight"].double(), norm.detach(), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("elements", [1, 30, 10**6])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_bfloat16_operator_is_taken_in_pieces_in_float32_whatever_their_size(name, elements, monkeypatch):
