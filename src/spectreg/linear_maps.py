@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spectreg.products import converted_if_small, fetching_is_slow, flat, products, tiles
+from spectreg.products import converted, fetching_is_slow, flat, is_whole, products, tile_on, tiles
 
 Norm = Literal["max", "each"]
 
@@ -131,10 +131,12 @@ class MatrixMap:
 
     def forward(self, W: Tensor, v: Float[Tensor, " v"], k: int = 1) -> Float[Tensor, " u"]:
         """Wv, in the precision of ``v``."""
-        W = converted_if_small(W, v)
+        W = converted(W, v, tile_on(W.device))
         if self._is_plain(W, v, k):
             return torch.mv(self._plain(W), self._to_memory(W, v))
         W4, v4 = self._stored(W), self._inputs_as_stored(W, v, k)
+        if is_whole(W4, v):
+            return products(W4, v4).flatten()
         u = v.new_zeros(self.blocks, self.outputs, k)
         for b, p, r in tiles(W4, v):
             u[b, r] += products(W4[b, p, r].to(v.dtype), v4[b, p]).sum(1)
@@ -142,20 +144,23 @@ class MatrixMap:
 
     def adjoint(self, W: Tensor, u: Float[Tensor, " u"], k: int = 1) -> Float[Tensor, " v"]:
         """Wᵀu, in the precision of ``u``."""
-        W = converted_if_small(W, u)
+        W = converted(W, u, tile_on(W.device))
         if self._is_plain(W, u, k):
             return self._from_memory(W, torch.mv(self._plain(W).t(), u))
         W4, u4 = self._stored(W), u.view(self.blocks, 1, self.outputs, k)
-        v4 = u.new_zeros(self.blocks, self._parts, self._columns, k)
-        for b, p, r in tiles(W4, u):
-            v4[b, p] += products(W4[b, p, r].to(u.dtype).mT, u4[b, :, r])
+        if is_whole(W4, u):
+            v4 = products(W4.mT, u4)
+        else:
+            v4 = u.new_zeros(self.blocks, self._parts, self._columns, k)
+            for b, p, r in tiles(W4, u):
+                v4[b, p] += products(W4[b, p, r].to(u.dtype).mT, u4[b, :, r])
         if self._kernel_first(W):
             return v4.view(self.blocks, -1, self.shape[1], k).transpose(1, 2).flatten()
         return v4.flatten()
 
     def round_trip(self, W: Tensor, v: Float[Tensor, " v"], u: Float[Tensor, " u"], w: Float[Tensor, " v"]) -> None:
         """Write Wv to ``u`` and Wᵀu to ``w``; on a CPU in one pass over a ``W`` that is not small."""
-        W = converted_if_small(W, v)
+        W = converted(W, v, tile_on(W.device))
         large = W.device.type == "cpu" and W.numel() >= SMALL
         if large and self.blocks == 1 and self.layout == "rows" and (W.is_contiguous() or self._kernel_first(W)):
             self._in_one_pass(W, v, u, w)

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from spectreg.linear_maps import Norm
 from spectreg.names import named_modules
-from spectreg.products import runs
+from spectreg.products import converted, runs
 
 PIECE = 1 << 20  # elements of a kernel that are in memory a second time; as fast as all at once, or faster
 
@@ -75,6 +75,7 @@ class OperatorMap:
 
     def forward(self, W: Tensor, v: Float[Tensor, " v"], k: int = 1) -> Float[Tensor, " u"]:
         """The convolution of ``v``, in its precision."""
+        W = converted(W, v, PIECE)
         if W.dtype == v.dtype:
             x = _bordered(self._images(v, self.input_shape, k), self.border)
             return self._flat(torch.ops.aten.convolution(x, W, None, *self.arguments), k)
@@ -85,6 +86,7 @@ class OperatorMap:
 
     def adjoint(self, W: Tensor, u: Float[Tensor, " u"], k: int = 1) -> Float[Tensor, " v"]:
         """The transpose of the convolution, applied to ``u``, in its precision."""
+        W = converted(W, u, PIECE)
         if W.dtype == u.dtype:
             return self._transposed(W, u, k)
         v = u.new_zeros(self.inputs, k)
@@ -130,6 +132,7 @@ class OperatorMap:
 
     def round_trip(self, W: Tensor, v: Float[Tensor, " v"], u: Float[Tensor, " u"], w: Float[Tensor, " v"]) -> None:
         """Write the convolution of ``v`` to ``u``, and its transpose applied to that to ``w``."""
+        W = converted(W, v, PIECE)
         u.copy_(self.forward(W, v))
         w.copy_(self.adjoint(W, u))
 

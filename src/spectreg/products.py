@@ -19,9 +19,9 @@ def fetching_is_slow() -> bool:
     return capabilities is not None and "AMD" in capabilities().get("cpu_name", "")
 
 
-def converted_if_small(W: Tensor, x: Tensor) -> Tensor:
-    """``W`` in the precision of ``x``, if that is one piece."""
-    return W.to(x.dtype) if W.numel() <= tile_on(W.device) else W
+def converted(W: Tensor, x: Tensor, most: int) -> Tensor:
+    """``W`` in the precision of ``x``, if it has at most so many elements."""
+    return W if W.dtype == x.dtype or W.numel() > most else W.to(x.dtype)
 
 
 def tile_on(device: torch.device) -> int:
@@ -44,6 +44,11 @@ def flat(x: Float[Tensor, "blocks parts rows columns"]) -> Float[Tensor, "slices
     return x.flatten(0, 1)
 
 
+def is_whole(W4: Float[Tensor, "blocks parts rows columns"], x: Tensor) -> bool:
+    """Whether nothing is made of ``W4`` in passing that would have to be cut."""
+    return W4.dtype == x.dtype and W4.shape[1] == 1
+
+
 def tiles(W4: Float[Tensor, "blocks parts rows columns"], x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
     """Cut blocks, parts and rows so that what a product makes of them for a while is small.
 
@@ -54,12 +59,12 @@ def tiles(W4: Float[Tensor, "blocks parts rows columns"], x: Tensor) -> Iterator
     (256, 4)
     """
     blocks, parts, rows, columns = W4.shape
-    most = tile_on(W4.device)
-    if W4.dtype == x.dtype and parts == 1:
+    if is_whole(W4, x):
         yield slice(None), slice(None), slice(None)
         return
-    for b, p in runs(blocks, parts, max(1, most // max(1, rows * columns))):
-        r = max(1, most // max(1, (b.stop - b.start) * (p.stop - p.start) * columns))
+    most, a_row = tile_on(W4.device), 1 if W4.dtype == x.dtype else max(1, columns)
+    for b, p in runs(blocks, parts, max(1, most // max(1, rows * a_row))):
+        r = max(1, most // ((b.stop - b.start) * (p.stop - p.start) * a_row))
         for i in range(0, rows, r):
             yield b, p, slice(i, i + r)
 
