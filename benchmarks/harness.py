@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectreg_lab.provenance import describe
+from spectreg_lab.storage.provenance import describe
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 RESULTS = Path(__file__).parents[1] / "results" / "benchmarks.jsonl"

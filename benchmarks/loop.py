@@ -19,9 +19,9 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.harness import ROUNDS, Call, failed, in_turn, ratio, record, same, spread
 from spectreg_lab import models
-from spectreg_lab.config import VGG, Augmentation, Config, Data, DenseNet, Vanilla
 from spectreg_lab.data import Images, batches, load
-from spectreg_lab.train import Training
+from spectreg_lab.settings.config import VGG, Augmentation, Config, Data, DenseNet, Vanilla
+from spectreg_lab.training.train import Training
 
 NAME = "the loop"
 SECONDS = 90

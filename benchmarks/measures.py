@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 import spectreg
 from benchmarks.harness import ROUNDS, Call, failed, in_turn, ratio, record
-from spectreg.eigenvalues import Eigenvalues
-from spectreg_lab.config import VGG
+from spectreg.linalg.lanczos import Eigenvalues
 from spectreg_lab.models.vgg import vgg
+from spectreg_lab.settings.config import VGG
 
 NAME = "measures"
 SECONDS = 145

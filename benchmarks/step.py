@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from benchmarks import penalties as by
 from benchmarks.harness import ROUNDS, Call, failed, in_turn, ratio, record, spread, sweep
-from spectreg.operators import input_sizes
-from spectreg_lab.config import NIN, VGG, DenseNet
+from spectreg.weights.input_sizes import input_sizes
 from spectreg_lab.models import build
+from spectreg_lab.settings.config import NIN, VGG, DenseNet
 
 NAME = "training step"
 SECONDS = 480

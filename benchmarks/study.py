@@ -16,12 +16,12 @@ import torch
 from lightning_fabric import Fabric
 
 from benchmarks.harness import ROUNDS, Row, in_turn, ratio, record, spread
-from spectreg_lab import report
-from spectreg_lab.config import VGG, Adversarial, Config, Data, Decay, DenseNet, Method, Spectral, Vanilla
 from spectreg_lab.data import Images, Split
-from spectreg_lab.pool import Job, Pool
-from spectreg_lab.store import METRICS, RunFolder, read_study, run_folder
-from spectreg_lab.train import Training
+from spectreg_lab.page import report
+from spectreg_lab.settings.config import VGG, Adversarial, Config, Data, Decay, DenseNet, Method, Spectral, Vanilla
+from spectreg_lab.storage.store import METRICS, RunFolder, read_study, run_folder
+from spectreg_lab.studies.pool import Job, Pool
+from spectreg_lab.training.train import Training
 
 NAME = "a study"
 SECONDS = 240

@@ -10,24 +10,39 @@ import pytest
 import spectreg
 
 SOURCE = Path(spectreg.__file__).parents[1]
-LAYERS = [
-    ("files", "provenance"),
-    ("config",),
+LIBRARY = [
+    ("checkpoints", "linalg", "penalties"),
+    ("maps",),
+    ("weights",),
+    ("measures",),
+    ("lipschitz", "baselines"),
+    ("power_iteration",),
+    ("optimizers", "summary"),
+    ("regularizer",),
+    ("integrations",),
+]
+LAB = [
+    ("settings",),
+    ("storage",),
     ("data",),
     ("models",),
     ("methods",),
-    ("train",),
     ("measures",),
-    ("store",),
-    ("runs",),
-    ("pool",),
-    ("studies",),
-    ("execution", "search", "display", "plan", "spectra"),
+    ("training",),
+    ("studies", "spectra"),
     ("exhibits",),
-    ("report",),
+    ("statistics",),
+    ("figures",),
+    ("tables",),
+    ("page",),
     ("cli",),
 ]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+LEVEL = {
+    package: {name: level for level, names in enumerate(order) for name in names}
+    for package, order in {"spectreg": LIBRARY, "spectreg_lab": LAB}.items()
+}
+# What only reads a model never reaches for the vectors of a regularizer.
+APART = {"measures", "lipschitz", "baselines"}
 
 
 def imports(path: Path) -> list[str]:
@@ -41,18 +56,13 @@ def imports(path: Path) -> list[str]:
     return found
 
 
-def lab_modules() -> list[Path]:
-    """Every file of the experiments but the package's own first one."""
-    return [
-        path
-        for path in sorted((SOURCE / "spectreg_lab").rglob("*.py"))
-        if path.parent.name != "spectreg_lab" or path.stem != "__init__"
+def modules() -> list[tuple[str, str, Path]]:
+    """Package, room and path of every file but the packages' own first ones."""
+    paths = [(package, path) for package in LEVEL for path in sorted((SOURCE / package).rglob("*.py"))]
+    rooms = [
+        (package, path.relative_to(SOURCE / package).parts[0].removesuffix(".py"), path) for package, path in paths
     ]
-
-
-def of(path: Path) -> str:
-    """The module or subpackage of the lab that a file belongs to."""
-    return path.relative_to(SOURCE / "spectreg_lab").parts[0].removesuffix(".py")
+    return [(package, room, path) for package, room, path in rooms if room != "__init__"]
 
 
 def fresh(code: str) -> str:
@@ -60,14 +70,17 @@ def fresh(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("path", lab_modules(), ids=lambda path: str(path.relative_to(SOURCE)))
-def test_a_module_of_the_lab_imports_only_lower_ones(path):
-    mine = of(path)
-    assert mine in LEVEL, f"{mine} has no place in the order"
+@pytest.mark.parametrize(
+    ("package", "room", "path"), [pytest.param(*m, id=str(m[2].relative_to(SOURCE))) for m in modules()]
+)
+def test_a_module_imports_only_rooms_below_its_own(package, room, path):
+    level = LEVEL[package]
+    assert room in level, f"{room} has no place in the order of {package}"
     for name in imports(path):
         parts = name.split(".")
-        if parts[0] == "spectreg_lab" and len(parts) > 1 and parts[1] != mine and parts[1] in LEVEL:
-            assert LEVEL[parts[1]] < LEVEL[mine], f"{mine} imports {parts[1]}"
+        if parts[0] == package and len(parts) > 1 and parts[1] != room and parts[1] in level:
+            assert level[parts[1]] < level[room], f"{package}.{room} imports {parts[1]}"
+            assert not (package == "spectreg" and room not in APART and parts[1] in APART), f"{room} imports a measure"
 
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "spectreg").rglob("*.py")), ids=lambda path: path.stem)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spectreg_lab import report
+from spectreg_lab.page import report
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -1,17 +1,18 @@
 """spectreg: spectral norm regularization for PyTorch."""
 
-from spectreg.baselines import adversarial_loss, jacobian_penalty, layerwise_jacobian_penalty
-from spectreg.curvature import hessian_top_eigenvalues
-from spectreg.generalization import generalization_gap
-from spectreg.jacobians import jacobian_frobenius_norm, jacobian_norm
-from spectreg.lipschitz import lipschitz_bound
-from spectreg.operator_norms import operator_norm
-from spectreg.operators import input_sizes
-from spectreg.perturbations import perturbation_curve
+from spectreg.baselines.adversarial import adversarial_loss
+from spectreg.baselines.jacobian import jacobian_penalty, layerwise_jacobian_penalty
+from spectreg.lipschitz.network import lipschitz_bound
+from spectreg.lipschitz.operator_norm import operator_norm
+from spectreg.measures.generalization import generalization_gap
+from spectreg.measures.hessian import hessian_top_eigenvalues
+from spectreg.measures.input_gradient import input_gradient_norm
+from spectreg.measures.jacobian import jacobian_frobenius_norm, jacobian_norm
+from spectreg.measures.perturbation import perturbation_curve
+from spectreg.measures.spectra import singular_values
 from spectreg.regularizer import SpectralNormRegularizer
-from spectreg.sensitivity import input_gradient_norm
-from spectreg.spectra import singular_values
-from spectreg.weights import named_weights
+from spectreg.weights.input_sizes import input_sizes
+from spectreg.weights.selection import named_weights
 
 __all__ = [
     "SpectralNormRegularizer",

@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spectreg.attachment import Attachment
-from spectreg.engine import Engine
-from spectreg.kinds import InputSize
-from spectreg.patterns import Patterns
+from spectreg.optimizers import Attachment
 from spectreg.penalties import Penalty, penalty_of
-from spectreg.refusals import check_number, refuse_computed, refuse_strangers
+from spectreg.power_iteration.engine import Engine
+from spectreg.power_iteration.refusals import check_number, refuse_computed, refuse_strangers
 from spectreg.summary import table
-from spectreg.weights import Select, Weight, named_weights
+from spectreg.weights.kinds import InputSize
+from spectreg.weights.patterns import Patterns
+from spectreg.weights.selection import Select, Weight, named_weights
 
 VERSION = 1
 
@@ -187,7 +187,7 @@ class SpectralNormRegularizer:
         Raises:
             RuntimeError: Names the rank that differs, and where.
         """
-        from spectreg.sharded import check_ranks
+        from spectreg.power_iteration.sharded import check_ranks
 
         self.sigma()
         check_ranks({name: m.v for name, m in self._engine.memories.items()}, group)

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from spectreg.linear_maps import MatrixMap
-from spectreg.weights import Weight
+from spectreg.maps.matrix import MatrixMap
+from spectreg.weights.selection import Weight
 
 HEAD = ("weight", "shape", "map", "strength", "σ", "residual", "stable rank")
 

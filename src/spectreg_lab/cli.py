@@ -10,8 +10,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from spectreg_lab.config import Config
-    from spectreg_lab.studies import Selection
+    from spectreg_lab.settings.config import Config
+    from spectreg_lab.settings.studies import Selection
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,8 +61,8 @@ def reproduce(
     against: Against = None,
 ) -> None:
     """Do every run of a study that is not finished yet, and write its report."""
-    from spectreg_lab.provenance import is_first_process
-    from spectreg_lab.studies import Selection
+    from spectreg_lab.settings.studies import Selection
+    from spectreg_lab.storage.provenance import is_first_process
 
     only = Selection(setting, regime, method, seed)
     if dry_run:
@@ -77,8 +77,8 @@ def reproduce(
 
 
 def _plan(study: Path, only: "Selection", precision: str | None, elsewhere: dict[str, int | None]) -> None:
-    from spectreg_lab.plan import plan
-    from spectreg_lab.studies import read_study
+    from spectreg_lab.settings.studies import read_study
+    from spectreg_lab.studies.plan import plan
 
     if given := [option for option, value in elsewhere.items() if value]:
         raise CommandError(
@@ -96,9 +96,9 @@ def search(
     threads: Threads = None,
 ) -> None:
     """Try a grid of learning rates and strengths on held-out training images, and say which to use."""
-    from spectreg_lab.search import check, choose
-    from spectreg_lab.store import SEARCH
-    from spectreg_lab.studies import read_study
+    from spectreg_lab.settings.studies import read_study
+    from spectreg_lab.storage.store import SEARCH
+    from spectreg_lab.studies.search import check, choose
 
     check(read_study(study))
     folder, _ = _execute(study, out, processes, threads)
@@ -120,12 +120,12 @@ def _execute(
     nodes: int | None = None,
     precision: str | None = None,
 ) -> tuple[Path, list[str]]:
-    from spectreg_lab.display import StudyDisplay
-    from spectreg_lab.execution import begin, execute, execute_together
-    from spectreg_lab.pool import Pool, several_devices, shape
-    from spectreg_lab.provenance import command, is_first_process
-    from spectreg_lab.search import gather, keep
-    from spectreg_lab.studies import Selection, read_study
+    from spectreg_lab.settings.studies import Selection, read_study
+    from spectreg_lab.storage.provenance import command, is_first_process
+    from spectreg_lab.studies.display import StudyDisplay
+    from spectreg_lab.studies.execution import begin, execute, execute_together
+    from spectreg_lab.studies.pool import Pool, several_devices, shape
+    from spectreg_lab.studies.search import gather, keep
 
     content = read_study(study, precision)
     folder = out or Path("runs") / content.name
@@ -172,8 +172,9 @@ def measure(
     """Measure finished runs: spectra, sensitivity, perturbations, Jacobian, curvature. Skips what has been measured."""
     from rich.progress import track
 
-    from spectreg_lab import runs, store
-    from spectreg_lab.config import Measuring
+    from spectreg_lab.settings.config import Measuring
+    from spectreg_lab.storage import store
+    from spectreg_lab.training import runs
 
     places = store.finished_runs(Path("runs" if folder == "all" else folder))
     if not places:
@@ -213,7 +214,7 @@ def _console(quiet: bool = False) -> "Console":
 
 
 def _report(folder: Path, against: Source | None) -> None:
-    from spectreg_lab.report import write
+    from spectreg_lab.page.report import write
 
     typer.echo(f"report: {write(folder, against_paper=against is Source.PAPER).resolve()}")
 
@@ -238,7 +239,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="run folder [default: runs/single/NAME]")] = None,
 ) -> None:
     """Train one run, or go on with it; prints a line an epoch."""
-    from spectreg_lab.runs import run
+    from spectreg_lab.training.runs import run
 
     given = {"width": width, "stages": stages and [part.strip() for part in stages.split(",")], "depth": depth}
     config = _config(
@@ -276,8 +277,8 @@ def _present(values: dict) -> dict:
 def _config(values: dict) -> "Config":
     from pydantic import ValidationError
 
-    from spectreg_lab.config import Config
-    from spectreg_lab.studies import explain
+    from spectreg_lab.settings.config import Config
+    from spectreg_lab.settings.studies import explain
 
     try:
         return Config.model_validate(values)
@@ -302,10 +303,10 @@ def main() -> None:
 
 def _is_users(error: Exception) -> bool:
     from spectreg_lab.data import DataError
-    from spectreg_lab.execution import DiskFullError
-    from spectreg_lab.pool import DeviceError
-    from spectreg_lab.store import RunError
-    from spectreg_lab.studies import StudyError
+    from spectreg_lab.settings.studies import StudyError
+    from spectreg_lab.storage.store import RunError
+    from spectreg_lab.studies.execution import DiskFullError
+    from spectreg_lab.studies.pool import DeviceError
 
     return isinstance(error, CommandError | DataError | DeviceError | DiskFullError | OSError | RunError | StudyError)
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import spectreg
-from spectreg_lab.config import Curve, Measuring
 from spectreg_lab.data import Images, Split
+from spectreg_lab.settings.config import Curve, Measuring
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from spectreg import SpectralNormRegularizer
-from spectreg.baselines import adversarial_loss, jacobian_penalty, layerwise_jacobian_penalty
-from spectreg.weights import named_weights
-from spectreg_lab.config import Adversarial, Config, Decay, Jacobian, LayerwiseJacobian, Spectral
+from spectreg.baselines.adversarial import adversarial_loss
+from spectreg.baselines.jacobian import jacobian_penalty, layerwise_jacobian_penalty
+from spectreg.weights.selection import named_weights
+from spectreg_lab.settings.config import Adversarial, Config, Decay, Jacobian, LayerwiseJacobian, Spectral
 
 
 class Method:

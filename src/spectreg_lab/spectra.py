@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from spectreg.spectra import Spectrum, each_spectrum
-from spectreg_lab.files import write
+from spectreg.measures.spectra import Spectrum, each_spectrum
+from spectreg_lab.storage.files import write
 
 BESIDE = ("momentum/", "method/")
 COLUMNS = ("weight", "shape", "sigma", "frobenius", "stable rank", "effective rank")

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 # What takes long to import is imported once, by the server from which all processes are forked.
 PRELOADED = (
     "pytest", "hypothesis", "torch.distributed.checkpoint", "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel", "spectreg.sharded",
+    "torch.distributed.tensor.parallel", "spectreg.power_iteration.sharded",
 )  # fmt: skip
 
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from spectreg.baselines import adversarial_loss, jacobian_penalty, layerwise_jacobian_penalty
+from spectreg.baselines.adversarial import adversarial_loss
+from spectreg.baselines.jacobian import jacobian_penalty, layerwise_jacobian_penalty
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from scipy.sparse.linalg import eigsh
 from torch import nn
 from torch.nn import functional as F
 
-from spectreg.curvature import hessian_top_eigenvalues
-from spectreg.eigenvalues import Goal, lanczos
+from spectreg.linalg.lanczos import Goal, lanczos
+from spectreg.measures.hessian import hessian_top_eigenvalues
 
 
 def network() -> nn.Sequential:

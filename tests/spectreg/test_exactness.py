@@ -155,7 +155,7 @@ def test_the_gradient_is_that_of_a_full_svd_for_every_shape_and_scale(kind, expo
 def test_a_zero_weight_has_sigma_zero_no_gradient_and_keeps_its_vector_until_it_comes_alive(
     settings_, long, monkeypatch
 ):
-    monkeypatch.setattr("spectreg.power.Segments.are_long", long)
+    monkeypatch.setattr("spectreg.power_iteration.step.Segments.are_long", long)
     layer = linear(torch.zeros(4, 6))
     regularizer = SpectralNormRegularizer(layer, 1.0, **settings_)
     v = regularizer.state_dict()["vectors"]["weight"]["v"]
@@ -222,7 +222,7 @@ def test_with_a_repeated_top_singular_value_the_gradient_is_a_unit_pair_of_its_s
 def test_a_weight_that_is_not_finite_shows_in_sigma_and_spreads_neither_into_the_vectors_nor_the_gradient(
     bad, settings_, long, monkeypatch
 ):
-    monkeypatch.setattr("spectreg.power.Segments.are_long", long)
+    monkeypatch.setattr("spectreg.power_iteration.step.Segments.are_long", long)
     layer = linear(gaussian(4, 6, seed=0))
     regularizer = SpectralNormRegularizer(layer, 1.0, **settings_)
     regularizer.sigma()
@@ -300,13 +300,13 @@ def as_conv2d_channels_last(W: torch.Tensor) -> nn.Conv2d:
 @pytest.mark.parametrize("layer_of", [linear, as_conv2d_channels_last])
 @pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
 def test_a_large_weight_is_read_in_one_pass_with_the_same_result(scale, layer_of, slow, monkeypatch):
-    monkeypatch.setattr("spectreg.linear_maps.fetching_is_slow", lambda: slow)
+    monkeypatch.setattr("spectreg.maps.matrix.fetching_is_slow", lambda: slow)
     W = (scale * gaussian(60, 40, seed=0)).float()
     two, one = layer_of(W.clone()), layer_of(W.clone())
     ours = [SpectralNormRegularizer(layer, 1.0, warmup=3) for layer in (two, one)]
     ours[0].add_gradient()
-    monkeypatch.setattr("spectreg.linear_maps.SMALL", 1)
-    monkeypatch.setattr("spectreg.linear_maps.CACHED", 280)
+    monkeypatch.setattr("spectreg.maps.matrix.SMALL", 1)
+    monkeypatch.setattr("spectreg.maps.matrix.CACHED", 280)
     ours[1].add_gradient()
     torch.testing.assert_close(one.weight.grad / scale, two.weight.grad / scale)
     torch.testing.assert_close(ours[0].sigma()["weight"] / scale, ours[1].sigma()["weight"] / scale)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectreg.generalization import common_threshold, generalization_gap
+from spectreg.measures.generalization import common_threshold, generalization_gap
 
 curves = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=8)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from spectreg.jacobians import jacobian_frobenius_norm, jacobian_norm
+from spectreg.measures.jacobian import jacobian_frobenius_norm, jacobian_norm
 
 
 def network(outputs: int = 3) -> nn.Sequential:

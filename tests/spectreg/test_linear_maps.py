@@ -10,7 +10,7 @@ from spectreg import named_weights
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
 def test_the_products_and_the_outer_product_of_a_map_are_those_of_its_dense_blocks(kind, k, tile, dtype, monkeypatch):
-    monkeypatch.setattr("spectreg.products.TILE", tile)  # vectors are in float64: a weight in float32 is cut
+    monkeypatch.setattr("spectreg.maps.products.TILE", tile)  # vectors are in float64: a weight in float32 is cut
     module = seeded(kind.build)
     chosen = named_weights(module, select=lambda name, _: name == kind.weight, **kind.settings)
     m, weight = chosen[0].map, chosen[0].tensor.detach().to(dtype)

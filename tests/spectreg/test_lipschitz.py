@@ -7,9 +7,9 @@ from cases import seeded
 from torch import nn
 from torch.nn import functional as F
 
-from spectreg.convolutions import norm_bound
-from spectreg.jacobians import jacobian_norm
-from spectreg.lipschitz import lipschitz_bound
+from spectreg.lipschitz.convolution_bound import norm_bound
+from spectreg.lipschitz.network import lipschitz_bound
+from spectreg.measures.jacobian import jacobian_norm
 
 
 def settled(model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
@@ -72,10 +72,10 @@ def test_no_local_jacobian_exceeds_the_bound(model, shape):
 
 
 def lab_networks():
-    from spectreg_lab.config import NIN, VGG, DenseNet
     from spectreg_lab.models.densenet import densenet
     from spectreg_lab.models.nin import nin
     from spectreg_lab.models.vgg import vgg
+    from spectreg_lab.settings.config import NIN, VGG, DenseNet
 
     yield "vgg", lambda shape: vgg(VGG(width=4, stages=(1, 2), hidden=8, batch_norm=True), shape, 3)
     yield (

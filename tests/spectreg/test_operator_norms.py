@@ -7,12 +7,12 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from spectreg.convolutions import kernel_phases, norm_bound, quick_norm_bound
-from spectreg.directions import gaussian_like
-from spectreg.eigenvalues import Goal, lanczos_largest
-from spectreg.operator_norms import operator_norm
-from spectreg.operators import OperatorMap
-from spectreg.waves import top_wave
+from spectreg.linalg.directions import gaussian_like
+from spectreg.linalg.lanczos import Goal, lanczos_largest
+from spectreg.lipschitz.convolution_bound import kernel_phases, norm_bound, quick_norm_bound
+from spectreg.lipschitz.operator_norm import operator_norm
+from spectreg.lipschitz.plane_wave import top_wave
+from spectreg.maps.convolution import OperatorMap
 
 CONVOLUTIONS = {
     1: (nn.Conv1d, nn.ConvTranspose1d),

@@ -8,7 +8,8 @@ from cases import seeded
 from torch import nn
 
 from spectreg import SpectralNormRegularizer
-from spectreg.operators import OperatorMap, input_sizes
+from spectreg.maps.convolution import OperatorMap
+from spectreg.weights.input_sizes import input_sizes
 
 CONVOLUTIONS = {
     "plain": (lambda: nn.Conv2d(2, 3, 3), (5, 6)),
@@ -94,7 +95,7 @@ def test_a_bfloat16_operator_iterates_in_float32():
 @pytest.mark.parametrize("elements", [1, 30, 10**6])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_bfloat16_operator_is_taken_in_pieces_in_float32_whatever_their_size(name, elements, monkeypatch):
-    monkeypatch.setattr("spectreg.operators.PIECE", elements)
+    monkeypatch.setattr("spectreg.maps.convolution.PIECE", elements)
     build, size = CONVOLUTIONS[name]
     low = seeded(build).bfloat16()
     high = copy.deepcopy(low).double()

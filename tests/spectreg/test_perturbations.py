@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from spectreg.jacobians import jacobian_norm
-from spectreg.perturbations import perturbation_curve
+from spectreg.measures.jacobian import jacobian_norm
+from spectreg.measures.perturbation import perturbation_curve
 
 KINDS = ["random", "gradient", "pgd"]
 

@@ -1,8 +1,8 @@
 import torch
 from truth import printed_algorithm
 
-from spectreg.linear_maps import MatrixMap
-from spectreg.power import Triplets
+from spectreg.maps.matrix import MatrixMap
+from spectreg.power_iteration.step import Triplets
 
 
 def gaussian() -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectreg import SpectralNormRegularizer
-from spectreg.rotations import tournament, turned
+from spectreg.linalg.rotations import tournament, turned
 
 
 def drawn(k: int, kind: str, seed: int) -> torch.Tensor:
@@ -32,7 +32,7 @@ def test_with_the_rotations_of_an_accelerator_the_k_values_and_the_gradient_are_
     cpu, other = mlp(widths=(12, 9, 10)), mlp(widths=(12, 9, 10))
     a = SpectralNormRegularizer(cpu, 1.0, k=k, warmup=200)
     a.add_gradient()
-    monkeypatch.setattr("spectreg.power.decomposed", turned)
+    monkeypatch.setattr("spectreg.power_iteration.step.decomposed", turned)
     b = SpectralNormRegularizer(other, 1.0, k=k, warmup=200)
     b.add_gradient()
     for name, x in a.state_dict()["vectors"].items():
@@ -46,6 +46,6 @@ def test_on_an_accelerator_nothing_is_decomposed_by_a_call_that_reads_back(monke
     def refused(*_, **__):
         raise AssertionError("torch.linalg.svd waits for an accelerator")
 
-    monkeypatch.setattr("spectreg.power.decomposed", turned)
+    monkeypatch.setattr("spectreg.power_iteration.step.decomposed", turned)
     monkeypatch.setattr(torch.linalg, "svd", refused)
     SpectralNormRegularizer(mlp(), 1.0, k=2).add_gradient()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from spectreg.sensitivity import input_gradient_norm
+from spectreg.measures.input_gradient import input_gradient_norm
 
 
 def network(seed: int = 0) -> nn.Sequential:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from spectreg.checkpoints import read_tensors
-from spectreg.spectra import singular_values
+from spectreg.measures.spectra import singular_values
 
 
 def gaussian(*shape: int, seed: int = 0, dtype=torch.float32):
@@ -151,7 +151,7 @@ def test_one_weight_of_a_file_is_in_memory_at_a_time(tmp_path, monkeypatch):
             del tensor
             assert sum(ref() is not None for ref in alive[:-1]) == 0
 
-    monkeypatch.setattr("spectreg.spectra.read_tensors", watched)
+    monkeypatch.setattr("spectreg.measures.spectra.read_tensors", watched)
     assert len(singular_values(path)) == 2
     assert len(alive) == 4
 

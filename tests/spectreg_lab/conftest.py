@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a h
 import pytest
 from lightning_fabric import Fabric
 
-from spectreg_lab.config import VGG, Config, Data, Method, Spectral
+from spectreg_lab.settings.config import VGG, Config, Data, Method, Spectral
 
 METHODS = ("vanilla", "decay", "adversarial", "spectral")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from spectreg_lab import store
-from spectreg_lab.config import VGG, Adversarial, Config, Data, Decay, Spectral, Vanilla
+from spectreg_lab.settings.config import VGG, Adversarial, Config, Data, Decay, Spectral, Vanilla
+from spectreg_lab.storage import store
 
 METHODS = {"vanilla": Vanilla(), "decay": Decay(), "adversarial": Adversarial(), "spectral": Spectral()}
 DIGITS = Data()

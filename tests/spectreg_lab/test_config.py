@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from spectreg_lab.config import NIN, VGG, Config, Data, DenseNet, Spectral, Vanilla
+from spectreg_lab.settings.config import NIN, VGG, Config, Data, DenseNet, Spectral, Vanilla
 
 BASE = {"model": {"name": "vgg"}, "method": {"name": "vanilla"}, "batch_size": 64, "learning_rate": 0.1, "epochs": 2}
 

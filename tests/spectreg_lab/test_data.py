@@ -3,10 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
-from spectreg_lab.config import Augmentation, Data
 from spectreg_lab.data import DataError, Split, batches, load, steps_per_epoch
 from spectreg_lab.data.batches import augmented
 from spectreg_lab.data.images import global_contrast_normalization
+from spectreg_lab.settings.config import Augmentation, Data
 
 
 def write_parquet(folder, pictures, labels, split):

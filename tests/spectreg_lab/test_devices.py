@@ -11,13 +11,14 @@ from lightning_fabric import Fabric
 from test_cli import spectreg
 from test_studies import STUDY
 
-from spectreg_lab import measures, runs
-from spectreg_lab.config import VGG, Adversarial, Config, Data, Measuring, Spectral, Vanilla
+from spectreg_lab import measures
 from spectreg_lab.data import batches, load
-from spectreg_lab.pool import DeviceError, Pool, several_devices, shape
-from spectreg_lab.runs import run
-from spectreg_lab.store import RunFolder
-from spectreg_lab.train import Training, train
+from spectreg_lab.settings.config import VGG, Adversarial, Config, Data, Measuring, Spectral, Vanilla
+from spectreg_lab.storage.store import RunFolder
+from spectreg_lab.studies.pool import DeviceError, Pool, several_devices, shape
+from spectreg_lab.training import runs
+from spectreg_lab.training.runs import run
+from spectreg_lab.training.train import Training, train
 
 METHODS = [Vanilla(), Adversarial(), Spectral(strength=0.1)]
 

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 from test_studies import STUDY
 
-from spectreg_lab import execution, store
-from spectreg_lab.execution import DiskFullError, begin, check, execute
-from spectreg_lab.plan import plan
-from spectreg_lab.pool import Event, Pool
-from spectreg_lab.runs import run
-from spectreg_lab.studies import Selection, StudyError, read_study
+from spectreg_lab.settings.studies import Selection, StudyError, read_study
+from spectreg_lab.storage import store
+from spectreg_lab.studies import execution
+from spectreg_lab.studies.execution import DiskFullError, begin, check, execute
+from spectreg_lab.studies.plan import plan
+from spectreg_lab.studies.pool import Event, Pool
+from spectreg_lab.training.runs import run
 
 
 class Record:

@@ -8,11 +8,15 @@ from typing import Any
 import folders
 import pytest
 
-from spectreg_lab import report, store
-from spectreg_lab.exhibits import Exhibit, cost, exhibits, frames, jacobian, sigma
-from spectreg_lab.exhibits.exhibit import Line, Panel
-from spectreg_lab.exhibits.interactive import traces
-from spectreg_lab.exhibits.svg import svg
+from spectreg_lab.exhibits.exhibit import Exhibit, Line, Panel
+from spectreg_lab.figures import jacobian, sigma
+from spectreg_lab.figures.svg import svg
+from spectreg_lab.page import report
+from spectreg_lab.page.exhibits import exhibits
+from spectreg_lab.page.interactive import traces
+from spectreg_lab.statistics import frames
+from spectreg_lab.storage import store
+from spectreg_lab.tables import cost
 
 COLOURS = {"decay": "#0c7fc4"}
 

@@ -10,10 +10,13 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from spectreg_lab import store, studies
-from spectreg_lab.config import Config, Data
-from spectreg_lab.exhibits import frames, labels, paper, table1
-from spectreg_lab.exhibits.paired import holm, interval, paired
+from spectreg_lab.exhibits import labels
+from spectreg_lab.settings import studies
+from spectreg_lab.settings.config import Config, Data
+from spectreg_lab.statistics import frames, paper
+from spectreg_lab.statistics.paired import holm, interval, paired
+from spectreg_lab.storage import store
+from spectreg_lab.tables import table1
 
 
 def build(folder: Path) -> tuple[store.StudyRecord, pd.DataFrame, pd.DataFrame]:

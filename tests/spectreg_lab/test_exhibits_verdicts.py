@@ -11,10 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from spectreg_lab import store
-from spectreg_lab.exhibits import claims, exhibits, fit, frames, spectra, table1, verdicts
 from spectreg_lab.exhibits.exhibit import Exhibit
-from spectreg_lab.exhibits.paired import Difference, interval
+from spectreg_lab.figures import spectra
+from spectreg_lab.page.exhibits import exhibits
+from spectreg_lab.statistics import claims, frames, verdicts
+from spectreg_lab.statistics.paired import Difference, interval
+from spectreg_lab.storage import store
+from spectreg_lab.tables import fit, table1
 
 ACCURACY = {"vanilla": 0.70, "decay": 0.75, "adversarial": 0.71, "spectral": 0.80}
 LOSS_AT_LARGE_BATCH = {"vanilla": 0.10, "decay": 0.08, "adversarial": 0.09, "spectral": 0.02}

@@ -6,11 +6,11 @@ from typer.testing import CliRunner
 
 from spectreg_lab import measures
 from spectreg_lab.cli import app
-from spectreg_lab.config import Data, Measuring
 from spectreg_lab.data import load
-from spectreg_lab.runs import measure, run
-from spectreg_lab.store import RunError, RunFolder
-from spectreg_lab.train import Training
+from spectreg_lab.settings.config import Data, Measuring
+from spectreg_lab.storage.store import RunError, RunFolder
+from spectreg_lab.training.runs import measure, run
+from spectreg_lab.training.train import Training
 
 QUICK = Measuring(examples=12, radii=(0.5, 1.0), steps=2)
 

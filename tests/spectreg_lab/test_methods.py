@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from spectreg_lab import methods
-from spectreg_lab.config import Adversarial, Decay, Jacobian, LayerwiseJacobian, Spectral, Vanilla
+from spectreg_lab.settings.config import Adversarial, Decay, Jacobian, LayerwiseJacobian, Spectral, Vanilla
 
 
 @pytest.fixture

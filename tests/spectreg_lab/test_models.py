@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from spectreg_lab.config import NIN, VGG, DenseNet
 from spectreg_lab.models import build
+from spectreg_lab.settings.config import NIN, VGG, DenseNet
 
 RGB = (3, 32, 32)
 

@@ -1,8 +1,8 @@
 import pytest
 from test_studies import STUDY
 
-from spectreg_lab.plan import plan
-from spectreg_lab.studies import Selection, read_study
+from spectreg_lab.settings.studies import Selection, read_study
+from spectreg_lab.studies.plan import plan
 
 
 def test_a_plan_counts_runs_parameters_and_steps_and_trains_nothing(tmp_path):

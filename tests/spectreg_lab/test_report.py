@@ -6,8 +6,8 @@ from pathlib import Path
 import folders
 import pytest
 
-from spectreg_lab import report, store
-from spectreg_lab.exhibits import provenance
+from spectreg_lab.page import provenance, report
+from spectreg_lab.storage import store
 
 
 def text(page: Path) -> str:

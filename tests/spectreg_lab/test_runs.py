@@ -9,9 +9,9 @@ import time
 import pytest
 import torch
 
-from spectreg_lab.config import Data
-from spectreg_lab.runs import run
-from spectreg_lab.store import RunError, RunFolder
+from spectreg_lab.settings.config import Data
+from spectreg_lab.storage.store import RunError, RunFolder
+from spectreg_lab.training.runs import run
 
 METHODS = ("vanilla", "decay", "adversarial", "spectral")
 

@@ -4,11 +4,11 @@ import pandas as pd
 import pytest
 from test_studies import STUDY
 
-from spectreg_lab import store
-from spectreg_lab.config import VGG, Config, Decay, Spectral, Vanilla
-from spectreg_lab.exhibits import search
-from spectreg_lab.search import check, choose, gather, keep
-from spectreg_lab.studies import StudyError, read_study
+from spectreg_lab.settings.config import VGG, Config, Decay, Spectral, Vanilla
+from spectreg_lab.settings.studies import StudyError, read_study
+from spectreg_lab.storage import store
+from spectreg_lab.studies.search import check, choose, gather, keep
+from spectreg_lab.tables import search
 
 # (method, learning rate): (training, validation) accuracies
 GRID = {

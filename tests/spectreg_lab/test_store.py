@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
-from spectreg_lab import store
-from spectreg_lab.files import write
-from spectreg_lab.store import Checkpoint, RunError, RunFolder
+from spectreg_lab.storage import store
+from spectreg_lab.storage.files import write
+from spectreg_lab.storage.store import Checkpoint, RunError, RunFolder
 
 
 @pytest.fixture

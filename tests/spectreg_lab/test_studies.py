@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from spectreg_lab.config import Decay
-from spectreg_lab.studies import StudyError, read_study
+from spectreg_lab.settings.config import Decay
+from spectreg_lab.settings.studies import StudyError, read_study
 
 STUDY = """
 name = "small"

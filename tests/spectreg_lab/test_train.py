@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from spectreg_lab.config import (
+from spectreg_lab.data import batches, load
+from spectreg_lab.settings.config import (
     NIN,
     VGG,
     Adversarial,
@@ -18,8 +19,7 @@ from spectreg_lab.config import (
     Spectral,
     Vanilla,
 )
-from spectreg_lab.data import batches, load
-from spectreg_lab.train import NonFiniteLossError, Training, evaluate, learning_rate, train
+from spectreg_lab.training.train import NonFiniteLossError, Training, evaluate, learning_rate, train
 
 METHODS = [Vanilla(), Decay(strength=0.01), Adversarial(), Spectral(strength=0.1)]
 JACOBIAN = [Jacobian(), LayerwiseJacobian()]

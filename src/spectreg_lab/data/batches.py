@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from spectreg_lab.config import Augmentation
 from spectreg_lab.data.images import Split
+from spectreg_lab.settings.config import Augmentation
 
 
 def generator(seed: int, epoch: int, purpose: str) -> torch.Generator:

@@ -19,9 +19,9 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from spectreg_lab.config import Data
 from spectreg_lab.data.sources import DataError, decode, locate
-from spectreg_lab.files import write
+from spectreg_lab.settings.config import Data
+from spectreg_lab.storage.files import write
 
 FLOOR = 1e-6  # under the standard deviation: an image of one colour becomes zero, not infinite
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from spectreg_lab.store import StudyRecord
+from spectreg_lab.storage.store import StudyRecord
 
 # Okabe & Ito's colours, told apart by colour-blind readers, those of them that stand out on white and on black alike.
 COLOURS = {"vanilla": "#808080", "decay": "#0c7fc4", "adversarial": "#d55e00", "spectral": "#009e73"}

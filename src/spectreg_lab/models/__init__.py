@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from spectreg_lab.config import NIN, VGG, Model
 from spectreg_lab.models.densenet import densenet
 from spectreg_lab.models.nin import nin
 from spectreg_lab.models.vgg import vgg
+from spectreg_lab.settings.config import NIN, VGG, Model
 
 
 def build(setting: Model, image_shape: tuple[int, int, int], classes: int, seed: int = 0) -> nn.Sequential:
@@ -15,7 +15,7 @@ def build(setting: Model, image_shape: tuple[int, int, int], classes: int, seed:
     Weights are He normal (fan in, ReLU gain), biases zero, drawn from a generator of their own: the same ``seed`` gives
     the same network and the global generator is left alone.
 
-    >>> from spectreg_lab.config import DenseNet
+    >>> from spectreg_lab.settings.config import DenseNet
     >>> network = build(DenseNet(depth=40, growth=12), (3, 32, 32), classes=10)
     >>> sum(p.numel() for p in network.parameters())
     1019722

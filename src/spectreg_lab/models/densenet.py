@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from spectreg_lab.config import DenseNet
+from spectreg_lab.settings.config import DenseNet
 
 SMALLEST = 4  # two 2×2 poolings
 

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from spectreg_lab.config import NIN
+from spectreg_lab.settings.config import NIN
 
 SMALLEST = 4  # two 3×3 poolings of stride 2 must still see a border pixel and an inner one
 

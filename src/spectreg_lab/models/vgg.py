@@ -4,7 +4,7 @@ from math import floor, log2
 
 from torch import nn
 
-from spectreg_lab.config import VGG
+from spectreg_lab.settings.config import VGG
 
 
 def vgg(setting: VGG, image_shape: tuple[int, int, int], classes: int) -> nn.Sequential:

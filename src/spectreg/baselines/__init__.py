@@ -1,0 +1,1 @@
+"""What the paper compares with: adversarial training and the Jacobian penalties."""

@@ -1,0 +1,1 @@
+"""Linear algebra without a word of the field: Lanczos, directions."""

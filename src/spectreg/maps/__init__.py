@@ -1,0 +1,1 @@
+"""Weights as linear maps: matrices in blocks, and convolutions on inputs of a given size."""

@@ -1,0 +1,198 @@
+"""A convolution as the operator it is on inputs of a given size, and the sizes a network meets."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from spectreg.maps.base import Norm
+from spectreg.maps.products import converted, runs
+
+PIECE = 1 << 20  # elements of a kernel that are in memory a second time; as fast as all at once, or faster
+
+
+@dataclass(frozen=True)
+class OperatorMap:
+    """What a convolution does to an input of ``input_shape``, with its stride, padding, dilation and groups.
+
+    Args:
+        input_shape: Channels and size of the input.
+        output_shape: Channels and size of the output.
+        arguments: Those of ``torch.ops.aten.convolution`` after the bias: stride, padding, dilation, transposed,
+            output padding, groups.
+        border: ``F.pad``'s amounts and mode before the convolution, for padding it cannot do itself.
+    """
+
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    border: tuple[tuple[int, ...], str] | None = None
+    blocks: int = field(default=1, init=False)
+    norm: Norm = field(default="max", init=False)
+
+    @classmethod
+    def of(cls, module: _ConvNd, input_size: tuple[int, ...]) -> "OperatorMap":
+        """The operator of ``module`` on inputs of ``input_size`` (without batch and channels).
+
+        >>> OperatorMap.of(torch.nn.Conv2d(3, 8, 3, stride=2, padding=1), (32, 32)).output_shape
+        (8, 16, 16)
+        """
+        dimensions = len(module.kernel_size)
+        sizes = tuple(input_size) if isinstance(input_size, Sequence) else (input_size,)
+        if len(sizes) != dimensions or not all(isinstance(n, int) and n > 0 for n in sizes):
+            raise ValueError(f"input_size {input_size!r} is no size for {module}: it has {dimensions} numbers.")
+        transposed = isinstance(module, _ConvTransposeNd)
+        border, padding = _padding(module)
+        arguments = (
+            list(module.stride), padding, list(module.dilation), transposed, list(module.output_padding), module.groups
+        )  # fmt: skip
+        input_shape = (module.in_channels, *sizes)
+        try:
+            with torch.device("meta"):
+                W = torch.empty(module.weight.shape)
+                x = _bordered(torch.empty(1, *input_shape), border)
+                shape = torch.ops.aten.convolution(x, W, None, *arguments).shape
+        except RuntimeError as error:
+            raise ValueError(f"input_size {sizes} does not fit {module}: {error}") from error
+        return cls(input_shape, tuple(shape[1:]), arguments, border)
+
+    @property
+    def outputs(self) -> int:
+        """Numbers in an output."""
+        return prod(self.output_shape)
+
+    @property
+    def inputs(self) -> int:
+        """Numbers in an input."""
+        return prod(self.input_shape)
+
+    def forward(self, W: Tensor, v: Float[Tensor, " v"], k: int = 1) -> Float[Tensor, " u"]:
+        """The convolution of ``v``, in its precision."""
+        W = converted(W, v, PIECE)
+        if W.dtype == v.dtype:
+            x = _bordered(self._images(v, self.input_shape, k), self.border)
+            return self._flat(torch.ops.aten.convolution(x, W, None, *self.arguments), k)
+        u = v.new_zeros(self.outputs, k)
+        for p in self._parts(W):
+            u[p.rows] += p.map.forward(W[p.kernel].to(v.dtype), _taken(v, p.columns, k), k).view(-1, k)
+        return u.flatten()
+
+    def adjoint(self, W: Tensor, u: Float[Tensor, " u"], k: int = 1) -> Float[Tensor, " v"]:
+        """The transpose of the convolution, applied to ``u``, in its precision."""
+        W = converted(W, u, PIECE)
+        if W.dtype == u.dtype:
+            return self._transposed(W, u, k)
+        v = u.new_zeros(self.inputs, k)
+        for p in self._parts(W):
+            v[p.columns] += p.map.adjoint(W[p.kernel].to(u.dtype), _taken(u, p.rows, k), k).view(-1, k)
+        return v.flatten()
+
+    def add_outer_(
+        self, G: Tensor, u: Float[Tensor, " u"], v: Float[Tensor, " v"], k: int = 1, alpha: float = 1.0
+    ) -> None:
+        """G += alpha times the gradient of ⟨u, conv(v)⟩ by the kernel."""
+        for p in self._parts(G):
+            W = torch.empty_like(G[p.kernel], dtype=u.dtype)
+            x = _bordered(self._images(_taken(v, p.columns, k), p.map.input_shape, k), self.border)
+            G[p.kernel].add_(p.map._backward(_taken(u, p.rows, k), x, W, k, by=1), alpha=alpha)
+
+    def part(self, groups: slice, outputs: slice, inputs: slice) -> "Part":
+        """The convolution of some input channels of each of these groups to some of its output channels.
+
+        Of more than one group, all channels have to be taken.
+        """
+        count = self.arguments[-1]
+        rows, output_shape = _channels(self.output_shape, count, groups, outputs)
+        columns, input_shape = _channels(self.input_shape, count, groups, inputs)
+        first = self.input_shape if self.arguments[3] else self.output_shape  # whose channels the kernel begins with
+        kernel, _ = _channels(first[:1], count, groups, inputs if self.arguments[3] else outputs)
+        arguments = (*self.arguments[:-1], groups.stop - groups.start)
+        m = replace(self, input_shape=input_shape, output_shape=output_shape, arguments=arguments)
+        return Part(kernel, rows, columns, m)
+
+    def _parts(self, W: Tensor) -> Iterator["Part"]:
+        """Pieces with about ``PIECE`` elements of the kernel: some groups, or some channels of one."""
+        count = self.arguments[-1]
+        for groups, first in runs(count, W.shape[0] // count, max(1, PIECE // W[0].numel())):
+            sides = first, slice(0, W.shape[1])
+            outputs, inputs = sides[::-1] if self.arguments[3] else sides
+            yield self.part(groups, outputs, inputs)
+
+    def matrices(self, W: Tensor) -> Float[Tensor, "1 outputs inputs"]:
+        """The operator as a dense matrix, column by column: for small sizes only."""
+        basis = torch.eye(self.inputs, dtype=W.dtype, device=W.device)
+        return self.forward(W, basis.flatten(), self.inputs).view(1, self.outputs, self.inputs)
+
+    def round_trip(self, W: Tensor, v: Float[Tensor, " v"], u: Float[Tensor, " u"], w: Float[Tensor, " v"]) -> None:
+        """Write the convolution of ``v`` to ``u``, and its transpose applied to that to ``w``."""
+        W = converted(W, v, PIECE)
+        u.copy_(self.forward(W, v))
+        w.copy_(self.adjoint(W, u))
+
+    def squares(self, W: Tensor) -> Float[Tensor, " blocks"]:
+        """Not known without the dense operator: NaN."""
+        return W.new_full((1,), float("nan"), dtype=torch.float64)
+
+    def _transposed(self, W: Tensor, u: Tensor, k: int) -> Float[Tensor, " v"]:
+        if self.border is None:
+            return self._flat(self._backward(u, u.new_empty(k, *self.input_shape), W, k, by=0), k)
+        with torch.enable_grad():
+            x = u.new_zeros(k, *self.input_shape, requires_grad=True)
+            framed = _bordered(x, self.border)
+        inner = self._backward(u, framed.detach(), W, k, by=0)
+        return self._flat(torch.autograd.grad(framed, x, inner)[0], k)
+
+    def _backward(self, u: Tensor, x: Tensor, W: Tensor, k: int, by: int) -> Tensor:
+        """The gradient of ⟨u, conv(x)⟩ by the input (0) or by the kernel (1)."""
+        images, mask = self._images(u, self.output_shape, k), [by == 0, by == 1, False]
+        return torch.ops.aten.convolution_backward(images, x, W, None, *self.arguments, mask)[by]
+
+    @staticmethod
+    def _images(x: Tensor, shape: tuple[int, ...], k: int) -> Tensor:
+        return x.view(*shape, k).movedim(-1, 0) if k > 1 else x.view(1, *shape)
+
+    @staticmethod
+    def _flat(images: Tensor, k: int) -> Float[Tensor, " x"]:
+        return images.movedim(0, -1).reshape(-1) if k > 1 else images.reshape(-1)
+
+
+class Part(NamedTuple):
+    """A convolution of some channels to some: where its kernel, outputs and inputs lie, and its map."""
+
+    kernel: slice
+    rows: slice
+    columns: slice
+    map: OperatorMap
+
+
+def _channels(shape: tuple[int, ...], count: int, groups: slice, part: slice) -> tuple[slice, tuple[int, ...]]:
+    """Where ``part`` of the channels of ``groups``, of ``count``, lies in a flat image, and the shape of that part."""
+    each, unit = shape[0] // count, prod(shape[1:])
+    start, stop = groups.start * each + part.start, (groups.stop - 1) * each + part.stop
+    return slice(start * unit, stop * unit), (stop - start, *shape[1:])
+
+
+def _taken(x: Float[Tensor, " x"], where: slice, k: int) -> Float[Tensor, " part"]:
+    """Of k vectors, each the entries ``where``."""
+    return x.view(-1, k)[where].flatten()
+
+
+def _padding(module: _ConvNd) -> tuple[tuple[tuple[int, ...], str] | None, list[int]]:
+    """What has to be padded before the convolution, and what the convolution pads itself."""
+    amounts = tuple(module._reversed_padding_repeated_twice)
+    none = [0] * len(module.kernel_size)
+    if module.padding_mode != "zeros":
+        return (amounts, module.padding_mode), none
+    if any(amounts[i] != amounts[i + 1] for i in range(0, len(amounts), 2)):
+        return (amounts, "constant"), none
+    return None, list(amounts[::2])[::-1]
+
+
+def _bordered(x: Tensor, border: tuple[tuple[int, ...], str] | None) -> Tensor:
+    return x if border is None else F.pad(x, border[0], mode=border[1])

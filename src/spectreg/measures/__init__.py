@@ -1,0 +1,1 @@
+"""Numbers read off a model: spectra, curvature, Jacobians, gradients, perturbations, the gap."""

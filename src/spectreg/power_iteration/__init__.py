@@ -1,0 +1,1 @@
+"""The power step, and the vectors it remembers from call to call."""

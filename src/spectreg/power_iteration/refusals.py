@@ -1,0 +1,75 @@
+"""What the regularizer cannot act on, and what to do then: one clear error each."""
+
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from spectreg.power_iteration.memory import Memory
+from spectreg.weights.selection import Weight
+
+
+def check_number(name: str, value: Any, fine: Callable[[Any], bool], what: str) -> None:
+    """Raise unless the setting ``name`` is a number that is ``fine``."""
+    if not isinstance(value, Real | Tensor) or not fine(value):
+        raise ValueError(f"{name} is {value!r}: it must be {what}.")
+
+
+def refuse_unfit(weights: Sequence[Weight], tensors: Sequence[Tensor]) -> None:
+    """Refuse weights without values, and those that no longer have the shape they had."""
+    for weight, W in zip(weights, tensors, strict=True):
+        if W.is_meta:
+            raise ValueError(
+                f"weight {weight.name!r} is on the meta device and has no values: to_empty() and load first."
+            )
+        if tuple(W.shape) != weight.shape:
+            raise ValueError(
+                f"weight {weight.name!r} has the shape {tuple(W.shape)} now, and had {weight.shape} when the "
+                "regularizer was built: build a new one."
+            )
+
+
+def refuse_computed(weights: Sequence[Weight]) -> None:
+    """Refuse weights that have no gradient of their own."""
+    for weight in weights:
+        if weight.computed:
+            raise ValueError(
+                f"weight {weight.name!r} is under a parametrization: it is computed (as one under a pruning mask is) "
+                "and has no gradient of its own. Use penalty(), which acts on the effective weight, or leave it out "
+                "with select."
+            )
+
+
+def refuse_gathered(names: Sequence[str]) -> None:
+    """Refuse weights that were sharded and, now, are not."""
+    if names:
+        raise RuntimeError(
+            f"weight {names[0]!r} is gathered, but its optimizer steps the shards: a gradient added now would be lost. "
+            "Call reshard() of the fully_shard model before, or leave set_reshard_after_backward alone."
+        )
+
+
+def refuse_strangers(memories: Sequence[Memory], weights: Sequence[Tensor], held: Container[int]) -> None:
+    """Refuse weights that are not among the parameters (by id) that the optimizer holds."""
+    for m, W in zip(memories, weights, strict=True):
+        if id(W) not in held:
+            raise RuntimeError(
+                f"weight {m.weight.name!r} is not a parameter of the optimizer that held it at attach(): it was "
+                "replaced or thawed since. Let its optimizer hold it, then detach() and attach() again."
+            )
+
+
+@contextmanager
+def torch_func_refused() -> Iterator[None]:
+    """Say what to do where a transform of ``torch.func`` meets a function that it cannot differentiate."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "functorch" not in str(error):
+            raise
+        raise NotImplementedError(
+            "penalty() is not differentiated by torch.func (grad, vmap, jacrev and others), which sees other weights "
+            "than the model's own. Use backward() or torch.autograd.grad, or add_gradient()."
+        ) from error

@@ -1,0 +1,165 @@
+"""Power steps on sharded weights (DTensors): products of local shards, vectors summed over the ranks."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from spectreg.maps.base import LinearMap
+from spectreg.power_iteration.shards import is_sharded_by_columns, pieces_of
+from spectreg.power_iteration.step import Triplets
+
+
+class ShardedTriplets(Triplets):
+    """`Triplets` of weights that are sharded over one device mesh, or over meshes of which one contains the others.
+
+    Every rank holds the whole (short) vectors, so that its state is that of an unsharded run; no weight is gathered.
+
+    A whole step of weights sharded by rows (``fully_shard``, column-wise parallel layers, both together) takes one
+    all-reduce for all of them: a rank has all of its rows of Wv, and its share of Wᵀ(Wv) without asking anybody. Where
+    columns are sharded (row-wise parallel layers; transposed convolutions under ``fully_shard``) it takes two, and one
+    cannot do: Wᵀu needs the sum over the ranks of their shares of u, and |Wᵀu|, which is σ, the sum over the ranks of
+    what each then makes of that; a message sent before the first sum is known cannot hold the second. (It could wait
+    for the next step's message, but then a look at σ or the state would have to talk to all ranks.) For k > 1 it also
+    takes two, since u is made orthonormal in between.
+    """
+
+    def __init__(
+        self,
+        maps: Sequence[LinearMap],
+        u: Sequence[Tensor],
+        v: Sequence[Tensor],
+        sigma: Sequence[Tensor],
+        weights: Sequence[Any],
+    ) -> None:
+        super().__init__(maps, u, v, sigma)
+        self.pieces = [pieces_of(m, W) for m, W in zip(maps, weights, strict=True)]
+        self.by_columns = [is_sharded_by_columns(m, W) for m, W in zip(maps, weights, strict=True)]
+        self.meeting = Meeting.of(weights)
+        self.counts = [self.meeting.counts(W) for W in weights]
+
+    def add_one_(self, i: int, G: Tensor, u: Tensor, v: Tensor, alpha: float = 1.0) -> None:
+        """Add alpha·uvᵀ, for map ``i``, to this rank's shard of ``G``."""
+        m, local = self.maps[i], _local(G)
+        u3, v3 = u.view(m.blocks, -1, self.k), v.view(m.blocks, -1, self.k)
+        for p in self.pieces[i]:
+            piece_u, piece_v = u3[p.block, p.rows].flatten(), v3[p.block, p.columns].flatten()
+            p.map.add_outer_(local[p.local], piece_u, piece_v, self.k, alpha)
+
+    def _round_trips(self, weights: Sequence[Tensor], guesses: Sequence[Tensor], raw: Tensor) -> None:
+        u = [self._forward(i, W, v) for i, (W, v) in enumerate(zip(weights, guesses, strict=True))]
+        if any(self.by_columns):
+            u = self._summed(u)
+        w = [self._adjoint(i, W, x) for i, (W, x) in enumerate(zip(weights, u, strict=True))]
+        parts = [*u, *self._summed(w)] if any(self.by_columns) else self._summed([*u, *w])
+        torch.cat(parts, out=raw)
+
+    def _products(self, weights: Sequence[Tensor], adjoint: bool) -> list[Tensor]:
+        product, given = (self._adjoint, self.us) if adjoint else (self._forward, self.vs)
+        return self._summed([product(i, W, x) for i, (W, x) in enumerate(zip(weights, given, strict=True))])
+
+    def _squares(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        shares = [torch.zeros(m.blocks, dtype=torch.float64, device=self.u.device) for m in self.maps]
+        for i, (W, share) in enumerate(zip(weights, shares, strict=True)):
+            for p in self.pieces[i] if self.counts[i] else ():
+                share[p.block] += p.map.squares(_local(W)[p.local])[0]
+        return self._summed(shares)
+
+    def _forward(self, i: int, W: Tensor, v: Tensor) -> Tensor:
+        """This rank's share of Wv."""
+        m, local = self.maps[i], _local(W)
+        u = v.new_zeros(m.blocks, m.outputs, self.k)
+        for p in self.pieces[i] if self.counts[i] else ():
+            part = v.view(m.blocks, -1, self.k)[p.block, p.columns].flatten()
+            u[p.block, p.rows] += p.map.forward(local[p.local], part, self.k).view(-1, self.k)
+        return u.flatten()
+
+    def _adjoint(self, i: int, W: Tensor, u: Tensor) -> Tensor:
+        """This rank's share of Wᵀu."""
+        m, local = self.maps[i], _local(W)
+        v = u.new_zeros(m.blocks, m.inputs, self.k)
+        for p in self.pieces[i] if self.counts[i] else ():
+            part = u.view(m.blocks, -1, self.k)[p.block, p.rows].flatten()
+            v[p.block, p.columns] += p.map.adjoint(local[p.local], part, self.k).view(-1, self.k)
+        return v.flatten()
+
+    def _summed(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The sum over the ranks of all of these, in one message."""
+        message = torch.cat(list(parts))
+        dist.all_reduce(message, group=self.meeting.group)
+        return list(message.split([len(x) for x in parts]))
+
+
+class Meeting(NamedTuple):
+    """Where all shards come together: a process group, and the one dimension of the mesh or the ranks it spans."""
+
+    group: Any
+    dimension: int | None
+    ranks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, weights: Sequence[Any]) -> "Meeting":
+        """That of ``weights``, of whose meshes the largest contains the others."""
+        meshes = [W.device_mesh for W in weights]
+        largest = max(meshes, key=lambda mesh: mesh.size())
+        ranks = tuple(largest.mesh.flatten().tolist())
+        dimensions = set().union(*map(_sharded_dimensions, weights))
+        if all(mesh == largest for mesh in meshes) and len(dimensions) <= 1:
+            dimension = min(dimensions, default=0)
+            return cls(largest.get_group(dimension), dimension, ranks)
+        whole = len(ranks) == dist.get_world_size()
+        return cls(dist.group.WORLD if whole else _group_of(ranks, dist.group.WORLD), None, ranks)
+
+    def counts(self, W: Any) -> bool:
+        """Whether this rank's shard enters the sum: of the ranks that hold the same one, only the first does."""
+        mesh, here = W.device_mesh, W.device_mesh.get_coordinate()
+        summed = range(mesh.ndim) if self.dimension is None else [self.dimension]
+        first = all(here[d] == 0 for d in summed if d not in _sharded_dimensions(W))
+        return first and (self.dimension is not None or self.ranks[0] in _ranks(W))
+
+
+def meeting_ranks(W: Any, weights: Sequence[Any]) -> tuple[int, ...]:
+    """The ranks of the largest mesh of ``weights`` that contains that of ``W``: weights alike in it share a message."""
+    own = set(_ranks(W))
+    return max((ranks for ranks in map(_ranks, weights) if own <= set(ranks)), key=len)
+
+
+@cache
+def _group_of(ranks: tuple[int, ...], world: Any) -> Any:
+    return dist.new_group(list(ranks), use_local_synchronization=True)
+
+
+def _sharded_dimensions(W: Any) -> set[int]:
+    return {d for d, placement in enumerate(W.placements) if not placement.is_replicate()}
+
+
+def _ranks(W: Any) -> tuple[int, ...]:
+    return tuple(W.device_mesh.mesh.flatten().tolist())
+
+
+def _local(W: Tensor) -> Tensor:
+    return W.to_local() if isinstance(W, DTensor) else W
+
+
+def check_ranks(vectors: Mapping[str, Tensor], group: Any = None) -> None:
+    """Raise unless these tensors are the same on every rank of ``group``.
+
+    Raises:
+        RuntimeError: Names the first rank that differs from rank 0, and the tensors in which it does.
+    """
+    bits = [x.double().flatten() for x in vectors.values()]
+    digests = torch.stack([(x * torch.cos(torch.arange(len(x), device=x.device))).sum() for x in bits])
+    everyone = [torch.empty_like(digests) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, digests, group=group)
+    for rank, theirs in enumerate(everyone):
+        same = (theirs == everyone[0]) | (theirs.isnan() & everyone[0].isnan())
+        names = [name for name, fine in zip(vectors, same.tolist(), strict=True) if not fine]
+        if names:
+            raise RuntimeError(
+                f"rank {rank} differs from rank 0 in {', '.join(names[:8])}. Build the model alike on every rank, give "
+                "the regularizer the same seed, and call it the same number of times everywhere."
+            )

@@ -1,0 +1,1 @@
+"""Which parameters count as weights, and the linear map of each."""

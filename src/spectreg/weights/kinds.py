@@ -1,0 +1,82 @@
+"""Every kind of weight: the linear maps that it can be taken for, by the module it belongs to."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from spectreg.maps.base import LinearMap
+from spectreg.maps.convolution import OperatorMap
+from spectreg.maps.matrix import MatrixMap
+from spectreg.weights.patterns import Patterns
+
+InputSize = tuple[int, ...]
+
+MAPS = ("matrix", "joint", "each", "heads", "operator")
+GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3, nn.RNN: 1, nn.RNNCell: 1}
+
+
+def maps_of(
+    module: nn.Module, attribute: str, weight: Tensor, input_size: InputSize | None = None
+) -> dict[str, LinearMap]:
+    """Every map that ``weight``, which belongs to ``module``, can be taken for, by name; ``"matrix"`` is always one.
+
+    ``"operator"`` is among them for a convolution whose ``input_size`` is known.
+    """
+    shape = tuple(weight.shape)
+    joint = MatrixMap(shape)
+    if isinstance(module, _ConvNd):
+        maps = _maps_of_convolution(module, shape)
+        if input_size is not None:
+            maps["operator"] = OperatorMap.of(module, input_size)
+        return maps
+    gates = next((number for kind, number in GATES.items() if isinstance(module, kind)), None)
+    if gates is not None and not attribute.startswith("weight_hr"):
+        return {"matrix": MatrixMap(shape, gates, norm="each"), "joint": joint}
+    if isinstance(module, nn.MultiheadAttention) and weight.ndim == 2:
+        parts = 3 if attribute == "in_proj_weight" else 1
+        heads = MatrixMap(shape, parts * module.num_heads, norm="each")
+        return {"matrix": MatrixMap(shape, parts, norm="each"), "joint": joint, "heads": heads}
+    if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
+        return {"matrix": MatrixMap(shape, layout="columns")}
+    if weight.ndim > 2 and not isinstance(module, nn.Bilinear):
+        return {"matrix": joint, "each": MatrixMap(shape, shape[0], norm="each", layout="stack")}
+    return {"matrix": joint}
+
+
+def _maps_of_convolution(module: _ConvNd, shape: tuple[int, ...]) -> dict[str, LinearMap]:
+    layout: Any = "transposed" if isinstance(module, _ConvTransposeNd) else "rows"
+    maps: dict[str, LinearMap] = {"matrix": MatrixMap(shape, module.groups, layout=layout)}
+    if module.groups > 1:
+        maps["each"] = MatrixMap(shape, module.groups, norm="each", layout=layout)
+        maps["joint"] = MatrixMap(shape, layout=layout)
+    return maps
+
+
+def chosen_map(name: str, maps: dict[str, LinearMap], wanted: Patterns, module: nn.Module) -> LinearMap:
+    """The one of ``maps`` that is ``wanted`` for the weight ``name``; raises where it does not fit."""
+    how = wanted.get(name, "matrix")
+    if isinstance(how, int) and not isinstance(how, bool):
+        return _cut(name, maps["matrix"], how)
+    if how not in MAPS:
+        raise ValueError(f"unknown map {how!r} for {name!r}: it is one of {', '.join(MAPS)}, or a number of parts.")
+    if how == "operator" and isinstance(module, _ConvNd) and how not in maps:
+        raise ValueError(
+            f"map='operator' needs the size of the input of {name!r}, whose norm depends on it. "
+            "Give input_size=(32, 32), or a mapping from name patterns to sizes (spectreg.input_sizes finds them)."
+        )
+    if how not in maps:
+        if isinstance(wanted.value, Mapping):
+            raise ValueError(f"map {how!r} does not fit {name!r} ({type(module).__name__}): {', '.join(maps)} would.")
+        return maps["matrix"]
+    wanted.used_values.add(how)
+    return maps[how]
+
+
+def _cut(name: str, m: LinearMap, parts: int) -> LinearMap:
+    rows = m.blocks * m.outputs
+    if parts < 1 or rows % parts or not isinstance(m, MatrixMap) or m.layout == "transposed":
+        raise ValueError(f"map {parts} does not fit {name!r}: {rows} outputs cannot be cut into {parts} equal parts.")
+    return replace(m, blocks=parts, norm="each")

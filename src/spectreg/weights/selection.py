@@ -1,0 +1,192 @@
+"""Which parameters count as weights, and the linear map of each."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+
+from spectreg.maps.base import LinearMap
+from spectreg.weights.kinds import InputSize, chosen_map, maps_of
+from spectreg.weights.module_names import named_modules
+from spectreg.weights.patterns import Patterns, some
+
+Select = Callable[[str, Tensor], bool]
+
+NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of a model: its name, where it lives, and the linear map it is.
+
+    ``tensor`` is looked up in the module each time, so that a weight replaced by ``.to()`` or ``fully_shard`` is
+    followed.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+    map: LinearMap
+    shape: tuple[int, ...]
+
+    @property
+    def tensor(self) -> Tensor:
+        """The weight as it is now; it lives in the module and is not copied (a computed one is computed)."""
+        parameter = self.module._parameters.get(self.attribute)
+        if parameter is not None:
+            return parameter
+        with torch.inference_mode(False), torch.enable_grad():  # whether it is trained does not depend on who looks
+            return getattr(self.module, self.attribute)
+
+    @property
+    def computed(self) -> bool:
+        """Whether it is no parameter, but made of others: by a parametrization, or by a pruning mask."""
+        return self.module._parameters.get(self.attribute) is None
+
+
+def named_weights(
+    model: nn.Module,
+    select: Select | None = None,
+    map: str | int | Mapping[str, str | int] = "matrix",
+    input_size: InputSize | Mapping[str, InputSize] | None = None,
+    embeddings: bool = False,
+) -> list[Weight]:
+    """The weights of ``model`` that have a spectral norm, in the order of ``model.named_modules()``.
+
+    These are all parameters of two or more dimensions but biases, the scales of normalizations, embeddings, and bare
+    parameters that are a vector in disguise (one dimension longer than 1). A weight tied between modules appears once,
+    under its first name. Names carry neither ``_orig_mod.`` of ``torch.compile`` nor ``module.`` of data parallel
+    wrappers. A weight under a parametrization appears as the weight that the forward pass uses.
+
+    Args:
+        select: ``(name, weight) -> bool``: which of them to keep.
+        map: The linear map that a weight is taken for, or a mapping from name patterns (``fnmatch``) to maps:
+            ``"matrix"``, ``"joint"``, ``"each"``, ``"heads"`` or ``"operator"``; docs/weights.md has the table. A
+            number cuts the outputs into so many equal parts, each a map of its own.
+        input_size: For ``map="operator"``: height and width (one to three numbers) of a convolution's input, or a
+            mapping from name patterns to them.
+        embeddings: Whether embedding tables count.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``select`` no function.
+        ValueError: No weight is left; a map is unknown or fits none of the weights; an ``input_size`` that no map
+            needs; a weight is stored in a way that hides its shape.
+
+    >>> [(w.name, w.map.blocks, w.map.outputs, w.map.inputs) for w in named_weights(nn.Conv2d(4, 6, 3, groups=2))]
+    [('weight', 2, 3, 18)]
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model is a {type(model).__name__}: give the nn.Module itself, not its parameters.")
+    if select is not None and not callable(select):
+        raise TypeError(f"select is {select!r}: it must be a function (name, weight) -> bool.")
+    sizes = Patterns("input_size", input_size)
+    wanted = Patterns("map", map)
+    weights, names = [], []
+    for name, module, attribute, tensor in _candidates(model, embeddings):
+        names.append(name)
+        if select is not None and not select(name, tensor):
+            continue
+        _refuse_unsupported(name, module, attribute, tensor)
+        try:
+            maps = maps_of(module, attribute, tensor, sizes.get(name))
+        except ValueError as error:
+            raise ValueError(f"weight {name!r}: {error}") from error
+        chosen = chosen_map(name, maps, wanted, module)
+        weights.append(Weight(name, module, attribute, chosen, tuple(tensor.shape)))
+    _check_not_empty(model, names, weights)
+    for patterns in (wanted, sizes):
+        patterns.check_all_used(names)
+    if isinstance(map, str) and map not in wanted.used_values | {"matrix"}:
+        raise ValueError(f"map={map!r} fits none of the weights ({some(names)}). Leave it out, or see docs/weights.md.")
+    if input_size is not None and "operator" not in wanted.used_values:
+        raise ValueError("input_size is used by map='operator' only: give that too, or leave input_size out.")
+    return weights
+
+
+def _candidates(model: nn.Module, embeddings: bool) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Name, module, attribute and tensor of each weight, tied ones once."""
+    owners: dict[int, list[tuple[str, nn.Module, str, Tensor]]] = {}
+    for path, module in named_modules(model):
+        for attribute, tensor, key in _tensors_of(module):
+            name = f"{path}.{attribute}".lstrip(".")
+            if _counts(name, module, attribute, tensor):
+                owners.setdefault(key, []).append((name, module, attribute, tensor))
+    for tied in owners.values():
+        others = [owner for owner in tied if not isinstance(owner[1], nn.Embedding | nn.EmbeddingBag)]
+        if others or embeddings:
+            yield (tied[0][0], *(others or tied)[0][1:])
+
+
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
+    """The parameters a module calls its own, and what tells tied ones apart; effective ones where parametrized."""
+    if isinstance(module, ParametrizationList):
+        return
+    for attribute, parameter in module._parameters.items():
+        if parameter is not None:
+            yield attribute, parameter, id(parameter)
+    if is_parametrized(module):
+        for attribute, parametrization in module.parametrizations.items():  # type: ignore[union-attr, operator]
+            yield attribute, getattr(module, attribute), id(parametrization)
+
+
+def _counts(name: str, module: nn.Module, attribute: str, tensor: Tensor) -> bool:
+    """Whether the tensor is a weight; raises where shapes are hidden, so that ``select`` could not choose either."""
+    _refuse_hidden(name, tensor)
+    if is_lazy(tensor):
+        return True
+    if tensor.ndim < 2 or isinstance(module, NORMALIZATIONS) or "bias" in attribute.split("_"):
+        return False
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        return False
+    known = type(module).__module__.startswith("torch.nn.modules")
+    return tensor.numel() > 0 and (known or sum(size > 1 for size in tensor.shape) > 1)
+
+
+def _refuse_hidden(name: str, tensor: Tensor) -> None:
+    if getattr(tensor, "_is_flat_param", False) or type(tensor).__name__ == "FlatParameter":
+        raise ValueError(
+            f"parameter {name!r} is a flat parameter of FSDP1 (FullyShardedDataParallel), which hides the shapes of "
+            "its weights. Use fully_shard (FSDP2) instead."
+        )
+    if hasattr(tensor, "ds_id"):
+        raise ValueError(
+            f"parameter {name!r} is partitioned by DeepSpeed's ZeRO stage 3, which hides its shape and values. "
+            "Use stage 1 or 2, or fully_shard (FSDP2)."
+        )
+
+
+def _refuse_unsupported(name: str, module: nn.Module, attribute: str, tensor: Tensor) -> None:
+    if is_lazy(tensor):
+        raise ValueError(f"parameter {name!r} is uninitialized (a lazy module): run the model forward once before.")
+    if tensor.is_complex():
+        raise ValueError(
+            f"weight {name!r} is complex ({tensor.dtype}), which is not supported. "
+            "Leave it out with select, or store its real and imaginary parts."
+        )
+    if tensor.element_size() == 1:
+        raise ValueError(f"weight {name!r} is of {tensor.dtype}, which cannot be trained: leave it out with select.")
+    if _is_part_of_a_hooked_weight(module, attribute):
+        raise ValueError(
+            f"parameter {name!r} is part of a weight that a hook computes in the forward pass (weight_norm, "
+            "spectral_norm or prune of torch.nn.utils). Use torch.nn.utils.parametrizations, and penalty()."
+        )
+
+
+def _is_part_of_a_hooked_weight(module: nn.Module, attribute: str) -> bool:
+    """Whether a hook of ``torch.nn.utils`` makes another attribute of this one before each forward pass."""
+    made = {getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in module._forward_pre_hooks.values()}
+    return attribute.removesuffix("_v").removesuffix("_orig") in made - {attribute}
+
+
+def _check_not_empty(model: nn.Module, names: list[str], weights: list[Weight]) -> None:
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} has no weight to regularize: no parameter with two or more dimensions "
+            "(biases and normalization scales do not count; embeddings=True counts embeddings)."
+        )
+    if not weights:
+        raise ValueError(f"select leaves none of the {len(names)} weights: {some(names)}.")

@@ -1,0 +1,1 @@
+"""The report: one self-contained page, its pictures and its tables as files."""

@@ -1,0 +1,130 @@
+"""A study folder as one page that opens from disk, with every exhibit as CSV, SVG and Markdown beside it."""
+
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
+from plotly.offline import get_plotlyjs
+
+from spectreg_lab.exhibits import labels
+from spectreg_lab.exhibits.exhibit import Cell, Exhibit, Panel, Table
+from spectreg_lab.figures.svg import svg
+from spectreg_lab.page import provenance
+from spectreg_lab.page.exhibits import exhibits
+from spectreg_lab.page.interactive import traces
+from spectreg_lab.statistics import paper, verdicts
+from spectreg_lab.storage import store
+
+PAGE = "report.html"
+
+
+def write(folder: Path, against_paper: bool = False) -> Path:
+    """Write ``folder/report/report.html`` and the files of every exhibit; works at any moment of a study.
+
+    Args:
+        against_paper: Set the paper's numbers beside ours in every setting that is one of the paper's, whether or not
+            the study asks for them.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        RunError: ``folder`` is not a study folder, or one of another format version.
+    """
+    study = store.read_study(folder)
+    if against_paper:
+        study = paper.beside(study)
+    shown = exhibits(study)
+    report = folder / store.REPORT
+    report.mkdir(exist_ok=True)
+    for exhibit in shown:
+        _write_files(report, exhibit, labels.colours(study))
+    store.write(report / PAGE, page(study, shown).encode())
+    return report / PAGE
+
+
+def svg_name(exhibit: Exhibit, group: str) -> str:
+    """File name of the drawing of one group of an exhibit's panels."""
+    return f"{exhibit.name}-{group}.svg"
+
+
+def _groups(exhibit: Exhibit) -> dict[str, list[Panel]]:
+    groups: dict[str, list[Panel]] = {}
+    for panel in exhibit.panels:
+        groups.setdefault(panel.group, []).append(panel)
+    return groups
+
+
+def _write_files(report: Path, exhibit: Exhibit, colours: dict[str, str]) -> None:
+    store.write(report / f"{exhibit.name}.csv", exhibit.frame.to_csv(index=False).encode())
+    tables = report / f"{exhibit.name}.md"
+    if shown := [*_verdicts(exhibit), *exhibit.tables]:
+        text = "\n\n".join(markdown(table) for table in shown)
+        store.write(tables, f"{text}\n".encode())
+    else:
+        tables.unlink(missing_ok=True)  # of an earlier report, when runs were missing
+    for group, panels in _groups(exhibit).items():
+        store.write(report / svg_name(exhibit, group), svg(panels, colours, exhibit.dashes).encode())
+
+
+def _verdicts(exhibit: Exhibit) -> list[Table]:
+    """Every claim with its outcome as one table, for the Markdown file."""
+    rows = [[Cell(v.section), Cell(v.sentence), Cell(v.outcome, bold=True), Cell(v.counts)] for v in exhibit.verdicts]
+    return [Table(["section", "the paper says", "here", "comparisons"], rows)] if rows else []
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown, without its small print.
+
+    >>> from spectreg_lab.exhibits.exhibit import Cell
+    >>> row = [Cell("VGG", ["B = 64"]), Cell("0.904", ["paper 0.904"], bold=True)]
+    >>> print(markdown(Table(["setting", "spectral"], [row])))
+    | setting | spectral |
+    |---|---|
+    | VGG, B = 64 | **0.904** |
+    """
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    for head, *cells in table.rows:
+        texts = [", ".join([head.text, *head.small]), *(f"**{c.text}**" if c.bold else c.text for c in cells)]
+        lines.append("| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |")
+    return "\n".join([f"{table.caption}\n", *lines] if table.caption else lines)
+
+
+def _code(text: str) -> Markup:
+    """Text as HTML, with `backticks` as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _script(text: str) -> Markup:
+    return Markup(text.replace("</", "<\\/"))
+
+
+def page(study: store.StudyRecord, shown: list[Exhibit]) -> str:
+    """The page as HTML: nothing in it needs the network."""
+    folder = files("spectreg_lab") / "page"
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["code"] = _code
+    template = environment.from_string((folder / "report.html.jinja").read_text())
+    colours = labels.colours(study)
+    drawn = [traces(panel, colours) for exhibit in shown for panels in _groups(exhibit).values() for panel in panels]
+    return template.render(
+        study=study.study,
+        exhibits=shown,
+        groups=_groups,
+        svg_name=svg_name,
+        titles={name: labels.setting(study, name) for name in study.study["settings"]},
+        methods={method: colours[method] for method in study.study["methods"]},
+        colours=colours,
+        warnings=[*provenance.warnings(study), *(warning for exhibit in shown for warning in exhibit.warnings)],
+        tones=verdicts.TONES,
+        foot=provenance.foot(study),
+        written=pd.Timestamp.now("UTC").strftime("%Y-%m-%d %H:%M UTC"),
+        style=Markup((folder / "report.css").read_text()),
+        script=Markup((folder / "report.js").read_text()),
+        plotly=Markup(get_plotlyjs() if drawn else ""),
+        panels=_script(json.dumps(drawn, separators=(",", ":"))),
+    )

@@ -1,0 +1,1 @@
+"""What a run and a study are: frozen settings, read from TOML."""

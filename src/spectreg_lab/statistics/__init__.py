@@ -1,0 +1,1 @@
+"""From records to numbers: frames, paired differences, claims and verdicts."""

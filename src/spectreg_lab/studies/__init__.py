@@ -1,0 +1,1 @@
+"""A study carried out: its runs, its plan, its search, its display."""

@@ -1,0 +1,139 @@
+"""The choice of hyperparameters: a grid over learning rate and strength, judged on held-out training images.
+
+The criterion, the same for every method:
+
+1. For each setting and regime, the learning rate at which the four methods, each at its best strength, have the highest
+   mean validation accuracy; only rates count at which every method fits the training images (accuracy over ``FIT`` in
+   the mean over seeds) at some strength, unless there is none.
+2. For each method one strength for all settings and regimes: the highest mean validation accuracy at the chosen rates
+   among the strengths that fit the training images in all of them, unless there is none.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from spectreg_lab.settings.studies import Study, StudyError
+from spectreg_lab.storage.files import write
+from spectreg_lab.storage.store import SEARCH, read_study
+
+FIT = 0.95
+CELL = ["setting", "regime"]
+KEYS = [*CELL, "method", "learning_rate", "strength"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a search found: every combination tried, ``chosen`` or not; a learning rate a cell, a strength a method."""
+
+    tried: pd.DataFrame
+    rates: pd.DataFrame
+    strengths: pd.DataFrame
+
+
+def check(study: Study) -> None:
+    """Refuse a study that searches nothing.
+
+    Raises:
+        StudyError: it has no [search] table: its runs would be judged on test images.
+    """
+    if study.search is None:
+        raise StudyError(
+            f"the study {study.name!r} has no [search] table, so there is nothing to choose: add one, or do its runs "
+            "with `spectreg reproduce`"
+        )
+
+
+def choose(folder: Path) -> Choice:
+    """Judge the finished runs of a search's folder, and write the table of all of them there."""
+    choice = judge(_tried(folder))
+    keep(choice.tried, folder)
+    return choice
+
+
+def judge(tried: pd.DataFrame) -> Choice:
+    """What the criterion chooses of the combinations in ``tried``."""
+    rates = _best_rates(tried)
+    at_rates = tried.merge(rates[[*CELL, "learning_rate"]], on=[*CELL, "learning_rate"])
+    strengths = _best_strengths(at_rates)
+    chosen = at_rates.merge(strengths[["method", "strength"]], on=["method", "strength"]).assign(chosen=True)
+    tried = tried.merge(chosen[[*KEYS, "chosen"]], on=KEYS, how="left").fillna({"chosen": False})
+    return Choice(tried, rates, strengths)
+
+
+def gather(tables: list[Path]) -> pd.DataFrame | None:
+    """The tables of the searches that chose a study's settings, as one; None where there was no search.
+
+    Raises:
+        StudyError: one of them is no such table.
+    """
+    return pd.concat([read(table) for table in tables]) if tables else None
+
+
+def keep(table: pd.DataFrame | None, folder: Path) -> None:
+    """Put the table of a study's searches into the study's folder."""
+    if table is not None:
+        write(folder / SEARCH, table.to_csv(index=False, float_format="%.6g").encode())
+
+
+def read(path: Path) -> pd.DataFrame:
+    """Every combination that a search tried, as it left them.
+
+    Raises:
+        StudyError: ``path`` is no such table.
+    """
+    try:
+        found = pd.read_csv(path)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path} is not the table of a search ({error}): `spectreg search` writes it anew") from None
+    if missing := sorted({*KEYS, "training", "validation", "chosen"} - set(found)):
+        raise StudyError(
+            f"{path} is not the table of a search: it has no column {', '.join(missing)}; `spectreg search` writes it "
+            "anew"
+        )
+    return found
+
+
+def _tried(folder: Path) -> pd.DataFrame:
+    rows = []
+    for run in read_study(folder).runs:
+        method = run.config.get("method", {})
+        last = run.metrics[-1] if run.metrics and run.status == "finished" else {}
+        rows.append(
+            {
+                "setting": run.setting,
+                "regime": run.regime,
+                "method": run.method,
+                "learning_rate": run.config.get("learning_rate"),
+                "strength": method.get("epsilon", method.get("strength", 0.0)),
+                "training": last.get("train_accuracy", 0.0),
+                "validation": last.get("test_accuracy", 0.0),
+            }
+        )
+    frame = pd.DataFrame(rows).dropna(subset=["learning_rate"])
+    return frame.groupby(KEYS, as_index=False, sort=False).agg(
+        n=("training", "size"), training=("training", "mean"), validation=("validation", "mean")
+    )
+
+
+def _best_rates(tried: pd.DataFrame) -> pd.DataFrame:
+    by_method = tried.sort_values("validation").groupby([*CELL, "learning_rate", "method"], as_index=False).last()
+    fitting = tried.groupby([*CELL, "learning_rate", "method"], as_index=False)["training"].max()
+    found = by_method.groupby([*CELL, "learning_rate"], as_index=False)["validation"].mean()
+    least = fitting.groupby([*CELL, "learning_rate"], as_index=False)["training"].min()
+    return _best(found.merge(least, on=[*CELL, "learning_rate"]), CELL)
+
+
+def _best_strengths(at_rates: pd.DataFrame) -> pd.DataFrame:
+    keys = ["method", "strength"]
+    return _best(
+        at_rates.groupby(keys, as_index=False).agg(validation=("validation", "mean"), training=("training", "min")),
+        ["method"],
+    )
+
+
+def _best(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """For each ``by`` the row of the highest validation accuracy, among those that fit where any does."""
+    ordered = frame.assign(fits=frame["training"] > FIT).sort_values(["fits", "validation"])
+    return ordered.groupby(by, as_index=False).last()

@@ -1,0 +1,135 @@
+"""One run from its setting to its outcome: train, store, and go on after a kill."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+
+from spectreg_lab import data, measures, models
+from spectreg_lab.settings.config import Config, Measuring
+from spectreg_lab.storage.provenance import describe
+from spectreg_lab.storage.store import Checkpoint, RunError, RunFolder
+from spectreg_lab.training.train import Epoch, NonFiniteLossError, train
+
+FAILURES = (NonFiniteLossError, data.DataError, ValueError, torch.OutOfMemoryError)
+
+
+def run(
+    config: Config,
+    folder: Path,
+    fabric: Fabric | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda metrics: None,
+) -> dict[str, Any]:
+    """Train ``config`` in ``folder`` to its end, going on from the last epoch found there; a finished run stays.
+
+    Args:
+        fabric: Where to train; one CPU process by default.
+        on_epoch: Called with each epoch's metrics, those already on disk included.
+
+    Returns:
+        The outcome: ``{"status": "finished"}``, or ``{"status": "failed", "error": …}``.
+
+    Raises:
+        RunError: the folder is another run's, is of another format, or is in use.
+    """
+    fabric = fabric or Fabric(accelerator="cpu", devices=1, precision=config.precision)
+    place = RunFolder(folder)
+    with place.locked() if fabric.global_rank == 0 else nullcontext():
+        nothing: tuple[dict[str, Any] | None, Checkpoint | None] = (None, None)
+        begun = _begin(config, place, fabric) if fabric.global_rank == 0 else nothing
+        outcome, checkpoint = fabric.broadcast(begun)
+        if outcome is None:
+            outcome = _train(config, place, fabric, checkpoint, on_epoch)
+        return outcome
+
+
+def _begin(config: Config, place: RunFolder, fabric: Fabric) -> tuple[dict[str, Any] | None, Checkpoint | None]:
+    """The outcome of a run that is finished, and where to go on with one that is not."""
+    place.begin(config, describe(str(fabric.device), torch.get_num_threads()))
+    if place.finished():
+        return place.outcome(), None
+    return None, place.resume()
+
+
+def _train(
+    config: Config,
+    place: RunFolder,
+    fabric: Fabric,
+    checkpoint: Checkpoint | None,
+    on_epoch: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    first = fabric.global_rank == 0
+    for metrics in place.metrics() if first else ():
+        on_epoch(metrics)
+    outcome: dict[str, Any] = {"status": "finished"}
+    try:
+        images = data.load(config.data)
+        resume = None if checkpoint is None else (checkpoint.epoch, checkpoint.tensors)
+        for epoch in train(config, images, fabric, resume):
+            if first:
+                metrics = epoch.metrics | _measures_due(config, epoch)
+                place.append(metrics)
+                place.save(Checkpoint(epoch.number, epoch.tensors))
+                on_epoch(metrics)
+    except FAILURES as error:
+        outcome = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+    if first:
+        if outcome["status"] == "finished" and config.measure is not None:
+            outcome |= _measured(place, config, images, config.measure, fabric.device)
+        place.end(**outcome)
+    return outcome
+
+
+def _measured(
+    place: RunFolder, config: Config, images: data.Images, setting: Measuring, device: torch.device
+) -> dict[str, str]:
+    """Measure a run that has just ended; what cannot be measured does not make it a failed run."""
+    try:
+        _measure(place, config, images, setting, device)
+    except FAILURES as error:
+        return {"measures": f"{type(error).__name__}: {error}"}
+    return {}
+
+
+def _measures_due(config: Config, epoch: Epoch) -> dict[str, Any]:
+    every = config.measure and config.measure.every
+    if not every or epoch.number % every:
+        return {}
+    assert config.measure is not None
+    return measures.during(epoch.model, epoch.images, config.measure, config.measure.curves)
+
+
+def measure(folder: Path, setting: Measuring | None = None) -> bool:
+    """Measure the finished run in ``folder``, by its own setting unless another is given, and store it beside the run.
+
+    Returns:
+        Whether there was anything to do: False for a run that has its measures.
+
+    Raises:
+        RunError: the folder is no run, its run is not finished, or it has no weights.
+        DataError: its images cannot be had.
+    """
+    place = RunFolder(folder)
+    config = place.config()
+    if (place.outcome() or {}).get("status") != "finished":
+        raise RunError(f"{folder} is not a finished run: finish it first")
+    if place.measures() is not None:
+        return False
+    with place.locked():
+        _measure(place, config, data.load(config.data), setting or config.measure or Measuring(), torch.device("cpu"))
+    return True
+
+
+def _measure(place: RunFolder, config: Config, images: data.Images, setting: Measuring, device: torch.device) -> None:
+    checkpoint = place.resume()
+    if checkpoint is None:
+        raise RunError(f"{place.path} has no weights to measure: run it again")
+    dtype = torch.float64 if config.precision == "64-true" else torch.float32
+    model = models.build(config.model, images.shape, images.classes).to(dtype=dtype)
+    model.load_state_dict(checkpoint.part("model"))
+    train, test = (split.to(device, dtype) for split in (images.train, images.test))
+    here = data.Images(train, test, images.classes)
+    place.save_measures(measures.after(model.to(device), here, setting))
