@@ -156,10 +156,35 @@ def _execute(
 
 @app.command(epilog="Example: `spectreg report runs/paper --against paper`")
 def report(
-    folder: Annotated[Path, typer.Argument(help="study folder, finished or not")], against: Against = None
+    study: Annotated[Path, typer.Argument(help="study folder, finished or not, or a file that export wrote")],
+    against: Against = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the page [default: report/ beside the runs]")] = None,
 ) -> None:
-    """Write the report of a study folder anew, from what is stored there alone."""
-    _report(folder, against)
+    """Write the report of a study anew, from what is stored there alone."""
+    _report(study, against, out)
+
+
+@app.command(epilog="Example: `spectreg export runs/paper paper.jsonl.gz`")
+def export(
+    folder: Annotated[Path, typer.Argument(help="study folder, finished or not")],
+    file: Annotated[Path | None, typer.Argument(help="[default: runs.jsonl.gz in the study folder]")] = None,
+) -> None:
+    """Pack a study's settings, numbers and outcomes, without weights, into one file to share or to keep."""
+    from spectreg_lab.storage import archive
+
+    target = file or folder / archive.NAME
+    typer.echo(f"{archive.export(folder, target)} finished runs: {target.resolve()}")
+
+
+@app.command(epilog="Example: `spectreg unpack paper.jsonl.gz runs/paper`, then `spectreg reproduce` goes on there")
+def unpack(
+    file: Annotated[Path, typer.Argument(help="a file that export wrote")],
+    folder: Annotated[Path, typer.Argument(help="new study folder")],
+) -> None:
+    """Make a study folder of an exported file; `spectreg reproduce` does not repeat its finished runs."""
+    from spectreg_lab.storage import archive
+
+    typer.echo(f"{archive.unpack(file, folder)} finished runs: {folder.resolve()}")
 
 
 @app.command(epilog="Example: `spectreg measure runs/digits`, or `spectreg measure all` for every run under runs/")
@@ -213,10 +238,10 @@ def _console(quiet: bool = False) -> "Console":
     return Console(stderr=True, quiet=quiet)
 
 
-def _report(folder: Path, against: Source | None) -> None:
+def _report(study: Path, against: Source | None, out: Path | None = None) -> None:
     from spectreg_lab.page.report import write
 
-    typer.echo(f"report: {write(folder, against_paper=against is Source.PAPER).resolve()}")
+    typer.echo(f"report: {write(study, against is Source.PAPER, out).resolve()}")
 
 
 @app.command(epilog="Example: `spectreg train --model vgg --data digits --method spectral --stages 2,2 --epochs 5`")

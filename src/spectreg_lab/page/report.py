@@ -17,30 +17,33 @@ from spectreg_lab.page import provenance
 from spectreg_lab.page.exhibits import exhibits
 from spectreg_lab.page.interactive import traces
 from spectreg_lab.statistics import paper, verdicts
-from spectreg_lab.storage import store
+from spectreg_lab.storage import archive, store
 
 PAGE = "report.html"
 
 
-def write(folder: Path, against_paper: bool = False) -> Path:
-    """Write ``folder/report/report.html`` and the files of every exhibit; works at any moment of a study.
+def write(source: Path, against_paper: bool = False, out: Path | None = None) -> Path:
+    """Write the page of a study and the files of every exhibit; works at any moment of a study.
 
     Args:
+        source: A study folder, or a file that `spectreg export` made of one.
         against_paper: Set the paper's numbers beside ours in every setting that is one of the paper's, whether or not
             the study asks for them.
+
+        out: Folder for the page and its files; by default ``report`` in the study folder, or beside the file.
 
     Returns:
         The page's path.
 
     Raises:
-        RunError: ``folder`` is not a study folder, or one of another format version.
+        RunError: ``source`` is no study, or one of another format version.
     """
-    study = store.read_study(folder)
+    study = archive.read(source)
     if against_paper:
         study = paper.beside(study)
     shown = exhibits(study)
-    report = folder / store.REPORT
-    report.mkdir(exist_ok=True)
+    report = out or study.folder / store.REPORT
+    report.mkdir(parents=True, exist_ok=True)
     for exhibit in shown:
         _write_files(report, exhibit, labels.colours(study))
     store.write(report / PAGE, page(study, shown).encode())

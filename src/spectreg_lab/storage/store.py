@@ -251,11 +251,15 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class StudyRecord:
-    """A study folder, read: ``study`` is the study file as data, ``runs`` one record a point, in the study's order."""
+    """A study folder, read: ``study`` is the study file as data, ``runs`` one record a point, in the study's order.
+
+    ``search`` is the table of the search that chose its settings, as CSV; None where there was none.
+    """
 
     folder: Path
     study: dict[str, Any]
     runs: list[RunRecord]
+    search: str | None = None
 
 
 def run_folder(study: Path, run: str) -> Path:
@@ -293,7 +297,8 @@ def read_study(folder: Path) -> StudyRecord:
         raise RunError(f"{folder / STUDY} has format {found['format']!r}; this version reads format {FORMAT}")
     try:
         runs = [_read_run(folder / RUNS, **point) for point in found["points"]]
-        return StudyRecord(folder, {**found["study"], "command": found["command"]}, runs)
+        search = (folder / SEARCH).read_text() if (folder / SEARCH).exists() else None
+        return StudyRecord(folder, {**found["study"], "command": found["command"]}, runs, search)
     except (KeyError, TypeError) as error:
         raise RunError(f"{folder / STUDY} is not the record of a study ({error}): {REWRITTEN}") from None
 

@@ -10,6 +10,7 @@ The criterion, the same for every method:
 """
 
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import pandas as pd
@@ -68,7 +69,7 @@ def gather(tables: list[Path]) -> pd.DataFrame | None:
     Raises:
         StudyError: one of them is no such table.
     """
-    return pd.concat([read(table) for table in tables]) if tables else None
+    return pd.concat([read(table, table) for table in tables]) if tables else None
 
 
 def keep(table: pd.DataFrame | None, folder: Path) -> None:
@@ -77,14 +78,14 @@ def keep(table: pd.DataFrame | None, folder: Path) -> None:
         write(folder / SEARCH, table.to_csv(index=False, float_format="%.6g").encode())
 
 
-def read(path: Path) -> pd.DataFrame:
-    """Every combination that a search tried, as it left them.
+def read(source: Path | StringIO, path: Path) -> pd.DataFrame:
+    """Every combination that a search tried, as it left them; ``path`` is where an error says that the table lies.
 
     Raises:
-        StudyError: ``path`` is no such table.
+        StudyError: ``source`` is no such table.
     """
     try:
-        found = pd.read_csv(path)
+        found = pd.read_csv(source)
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
         raise StudyError(f"{path} is not the table of a search ({error}): `spectreg search` writes it anew") from None
     if missing := sorted({*KEYS, "training", "validation", "chosen"} - set(found)):

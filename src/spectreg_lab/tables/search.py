@@ -1,5 +1,7 @@
 """How the learning rates and strengths of a study were chosen: the table of its search."""
 
+from io import StringIO
+
 import pandas as pd
 
 from spectreg_lab.exhibits import labels
@@ -13,8 +15,9 @@ COLUMNS = ["setting", "regime", "method", "learning_rate", "strength", "n", "tra
 
 def values(study: StudyRecord) -> pd.DataFrame:
     """Every combination that the search tried, as `studies.search` wrote it; empty where there was no search."""
-    path = study.folder / SEARCH
-    return search.read(path) if path.exists() else pd.DataFrame(columns=COLUMNS)
+    if study.search is None:
+        return pd.DataFrame(columns=COLUMNS)
+    return search.read(StringIO(study.search), study.folder / SEARCH)
 
 
 def _cell(found: pd.DataFrame) -> Cell:

@@ -1,0 +1,106 @@
+"""A whole study in one compressed file: setting, versions, numbers and outcome of every run, without weights.
+
+The file is gzipped JSON lines: the study first, then one line a run. Numbers are kept to seven significant digits,
+which is what float32 holds. A report can be written from it, and `unpack` makes a study folder of it that
+`spectreg reproduce` goes on with.
+"""
+
+import gzip
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+from spectreg_lab.storage import store
+from spectreg_lab.storage.files import write
+from spectreg_lab.storage.store import RunError, RunFolder, RunRecord, StudyRecord
+
+NAME = "runs.jsonl.gz"
+DIGITS = 7
+
+
+def export(folder: Path, file: Path) -> int:
+    """Write the study in ``folder`` to ``file``; returns how many of its runs are finished.
+
+    Raises:
+        RunError: ``folder`` is not a study folder.
+    """
+    study = store.read_study(folder)
+    head = {"format": store.FORMAT, "study": study.study, "search": study.search}
+    lines = [head, *(_line(run, folder) for run in study.runs)]
+    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    write(file, gzip.compress(text.encode(), mtime=0))
+    return sum(run.status == "finished" for run in study.runs)
+
+
+def read(path: Path) -> StudyRecord:
+    """Read a study from its folder, or from a file that `export` wrote.
+
+    Raises:
+        RunError: there is no study in ``path``, or one of another format version.
+    """
+    if path.is_dir() or not path.exists():
+        return store.read_study(path)
+    try:
+        head, *runs = (json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines())
+        if head["format"] != store.FORMAT:
+            raise RunError(f"{path} has format {head['format']!r}; this version reads format {store.FORMAT}")
+        records = [RunRecord(**run | {"folder": Path(run["folder"])}) for run in runs]
+        return StudyRecord(path.parent, head["study"], records, head["search"])
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is not a study that `spectreg export` wrote ({error})") from None
+
+
+def unpack(file: Path, folder: Path) -> int:
+    """Make a study folder of ``file``, with its finished runs; returns how many.
+
+    Raises:
+        RunError: ``file`` holds no study, or ``folder`` is there already.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise RunError(f"{folder} is not empty: unpack into a new folder")
+    study = read(file)
+    finished = [run for run in study.runs if run.status == "finished"]
+    for run in finished:
+        _unpack_run(run, store.run_folder(folder, run.folder.name))
+    described = {key: value for key, value in study.study.items() if key != "command"}
+    points = [
+        {name: getattr(run, name) for name in ("setting", "regime", "method", "seed")} | {"run": run.folder.name}
+        for run in study.runs
+    ]
+    store.begin_study(folder, described, points, study.study["command"])
+    if study.search is not None:
+        write(folder / store.SEARCH, study.search.encode())
+    return len(finished)
+
+
+def _line(run: RunRecord, study: Path) -> dict[str, Any]:
+    label = {"setting": run.setting, "regime": run.regime, "method": run.method, "seed": run.seed}
+    cause = run.error and run.error.replace(f"{study}/", "")
+    place = {"folder": run.folder.name, "status": run.status, "error": cause}
+    numbers = {"metrics": _rounded(run.metrics), "measures": _rounded(run.measures)}
+    return label | place | {"config": run.config, "versions": run.versions} | numbers
+
+
+def _rounded(value: Any) -> Any:
+    """``value`` with every number in it to seven significant digits.
+
+    >>> _rounded({"sigma": [1.23456789, 2], "epoch": 3})
+    {'sigma': [1.234568, 2], 'epoch': 3}
+    """
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def _unpack_run(run: RunRecord, path: Path) -> None:
+    path.mkdir(parents=True)
+    store.write_json(path / store.CONFIG, {"format": store.FORMAT, "config": run.config})
+    store.write_json(path / store.VERSIONS, run.versions)
+    if run.measures:
+        store.write_json(path / store.MEASURES, run.measures)
+    place = RunFolder(path)
+    write(path / store.METRICS, "".join(json.dumps(line) + "\n" for line in run.metrics).encode())
+    place.end("finished")
