@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,8 @@ from torch import Tensor
 
 Target = float | int | Literal["start", "shape"]
 Values = Float[Tensor, "*values"]
+
+NO_SLOPE = "the penalty function has no slope in σ: a step in it, or a detach(), takes it away."
 
 
 @runtime_checkable
@@ -127,7 +129,7 @@ class Function:
             at = sigma.detach().requires_grad_()
             values = self.value(at, target)
             if not values.requires_grad:
-                raise ValueError("the penalty function has no slope in σ: a step in it, or a detach(), takes it away.")
+                raise ValueError(NO_SLOPE)
             return torch.autograd.grad(values.sum(), at)[0]
 
 
@@ -151,9 +153,17 @@ def penalty_of(penalty: str | Penalty | Callable[[Tensor], Tensor]) -> Penalty:
 
 
 def _check_numbers(penalty: Penalty) -> None:
-    target = penalty.target
-    if target not in ("start", "shape") and not (isinstance(target, float | int) and isfinite(target)):
-        raise ValueError(f"target {target!r} of {penalty}: it must be a finite number, 'start' or 'shape'.")
-    for name in ("factor", "exponent"):
-        if not isfinite(getattr(penalty, name, 1.0)):
-            raise ValueError(f"{name} of {penalty} must be a finite number.")
+    target, factor, exponent = penalty.target, penalty.factor, getattr(penalty, "exponent", 1.0)
+    if target not in ("start", "shape") and not (_is_number(target) and target >= 0):
+        raise ValueError(
+            f"target {target!r} of {penalty}: it must be a finite number, 'start' or 'shape', and not below 0, where "
+            "no σ is."
+        )
+    if not (_is_number(factor) and factor >= 0):
+        raise ValueError(f"factor of {penalty} must be a finite number from 0.")
+    if not (_is_number(exponent) and exponent > 0):
+        raise ValueError(f"exponent of {penalty} must be a finite number above 0.")
+
+
+def _is_number(x: object) -> TypeGuard[float]:
+    return isinstance(x, float | int) and not isinstance(x, bool) and isfinite(x)

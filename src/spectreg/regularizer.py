@@ -1,7 +1,6 @@
 """The object in the training loop: it keeps two vectors a weight and adds λφ'(σ)·uvᵀ to the gradients."""
 
 from collections.abc import Callable, Mapping
-from math import isfinite
 from typing import Any
 
 import torch
@@ -9,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectreg.optimizers import Attachment
-from spectreg.penalties import Penalty, penalty_of
+from spectreg.penalties import NO_SLOPE, Penalty, penalty_of
 from spectreg.power_iteration.engine import Engine
-from spectreg.power_iteration.refusals import check_number, refuse_computed, refuse_strangers
+from spectreg.power_iteration.refusals import check_number, check_strength, refuse_computed, refuse_strangers
 from spectreg.summary import table
 from spectreg.weights.kinds import InputSize
 from spectreg.weights.patterns import Patterns
@@ -79,7 +78,9 @@ class SpectralNormRegularizer:
         check_number("k", k, lambda x: x >= 1 and x % 1 == 0, "a whole number from 1")
         check_number("every", every, lambda x: x >= 1 and x % 1 == 0, "a whole number from 1")
         check_number("warmup", warmup, lambda x: x >= 0 and x % 1 == 0, "a whole number from 0")
-        check_number("seed", seed, lambda x: x % 1 == 0, "a whole number")
+        check_number(
+            "seed", seed, lambda x: -(2**63) <= x < 2**64 and x % 1 == 0, "a whole number from -2⁶³ to 2⁶⁴ - 1"
+        )
         self.weights: list[Weight] = named_weights(model, select, map, input_size, embeddings)
         self.penalty_function, self.every, self.decoupled = penalty_of(penalty), int(every), decoupled
         self._engine = Engine(
@@ -105,7 +106,7 @@ class SpectralNormRegularizer:
         numbers = {w.name: patterns.get(w.name, 0.0) for w in self.weights}
         patterns.check_all_used(list(numbers))
         for name, number in numbers.items():
-            check_number(f"strength of {name!r}", number, lambda x: isfinite(x) and x >= 0, "a finite number from 0")
+            check_strength(name, number, self.every)
         self._strength = dict(strength) if isinstance(strength, Mapping) else strength
         self._engine.set_strengths({name: float(number) * self.every for name, number in numbers.items()})
 
@@ -134,6 +135,7 @@ class SpectralNormRegularizer:
 
         Raises:
             RuntimeError: The regularizer is ``decoupled``.
+            ValueError: The penalty has no slope in σ.
             NotImplementedError: A transform of ``torch.func`` is at work.
         """
         if self.decoupled:
@@ -142,8 +144,12 @@ class SpectralNormRegularizer:
         bundles = self._engine.trained() if looking else self._engine.step(effective=True)
         share = 1 / self.every if looking else 1.0
         terms = [share * bundle.value(self.penalty_function, weights) for bundle, weights in bundles]
-        device = terms[0].device if terms else self.weights[0].tensor.device
-        return torch.stack([t.to(device) for t in terms]).sum() if terms else torch.zeros((), device=device)
+        if not terms:  # a call that `every` skips is a term of the loss all the same, and may be the only one
+            return torch.zeros((), device=self.weights[0].tensor.device, requires_grad=not looking)
+        total = torch.stack([t.to(terms[0].device) for t in terms]).sum()
+        if not (looking or total.requires_grad):
+            raise ValueError(NO_SLOPE)
+        return total
 
     def attach(self, *optimizers: Any) -> "SpectralNormRegularizer":
         """Act before every ``optimizer.step()``, whoever calls it, until ``detach``.
@@ -175,11 +181,11 @@ class SpectralNormRegularizer:
     def sigma(self) -> dict[str, Tensor]:
         """The spectral norm of each weight as of the last step, by name; of several blocks the largest.
 
-        Estimates from below, in the units of the weight; before the first step the warmup is done.
+        Estimates from below, in the units of the weight; before the first step the warmup is done. Frozen weights are
+        left out, as they are from steps.
         """
         with torch.no_grad():
-            self._engine.arrange()
-        return {name: m.sigma.max().clone() for name, m in self._engine.memories.items()}
+            return self._engine.look(lambda bundle, _: [m.sigma.max().clone() for m in bundle.memories])
 
     def check_ranks(self, group: Any = None) -> None:
         """Compare the vectors of all ranks of ``group`` (the default one if None); every rank has to call it.
@@ -221,8 +227,11 @@ class SpectralNormRegularizer:
         return table(self._engine.strengths, self.every, self.weights, *numbers)
 
     def state_dict(self) -> dict[str, Any]:
-        """Its vectors by the name of the weight, alike on every rank. Safe to save; nothing of the model is in it."""
-        return {"version": VERSION, "vectors": self._engine.save()}
+        """Its vectors by the name of the weight, alike on every rank. Safe to save; nothing of the model is in it.
+
+        Of weights that were frozen all along there is only the name.
+        """
+        return {"version": VERSION, **self._engine.save()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``, exactly.
@@ -234,7 +243,7 @@ class SpectralNormRegularizer:
         version = state.get("version") if isinstance(state, Mapping) else None
         if version != VERSION:
             raise ValueError(f"this state has format version {version!r}; {VERSION} is understood.")
-        self._engine.load(state.get("vectors", {}))
+        self._engine.load(state)
 
     def __repr__(self) -> str:
         blocks = sum(w.map.blocks for w in self.weights)

@@ -21,7 +21,7 @@ def table(
     """One line a weight, in columns."""
     lines = [HEAD]
     for w in weights:
-        numbers = (f"{x[w.name].item():.3g}" for x in (sigma, residual, stable_rank))
+        numbers = (f"{x[w.name].item():.3g}" if w.name in x else "frozen" for x in (sigma, residual, stable_rank))
         shape = " × ".join(map(str, w.tensor.shape))
         lines.append((w.name, shape, _map(w), f"{strengths[w.name] / every:g}", *numbers))  # type: ignore[arg-type]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

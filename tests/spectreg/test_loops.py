@@ -624,3 +624,53 @@ for backend, settings in (
 def test_a_compiled_add_gradient_is_one_graph_and_adds_what_the_plain_one_adds():
     # In a process of its own: dynamo cannot trace the wrappers that check shapes in these tests.
     subprocess.run([sys.executable, "-c", COMPILED], check=True)
+
+
+def test_the_penalty_of_a_skipped_call_is_zero_and_may_be_all_of_a_loss():
+    model = mlp()
+    regularizer = SpectralNormRegularizer(model, 0.1, every=3)
+    acted = []
+    for _ in range(6):
+        model.zero_grad()
+        loss = regularizer.penalty()
+        loss.backward()
+        acted.append((loss.item() > 0, model[0].weight.grad is not None))
+    assert acted == 2 * [(True, True), (False, False), (False, False)]
+
+
+SETTINGS = [
+    {}, {"k": 2}, {"every": 2}, {"steps": 0.5}, {"penalty": Square("start")}, {"penalty": Square("shape")},
+    {"penalty": "hinge"}, {"penalty": torch.log1p}, {"map": "operator", "input_size": (6, 6)},
+    {"strength": {"1.*": 0.5}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_default_device_other_than_the_models_changes_nothing(settings):
+    def trained(device):
+        model = seeded(
+            lambda: nn.Sequential(nn.Linear(4, 5), nn.Conv2d(2, 4, 3, groups=2), nn.ConvTranspose2d(2, 3, 2))
+        )
+        optimizer = sgd(model)
+        with torch.device(device):
+            regularizer = SpectralNormRegularizer(model, **{"strength": 0.1} | settings)
+            for _ in range(3):
+                optimizer.zero_grad()
+                regularizer.penalty().backward()
+                regularizer.add_gradient()
+                optimizer.step()
+            regularizer.attach(optimizer)
+            optimizer.step()
+            regularizer.detach()
+            regularizer.load_state_dict(regularizer.state_dict())
+            regularizer.strength = 0.2
+            decoupled = SpectralNormRegularizer(model, **{"strength": 0.1} | settings, decoupled=True).attach(optimizer)
+            optimizer.step()
+            regularizer.summary()
+            return model, regularizer.sigma(), regularizer.residual(), decoupled.stable_rank()
+
+    model, *numbers = trained("cpu")
+    other, *others = trained("meta")
+    assert_same_weights(model, other, rtol=0, atol=0)
+    for mine, same in zip(numbers, others, strict=True):
+        torch.testing.assert_close(mine, same, rtol=0, atol=0, equal_nan=True)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from spectreg import SpectralNormRegularizer
-from spectreg.penalties import Hinge, Power
+from spectreg.penalties import Hinge, Power, Square
 
 
 def sgd(model):
@@ -115,13 +115,20 @@ def test_the_penalty_under_a_transform_of_torch_func_is_refused_by_name():
 
 def test_a_function_without_a_slope_is_refused():
     regularizer = SpectralNormRegularizer(mlp(), 0.1, penalty=lambda sigma: (sigma > 1).to(sigma))
-    with pytest.raises(ValueError, match="the penalty function has no slope"):
-        regularizer.add_gradient()
+    for act in (regularizer.add_gradient, regularizer.penalty):
+        with pytest.raises(ValueError, match="the penalty function has no slope"):
+            act()
 
 
-@pytest.mark.parametrize("penalty", [Power(float("nan")), Hinge(factor=float("inf"))], ids=str)
-def test_a_penalty_with_a_number_that_is_not_finite_is_refused(penalty):
-    with pytest.raises(ValueError, match=r"(exponent|factor) of .* must be a finite number"):
+NO_PENALTIES = [
+    Power(float("nan")), Power(0), Power(-1.0), Hinge(factor=float("inf")), Hinge(factor=-1), Hinge(-1), Square(-0.5),
+    Square(True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("penalty", NO_PENALTIES, ids=str)
+def test_a_penalty_with_a_number_that_means_nothing_is_refused(penalty):
+    with pytest.raises(ValueError, match=r"(exponent|factor|target) .*of .* must be a finite number"):
         SpectralNormRegularizer(mlp(), 0.1, penalty=penalty)
 
 

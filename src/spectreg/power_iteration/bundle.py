@@ -41,7 +41,7 @@ class Bundle:
     def set_strengths(self, strengths: Mapping[str, float]) -> None:
         """Take λ of each weight by its name."""
         each = [strengths[m.weight.name] for m in self.memories for _ in range(m.sigma.numel())]
-        self.strength.copy_(torch.tensor(each, dtype=self.strength.dtype))
+        self.strength.copy_(torch.tensor(each, dtype=self.strength.dtype, device="cpu"))
 
     def target(self, penalty: Penalty) -> Float[Tensor, "*values"]:
         """What the penalty aims at: a number for all values, or one for each."""

@@ -40,8 +40,8 @@ class Engine:
         self.keeps_start = keeps_start
         self.lanes: Mapping[str, int] = {}
         self.strengths: Mapping[str, float] = {w.name: 0.0 for w in weights}
-        generator = torch.Generator("cpu").manual_seed(seed)
-        self.memories = {w.name: Memory.first(w, k, generator) for w in weights}
+        self.seed = seed
+        self.memories = self._first()
         self._sharded = {w.name for w in weights if is_sharded(w.tensor)}
         self._gathered: list[str] = []
         self._bundles: list[tuple[Bundle, list[int], int]] = []
@@ -77,13 +77,13 @@ class Engine:
         return [(b, weights) for b, weights, key in self.arrange() if weights[0].requires_grad and lane in (None, key)]
 
     def look(self, at: Callable[[Bundle, list[Tensor]], list[Tensor]]) -> dict[str, Tensor]:
-        """What ``at`` makes of each bundle, by the name of the weight."""
-        found = {}
-        for bundle, weights, _ in self.arrange():
+        """What ``at`` makes of each bundle, by the name of the weight; frozen weights are left out."""
+        values = {}
+        for bundle, weights in self.trained():
             with full_precision(bundle.triplets.u):
-                values = at(bundle, weights)
-            found.update({m.weight.name: x for m, x in zip(bundle.memories, values, strict=True)})
-        return {name: found[name] for name in self.memories}
+                each = at(bundle, weights)
+            values.update({m.weight.name: x for m, x in zip(bundle.memories, each, strict=True)})
+        return {name: values[name] for name in self.memories if name in values}
 
     def arrange(self) -> Arranged:
         """The bundles with their weights as they are now, and their lanes."""
@@ -93,21 +93,26 @@ class Engine:
             refuse_unfit(self.weights, weights)
             sharded = {w.name for w, W in zip(self.weights, weights, strict=True) if is_sharded(W)}
             self._gathered, self._sharded = sorted(self._sharded - sharded), self._sharded | sharded
-            with torch.inference_mode(False):  # validation loops may be the first to ask for σ
+            with torch.inference_mode(False), torch.device("cpu"):  # whatever holds where σ is first asked for
                 self._regroup(weights)
                 self._layout = layout
                 self._warm_up(weights)
         return [(b, [weights[i] for i in members], lane) for b, members, lane in self._bundles]
 
     def save(self) -> dict[str, Any]:
-        """Copies of the vectors by the name of the weight."""
-        return {name: m.saved() for name, m in self.memories.items()}
+        """Copies of the vectors by the name of the weight, and the names of those that were frozen all along."""
+        frozen = [name for name, m in self.memories.items() if not (m.calls or m.warm or m.weight.tensor.requires_grad)]
+        return {"vectors": {name: m.saved() for name, m in self.memories.items() if name not in frozen}} | (
+            {"frozen": frozen} if frozen else {}
+        )
 
-    def load(self, vectors: Mapping[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what was saved; raises, and changes nothing, if it is of other weights."""
-        check_same_weights(self.memories, vectors)
-        for name, m in self.memories.items():
-            m.load(vectors[name])
+        vectors, frozen = state.get("vectors", {}), state.get("frozen", [])
+        check_same_weights({name: m for name, m in self.memories.items() if name not in frozen}, vectors)
+        self.memories = self._first()
+        for name, saved in vectors.items():
+            self.memories[name].load(saved)
         self._layout = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,14 +122,18 @@ class Engine:
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved = state.pop("saved")
         self.__dict__.update(state, _bundles=[], _layout=None, lanes={})
-        self.memories = {w.name: Memory.first(w, self.k, torch.Generator("cpu")) for w in self.weights}
+        self.memories = self._first()
         self.load(saved)
+
+    def _first(self) -> dict[str, Memory]:
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        return {w.name: Memory.first(w, self.k, generator) for w in self.weights}
 
     def _regroup(self, weights: Sequence[Tensor]) -> None:
         """Bundle the weights that are alike in all that a step needs to be the same."""
         groups: dict[Any, list[int]] = {}
         for i, (key, (name, m)) in enumerate(zip(alike(weights), self.memories.items(), strict=True)):
-            groups.setdefault((self.lanes.get(name, 0), *key, m.sigma.shape[1], m.calls), []).append(i)
+            groups.setdefault((self.lanes.get(name, 0), *key, m.sigma.shape[1], m.calls, m.warm), []).append(i)
         memories = list(self.memories.values())
         self._bundles = [
             (Bundle([memories[i] for i in members], [weights[i] for i in members], self.strengths), members, key[0])
@@ -133,10 +142,13 @@ class Engine:
 
     @torch.no_grad()
     def _warm_up(self, weights: Sequence[Tensor]) -> None:
-        """Bring vectors that were never stepped near the top singular pair; at least half a step, for a first σ."""
+        """Bring vectors that were never stepped near the top singular pair; at least half a step, for a first σ.
+
+        Those of frozen weights wait for the thaw.
+        """
         for bundle, members, _ in self._bundles:
-            if not any(m.calls or m.warm for m in bundle.memories):
-                mine = [weights[i] for i in members]
+            mine = [weights[i] for i in members]
+            if mine[0].requires_grad and not any(m.calls or m.warm for m in bundle.memories):
                 bundle.triplets.advance(mine, 1)  # by itself: a whole step wants to know about how large σ is
                 bundle.triplets.advance(mine, max(2 * self.warmup - 1, 0), from_u=True)
                 for m in bundle.memories:

@@ -2,19 +2,34 @@
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spectreg.power_iteration.memory import Memory
 from spectreg.weights.selection import Weight
 
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
 
 def check_number(name: str, value: Any, fine: Callable[[Any], bool], what: str) -> None:
     """Raise unless the setting ``name`` is a number that is ``fine``."""
-    if not isinstance(value, Real | Tensor) or not fine(value):
+    if isinstance(value, bool) or not isinstance(value, Real | Tensor) or not fine(value):
         raise ValueError(f"{name} is {value!r}: it must be {what}.")
+
+
+def check_strength(name: str, number: Any, every: int) -> None:
+    """Raise unless ``number`` × ``every`` is 0, or one that float32 can hold."""
+    check_number(f"strength of {name!r}", number, lambda x: isfinite(x) and x >= 0, "a finite number from 0")
+    if number and not SMALLEST <= number * every <= LARGEST:
+        times = f" × every={every}" if every > 1 else ""
+        raise ValueError(
+            f"strength of {name!r} is {number!r}{times}: it must be 0, or from {SMALLEST:.3g} to {LARGEST:.3g}, which "
+            "float32 can hold."
+        )
 
 
 def refuse_unfit(weights: Sequence[Weight], tensors: Sequence[Tensor]) -> None:
@@ -32,9 +47,9 @@ def refuse_unfit(weights: Sequence[Weight], tensors: Sequence[Tensor]) -> None:
 
 
 def refuse_computed(weights: Sequence[Weight]) -> None:
-    """Refuse weights that have no gradient of their own."""
+    """Refuse weights that have no gradient of their own; frozen ones have none to miss."""
     for weight in weights:
-        if weight.computed:
+        if weight.computed and weight.tensor.requires_grad:
             raise ValueError(
                 f"weight {weight.name!r} is under a parametrization: it is computed (as one under a pruning mask is) "
                 "and has no gradient of its own. Use penalty(), which acts on the effective weight, or leave it out "
