@@ -1,24 +1,25 @@
 """Figures from runs with every measure, with none, and with numbers that are not finite."""
 
-import json
 import math
+import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import folders
 import pytest
 
 from spectreg_lab.exhibits.exhibit import Exhibit, Line, Panel
 from spectreg_lab.figures import jacobian, sigma
-from spectreg_lab.figures.svg import svg
+from spectreg_lab.figures.svg import INK, draw, sheet
 from spectreg_lab.page import report
 from spectreg_lab.page.exhibits import exhibits
-from spectreg_lab.page.interactive import traces
 from spectreg_lab.statistics import frames
 from spectreg_lab.storage import store
 from spectreg_lab.tables import cost
 
 COLOURS = {"decay": "#0c7fc4"}
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def line(regime: str, method: str, seed: int, epoch: int) -> dict[str, Any]:
@@ -184,18 +185,42 @@ def test_the_curves_are_the_mean_over_seeds_with_a_band_of_one_standard_deviatio
     assert (curve.low, curve.high) == ([pytest.approx(0.6)], [pytest.approx(0.8)])
 
 
-def test_the_svg_of_a_panel_is_the_same_twice_with_its_text_as_text_and_no_date() -> None:
-    panel = Panel("g", "singular values", "index", "σ", [Line("a", "decay", [1, 2], [0.01, 1.0])], log=True)
-    drawn = svg([panel], COLOURS, {"solid": "small batch"})
-    assert drawn == svg([panel], COLOURS, {"solid": "small batch"})
-    assert ">singular values<" in drawn
-    assert ">small batch<" in drawn
+CURVE = Line("decay, test", "decay", [1, 2], [0.01, 1.0], [0.005, 0.9], [0.02, 1.1])
+
+
+def test_the_drawing_of_a_panel_is_the_same_twice_with_its_text_as_text_and_no_date() -> None:
+    panel = Panel("g", "singular <values>", "index", "σ", [CURVE], log=True)
+    drawn = draw(panel, COLOURS, "a")
+    assert drawn == draw(panel, COLOURS, "a")
+    assert ">singular &lt;values&gt;<" in drawn
     assert "<dc:date>" not in drawn
+    assert INK not in drawn
 
 
-def test_the_pages_traces_are_json_whatever_the_numbers_and_keep_five_digits() -> None:
-    curve = Line("a", "decay", [1, 2, 3], [math.nan, math.inf, 0.123456789], [0, 0, 0], [1, 1, 1])
-    found = traces(Panel("g", "t", "x", "y", [curve]), COLOURS)
-    band, trace = json.loads(json.dumps(found, allow_nan=False))["traces"]
-    assert trace["y"] == [None, None, 0.12346]
-    assert (band["meta"], len(band["x"])) == ("decay", 6)
+def test_a_curve_and_its_band_carry_the_method_by_which_the_page_hides_them() -> None:
+    drawn = ElementTree.fromstring(draw(Panel("g", "t", "x", "y", [CURVE]), COLOURS, "a"))
+    marked = drawn.findall(".//*[@data-method]")
+    assert [element.get("data-method") for element in marked] == ["decay", "decay"]
+    assert [element.findtext(f"{SVG}title") for element in marked] == ["decay, test", "decay, test"]
+
+
+def test_values_that_are_not_finite_become_gaps() -> None:
+    curve = Line("a", "decay", [1, 2, 3], [math.nan, math.inf, 0.5])
+    assert "nan" not in draw(Panel("g", "t", "x", "y", [curve]), COLOURS, "a").lower().replace("nant", "")
+
+
+def test_the_ids_of_two_panels_on_one_page_differ_and_every_reference_is_met() -> None:
+    panel = Panel("g", "t", "x", "y", [CURVE])
+    both = [draw(panel, COLOURS, name) for name in ("a", "b")]
+    ids = [set(re.findall(r'id="([^"]+)"', text)) for text in both]
+    assert ids[0].isdisjoint(ids[1])
+    for text, known in zip(both, ids, strict=True):
+        assert {*re.findall(r"url\(#([^)]+)\)", text), *re.findall(r'href="#([^"]+)"', text)} == known
+
+
+def test_a_sheet_holds_every_panel_and_a_legend_of_methods_and_dashes() -> None:
+    panels = [draw(Panel("g", f"panel {i}", "x", "y", [CURVE]), COLOURS, f"p{i}") for i in range(5)]
+    found = ElementTree.fromstring(sheet(panels, {"decay": "#0072b2"}, {"dashed": "large batch"}))
+    assert len(found.findall(f"{SVG}svg")) == 5
+    words = [element.text for element in found.iter(f"{SVG}text")]
+    assert {"decay", "large batch", *(f"panel {i}" for i in range(5))} <= set(words)

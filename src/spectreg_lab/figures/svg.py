@@ -1,17 +1,25 @@
-"""Panels as an SVG file: the same bytes for the same numbers, text as text."""
+"""Panels as SVG, for the page and for files alike: the same text for the same numbers, words as text.
+
+`draw` gives one panel as an ``<svg>`` element: the page holds it as it is, and `sheet` puts several of them into one
+file with a legend. Every curve of a method lies in an element with the attribute ``data-method``, by which the page
+hides and shows it; ink is ``currentColor``, so that the page's light or dark colours apply.
+"""
 
 import io
+import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from spectreg_lab.exhibits.exhibit import Line, Panel, has_band
 
+INK = "#010203"  # a colour that nothing else has: it becomes currentColor
 STYLE: Any = {
     "svg.hashsalt": "spectreg",
     "svg.fonttype": "none",
@@ -22,20 +30,29 @@ STYLE: Any = {
     "axes.linewidth": 0.6,
     "axes.titlesize": 9.5,
     "lines.linewidth": 1.3,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
 }
 STROKES: dict[str, Any] = {"solid": "-", "dashed": (0, (5, 2)), "dotted": (0, (1, 1.6))}
+DASH_ARRAYS = {"solid": "none", "dashed": "6 3", "dotted": "1.5 2.5"}
 MARKERS = {"circle": "o", "diamond": "D", "line": "_", "square": "s"}
 MANY = 300  # a range of this many times has ticks enough at the powers of ten
-WIDTH, HEIGHT, LEGEND, HEAD = 4.0, 2.7, 0.55, 0.2  # inches
+WIDTH, HEIGHT = 288, 194  # points
+LEGEND = 22  # points, a line of the legend
+
+
+def _mark(artist: Artist, line: Line) -> None:
+    artist.set_gid(f"method:{line.method}:{line.name}")
 
 
 def _draw_line(axes: Axes, line: Line, colour: str) -> None:
     if line.marker:
-        axes.plot(line.x, line.y, MARKERS[line.marker], color=colour, markersize=4, alpha=0.85, clip_on=False)
+        style: Any = {"markersize": 4, "alpha": 0.85, "clip_on": False}
+        _mark(axes.plot(line.x, line.y, MARKERS[line.marker], color=colour, **style)[0], line)
         return
-    axes.plot(line.x, line.y, color=colour, linestyle=STROKES[line.dash])
+    _mark(axes.plot(line.x, line.y, color=colour, linestyle=STROKES[line.dash])[0], line)
     if has_band(line):
-        axes.fill_between(line.x, line.low or 0, line.high or 0, color=colour, alpha=0.1, linewidth=0)
+        band = axes.fill_between(line.x, line.low or 0, line.high or 0, color=colour, alpha=0.1, linewidth=0)
+        _mark(band, line)
 
 
 def _log_ticks(axes: Axes) -> None:
@@ -60,30 +77,65 @@ def _draw(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
     axes.margins(x=0.15 if panel.lines and panel.lines[0].marker else 0.02)
 
 
-def _legend(figure: Figure, panels: Sequence[Panel], colours: Mapping[str, str], dashes: Mapping[str, str]) -> None:
-    methods = dict.fromkeys(line.method for panel in panels for line in panel.lines)
-    handles = [Line2D([], [], color=colours[method], label=method) for method in methods]
-    handles += [Line2D([], [], color="0.35", linestyle=STROKES[dash], label=name) for dash, name in dashes.items()]
-    figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 4), frameon=False)
+def draw(panel: Panel, colours: Mapping[str, str], name: str) -> str:
+    """One panel as an ``<svg>`` element; ``name`` keeps its ids apart from those of others on the same page."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
+        axes = figure.add_subplot()
+        _draw(axes, panel, colours)
+        figure.subplots_adjust(0.18, 0.2, 0.97, 0.88)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _element(file.getvalue(), escape(panel.title), name)
 
 
-def svg(panels: Sequence[Panel], colours: Mapping[str, str], dashes: Mapping[str, str]) -> str:
-    """Draw ``panels`` in a grid above one legend."""
+def _element(text: str, title: str, name: str) -> str:
+    """What matplotlib wrote, as an element that can stand beside others."""
+    body = text[text.index("</defs>") + len("</defs>") : text.rindex("</svg>")].lstrip()
+    body = re.sub(r'<g id="method:([^":]*):([^"]*)">', r'<g data-method="\1"><title>\2</title>', body)
+    body = re.sub(r' id="(?![pm][0-9a-f]{10}|C\d)[^"]*"', "", body)  # only clips and marks are referred to
+    body = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", body)
+    body = re.sub(r"(\d\.\d{1,2})\d+", r"\1", body).replace(INK, "currentColor")
+    body = re.sub(r"\s*\n\s*(?=[MLCQz\d-])", " ", body)
+    head = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}" style="stroke-linejoin:round"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {head}>\n{body}</svg>\n'
+
+
+def sheet(panels: Sequence[str], methods: Mapping[str, str], dashes: Mapping[str, str]) -> str:
+    """A file with ``panels``, as `draw` gave them, in a grid above a legend of methods and dashes."""
     columns = min(len(panels), 2 if len(panels) <= 4 else 4)
     rows = -(-len(panels) // columns)
-    height = rows * HEIGHT + LEGEND + HEAD
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(columns * WIDTH, height))
-        grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for axes, panel in zip(grid, panels, strict=False):
-            _draw(axes, panel, colours)
-        for axes in grid[len(panels) :]:
-            axes.set_axis_off()
-        bottom = (LEGEND + 0.5) / height
-        figure.subplots_adjust(
-            0.72 / (columns * WIDTH), bottom, 1 - 0.15 / (columns * WIDTH), 1 - (HEAD + 0.1) / height, 0.28, 0.5
-        )
-        _legend(figure, panels, colours, dashes)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return file.getvalue()
+    places = [(WIDTH * (i % columns), HEIGHT * (i // columns)) for i in range(len(panels))]
+    placed = [
+        panel.replace("<svg", f'<svg x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}"', 1)
+        for panel, (x, y) in zip(panels, places, strict=True)
+    ]
+    samples = [*(_sample(name, colour, "solid") for name, colour in methods.items())]
+    samples += [_sample(name, "#555555", dash) for dash, name in dashes.items()]
+    size = f"{columns * WIDTH} {rows * HEIGHT + LEGEND * _lines_of(samples, columns * WIDTH)}"
+    legend = "".join(_laid_out(samples, columns * WIDTH, rows * HEIGHT))
+    style = "color:#1c1d1f;background:#ffffff;font:9px sans-serif"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" style="{style}">\n'
+        f"{''.join(placed)}{legend}</svg>\n"
+    )
+
+
+def _sample(name: str, colour: str, dash: str) -> tuple[int, str]:
+    """Width and drawing of one entry of a legend."""
+    line = f'<path d="M 0 0 H 18" stroke="{colour}" stroke-width="2" stroke-dasharray="{DASH_ARRAYS[dash]}"/>'
+    return 40 + 5 * len(name), f'{line}<text x="23" y="3" fill="currentColor">{escape(name)}</text>'
+
+
+def _lines_of(samples: Sequence[tuple[int, str]], width: int) -> int:
+    return 1 + sum(x for x, _ in samples) // width
+
+
+def _laid_out(samples: Sequence[tuple[int, str]], width: int, top: int) -> list[str]:
+    x, y, found = 12, top + LEGEND // 2, []
+    for needed, sample in samples:
+        if x + needed > width and x > 12:
+            x, y = 12, y + LEGEND
+        found.append(f'<g transform="translate({x} {y})">{sample}</g>\n')
+        x += needed
+    return found

@@ -1,6 +1,5 @@
 """A study folder as one page that opens from disk, with every exhibit as CSV, SVG and Markdown beside it."""
 
-import json
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -8,14 +7,12 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
-from plotly.offline import get_plotlyjs
 
 from spectreg_lab.exhibits import labels
 from spectreg_lab.exhibits.exhibit import Cell, Exhibit, Panel, Table
-from spectreg_lab.figures.svg import svg
+from spectreg_lab.figures.svg import draw, sheet
 from spectreg_lab.page import provenance
 from spectreg_lab.page.exhibits import exhibits
-from spectreg_lab.page.interactive import traces
 from spectreg_lab.statistics import paper, verdicts
 from spectreg_lab.storage import archive, store
 
@@ -44,9 +41,11 @@ def write(source: Path, against_paper: bool = False, out: Path | None = None) ->
     shown = exhibits(study)
     report = out or study.folder / store.REPORT
     report.mkdir(parents=True, exist_ok=True)
+    colours = labels.colours(study)
+    drawings = {exhibit.name: _drawings(exhibit, colours) for exhibit in shown}
     for exhibit in shown:
-        _write_files(report, exhibit, labels.colours(study))
-    store.write(report / PAGE, page(study, shown).encode())
+        _write_files(report, exhibit, drawings[exhibit.name], colours)
+    store.write(report / PAGE, page(study, shown, drawings).encode())
     return report / PAGE
 
 
@@ -55,14 +54,18 @@ def svg_name(exhibit: Exhibit, group: str) -> str:
     return f"{exhibit.name}-{group}.svg"
 
 
-def _groups(exhibit: Exhibit) -> dict[str, list[Panel]]:
-    groups: dict[str, list[Panel]] = {}
-    for panel in exhibit.panels:
-        groups.setdefault(panel.group, []).append(panel)
+Drawings = dict[str, list[tuple[Panel, str]]]
+
+
+def _drawings(exhibit: Exhibit, colours: dict[str, str]) -> Drawings:
+    """Every panel of an exhibit with its SVG, by group."""
+    groups: Drawings = {}
+    for i, panel in enumerate(exhibit.panels):
+        groups.setdefault(panel.group, []).append((panel, draw(panel, colours, f"{exhibit.name}-{i}")))
     return groups
 
 
-def _write_files(report: Path, exhibit: Exhibit, colours: dict[str, str]) -> None:
+def _write_files(report: Path, exhibit: Exhibit, drawings: Drawings, colours: dict[str, str]) -> None:
     store.write(report / f"{exhibit.name}.csv", exhibit.frame.to_csv(index=False).encode())
     tables = report / f"{exhibit.name}.md"
     if shown := [*_verdicts(exhibit), *exhibit.tables]:
@@ -70,8 +73,10 @@ def _write_files(report: Path, exhibit: Exhibit, colours: dict[str, str]) -> Non
         store.write(tables, f"{text}\n".encode())
     else:
         tables.unlink(missing_ok=True)  # of an earlier report, when runs were missing
-    for group, panels in _groups(exhibit).items():
-        store.write(report / svg_name(exhibit, group), svg(panels, colours, exhibit.dashes).encode())
+    for group, drawn in drawings.items():
+        methods = dict.fromkeys(line.method for panel, _ in drawn for line in panel.lines)
+        drawing = sheet([svg for _, svg in drawn], {method: colours[method] for method in methods}, exhibit.dashes)
+        store.write(report / svg_name(exhibit, group), drawing.encode())
 
 
 def _verdicts(exhibit: Exhibit) -> list[Table]:
@@ -102,22 +107,17 @@ def _code(text: str) -> Markup:
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
-def _script(text: str) -> Markup:
-    return Markup(text.replace("</", "<\\/"))
-
-
-def page(study: store.StudyRecord, shown: list[Exhibit]) -> str:
+def page(study: store.StudyRecord, shown: list[Exhibit], drawings: dict[str, Drawings]) -> str:
     """The page as HTML: nothing in it needs the network."""
     folder = files("spectreg_lab") / "page"
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["code"] = _code
     template = environment.from_string((folder / "report.html.jinja").read_text())
     colours = labels.colours(study)
-    drawn = [traces(panel, colours) for exhibit in shown for panels in _groups(exhibit).values() for panel in panels]
     return template.render(
         study=study.study,
         exhibits=shown,
-        groups=_groups,
+        drawings=drawings,
         svg_name=svg_name,
         titles={name: labels.setting(study, name) for name in study.study["settings"]},
         methods={method: colours[method] for method in study.study["methods"]},
@@ -128,6 +128,4 @@ def page(study: store.StudyRecord, shown: list[Exhibit]) -> str:
         written=pd.Timestamp.now("UTC").strftime("%Y-%m-%d %H:%M UTC"),
         style=Markup((folder / "report.css").read_text()),
         script=Markup((folder / "report.js").read_text()),
-        plotly=Markup(get_plotlyjs() if drawn else ""),
-        panels=_script(json.dumps(drawn, separators=(",", ":"))),
     )
