@@ -45,6 +45,8 @@ class OperatorMap:
         """
         dimensions = len(module.kernel_size)
         sizes = tuple(input_size) if isinstance(input_size, Sequence) else (input_size,)
+        if len(sizes) > 1 and all(isinstance(size, Sequence) for size in sizes):
+            raise ValueError(f"{module} meets inputs of several sizes, {sizes}: its norm differs. Choose one of them.")
         if len(sizes) != dimensions or not all(isinstance(n, int) and n > 0 for n in sizes):
             raise ValueError(f"input_size {input_size!r} is no size for {module}: it has {dimensions} numbers.")
         transposed = isinstance(module, _ConvTransposeNd)
@@ -55,7 +57,7 @@ class OperatorMap:
         input_shape = (module.in_channels, *sizes)
         try:
             with torch.device("meta"):
-                W = torch.empty(module.weight.shape)
+                W = torch.empty(_kernel_shape(module))  # not that of the weight: to read a parametrized one may move it
                 x = _bordered(torch.empty(1, *input_shape), border)
                 shape = torch.ops.aten.convolution(x, W, None, *arguments).shape
         except RuntimeError as error:
@@ -181,6 +183,12 @@ def _channels(shape: tuple[int, ...], count: int, groups: slice, part: slice) ->
 def _taken(x: Float[Tensor, " x"], where: slice, k: int) -> Float[Tensor, " part"]:
     """Of k vectors, each the entries ``where``."""
     return x.view(-1, k)[where].flatten()
+
+
+def _kernel_shape(module: _ConvNd) -> tuple[int, ...]:
+    channels = (module.out_channels, module.in_channels)
+    first, second = channels[::-1] if isinstance(module, _ConvTransposeNd) else channels
+    return (first, second // module.groups, *module.kernel_size)
 
 
 def _padding(module: _ConvNd) -> tuple[tuple[tuple[int, ...], str] | None, list[int]]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from spectreg.maps.base import LinearMap
+from spectreg.maps.behaviour import acts_as
 from spectreg.maps.convolution import OperatorMap
 from spectreg.maps.matrix import MatrixMap
 from spectreg.weights.patterns import Patterns
@@ -71,6 +72,12 @@ def chosen_map(name: str, maps: dict[str, LinearMap], wanted: Patterns, module: 
         if isinstance(wanted.value, Mapping):
             raise ValueError(f"map {how!r} does not fit {name!r} ({type(module).__name__}): {', '.join(maps)} would.")
         return maps["matrix"]
+    if isinstance(m := maps[how], OperatorMap) and not acts_as(module, m, m.input_shape):
+        raise ValueError(
+            f"map='operator' does not fit {name!r}: {type(module).__name__} does not compute the convolution of its "
+            "weight by its stride, padding, dilation and groups (a forward of its own, or a hook). "
+            "Use map='matrix' for it."
+        )
     wanted.used_values.add(how)
     return maps[how]
 
