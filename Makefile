@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test check fast slow docs benchmarks clean
+.PHONY: help reproduce test check fast slow portable docs benchmarks clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -14,7 +14,7 @@ help: ## list the targets
 reproduce: $(VENV)/lab.stamp ## run the default study and write its report (STUDY=file for another)
 	$(BIN)/spectreg reproduce $(STUDY)
 
-test: check fast slow ## everything: lint, format, types, docs, then all tests
+test: check fast slow portable ## everything: lint, format, types, docs, then all tests
 
 check: $(VENV)/dev.stamp ## lint, format, types and docs only
 	$(BIN)/ruff check .
@@ -27,6 +27,10 @@ fast: $(VENV)/dev.stamp ## the fast tests and the doctests
 
 slow: $(VENV)/dev.stamp ## the tests marked slow
 	$(BIN)/python -m pytest -q -n 2 -m slow tests
+
+portable: $(VENV)/dev.stamp ## tests of numbers again, as on a processor without wide vectors
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem \
+		NPY_DISABLE_CPU_FEATURES="X86_V3 X86_V4 AVX512_ICL" $(BIN)/python -m pytest -q -n 2 -m portable tests
 
 benchmarks: $(VENV)/bench.stamp ## measure cost beside every peer and write docs/benchmarks.md (within 25 minutes)
 	$(BIN)/python -m benchmarks

@@ -1,4 +1,4 @@
-"""Every test runs with the shapes of the library's annotations checked, on one thread."""
+"""Every test runs with the shapes of the library's annotations checked, on one thread unless OMP_NUM_THREADS is set."""
 
 import os
 
@@ -11,4 +11,4 @@ with jaxtyping.install_import_hook("spectreg", "beartype.beartype"):
 
 import torch
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -7,7 +7,7 @@ import pandas as pd
 from rich.console import Console
 
 from spectreg.measures.spectra import Spectrum, each_spectrum
-from spectreg_lab.storage.files import write
+from spectreg_lab.storage.files import csv, write
 
 BESIDE = ("momentum/", "method/")
 COLUMNS = ("weight", "shape", "sigma", "frobenius", "stable rank", "effective rank")
@@ -50,7 +50,7 @@ def write_csv(spectra: list[Spectrum], path: Path) -> None:
         for index, value in enumerate(values, start=1)
     ]
     frame = pd.DataFrame(rows, columns=["weight", "block", "index", "value"])
-    write(path, frame.to_csv(index=False).encode())
+    write(path, csv(frame, digits=9))
 
 
 def write_plot(spectra: list[Spectrum], path: Path) -> None:

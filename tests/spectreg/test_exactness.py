@@ -13,6 +13,8 @@ from truth import svd_penalty_gradient
 
 from spectreg import SpectralNormRegularizer
 
+pytestmark = pytest.mark.portable
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 SIZES = st.integers(1, 9)

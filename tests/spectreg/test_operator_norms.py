@@ -14,6 +14,8 @@ from spectreg.lipschitz.operator_norm import operator_norm
 from spectreg.lipschitz.plane_wave import top_wave
 from spectreg.maps.convolution import OperatorMap
 
+pytestmark = pytest.mark.portable
+
 CONVOLUTIONS = {
     1: (nn.Conv1d, nn.ConvTranspose1d),
     2: (nn.Conv2d, nn.ConvTranspose2d),

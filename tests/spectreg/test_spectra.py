@@ -15,6 +15,8 @@ from torch import nn
 from spectreg.checkpoints import read_tensors
 from spectreg.measures.spectra import singular_values
 
+pytestmark = pytest.mark.portable
+
 
 def gaussian(*shape: int, seed: int = 0, dtype=torch.float32):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)

@@ -18,6 +18,8 @@ from spectreg_lab.statistics.paired import holm, interval, paired
 from spectreg_lab.storage import store
 from spectreg_lab.tables import table1
 
+pytestmark = pytest.mark.portable
+
 
 def build(folder: Path) -> tuple[store.StudyRecord, pd.DataFrame, pd.DataFrame]:
     study = store.read_study(folder)

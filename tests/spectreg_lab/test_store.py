@@ -1,9 +1,13 @@
+import csv
+import io
 import json
+import math
 
+import pandas as pd
 import pytest
 import torch
 
-from spectreg_lab.storage import store
+from spectreg_lab.storage import files, store
 from spectreg_lab.storage.files import write
 from spectreg_lab.storage.store import Checkpoint, RunError, RunFolder
 
@@ -142,3 +146,17 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         write(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r\n=1"])
+def test_no_text_in_a_csv_is_a_formula_and_numbers_stay_numbers(text):
+    frame = pd.DataFrame({text: [-0.5, 1.5], "word": [text, "plain = text"], "count": [-3, 2**60]})
+    (head, first, second) = csv.reader(io.StringIO(files.csv(frame).decode(), newline=""))
+    line = text.replace("\r\n", " ")
+    assert head == [f"'{line}", "word", "count"]
+    assert first == ["-0.5", f"'{line}", "-3"]
+    assert second == ["1.5", "plain = text", str(2**60)]
+
+
+def test_a_csv_has_the_digits_that_are_alike_on_all_processors():
+    assert files.csv(pd.DataFrame({"p": [0.123456789012345, math.nan]})) == b'p\n0.123457\n""\n'

@@ -21,6 +21,8 @@ from spectreg_lab.settings.config import (
 )
 from spectreg_lab.training.train import NonFiniteLossError, Training, evaluate, learning_rate, train
 
+pytestmark = pytest.mark.portable
+
 METHODS = [Vanilla(), Decay(strength=0.01), Adversarial(), Spectral(strength=0.1)]
 JACOBIAN = [Jacobian(), LayerwiseJacobian()]
 

@@ -15,6 +15,7 @@ from spectreg_lab.page import provenance
 from spectreg_lab.page.exhibits import exhibits
 from spectreg_lab.statistics import paper, verdicts
 from spectreg_lab.storage import archive, store
+from spectreg_lab.storage.files import csv
 
 PAGE = "report.html"
 
@@ -66,7 +67,7 @@ def _drawings(exhibit: Exhibit, colours: dict[str, str]) -> Drawings:
 
 
 def _write_files(report: Path, exhibit: Exhibit, drawings: Drawings, colours: dict[str, str]) -> None:
-    store.write(report / f"{exhibit.name}.csv", exhibit.frame.to_csv(index=False).encode())
+    store.write(report / f"{exhibit.name}.csv", csv(exhibit.frame))
     tables = report / f"{exhibit.name}.md"
     if shown := [*_verdicts(exhibit), *exhibit.tables]:
         text = "\n\n".join(markdown(table) for table in shown)

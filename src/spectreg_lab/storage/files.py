@@ -2,6 +2,12 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMULA = ("=", "+", "-", "@")  # a spreadsheet computes a cell that begins so
 
 
 def write(path: Path, content: bytes) -> None:
@@ -15,3 +21,19 @@ def write(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def csv(frame: "pd.DataFrame", digits: int = 6) -> bytes:
+    """``frame`` as CSV: floats with the ``digits`` they mean on any processor, and no text that a spreadsheet computes.
+
+    A text is one line; one that begins like a formula has an apostrophe before it, as spreadsheets write it themselves.
+    """
+    safe = frame.map(_text).rename(columns=_text)
+    return bytes(safe.to_csv(index=False, float_format=f"%.{digits}g").encode())
+
+
+def _text(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    line = " ".join(value.splitlines())
+    return f"'{line}" if line.strip().startswith(FORMULA) else line

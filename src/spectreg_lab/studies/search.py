@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from spectreg_lab.settings.studies import Study, StudyError
-from spectreg_lab.storage.files import write
+from spectreg_lab.storage.files import csv, write
 from spectreg_lab.storage.store import SEARCH, read_study
 
 FIT = 0.95
@@ -75,7 +75,7 @@ def gather(tables: list[Path]) -> pd.DataFrame | None:
 def keep(table: pd.DataFrame | None, folder: Path) -> None:
     """Put the table of a study's searches into the study's folder."""
     if table is not None:
-        write(folder / SEARCH, table.to_csv(index=False, float_format="%.6g").encode())
+        write(folder / SEARCH, csv(table))
 
 
 def read(source: Path | StringIO, path: Path) -> pd.DataFrame:
