@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from spectreg.linalg.lanczos import Goal, lanczos
 from spectreg.measures.hessian import hessian_top_eigenvalues
 
+pytestmark = pytest.mark.portable
+
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
@@ -168,7 +170,7 @@ def test_a_long_run_in_float32_loses_no_digits_it_claims(k):
 
 
 @pytest.mark.parametrize("method", ["lanczos", "power"])
-def test_an_interrupt_returns_the_best_so_far(method):
+def test_an_interrupt_passes_through_and_is_no_result(method):
     calls = []
 
     class Interrupted(Quadratic):
@@ -179,10 +181,8 @@ def test_an_interrupt_returns_the_best_so_far(method):
             return super().forward(x)
 
     model = Interrupted(with_spectrum(*torch.linspace(-1, 1, 50).tolist()).A)
-    measured = hessian_top_eigenvalues(model, first_output, ONE * 2, tolerance=1e-9, method=method)
-    assert not measured.converged
-    assert measured.products == 2
-    assert -1 <= measured.values[0] <= 1
+    with pytest.raises(KeyboardInterrupt):
+        hessian_top_eigenvalues(model, first_output, ONE * 2, tolerance=1e-9, method=method)
 
 
 def test_frozen_parameters_are_left_out():

@@ -48,8 +48,8 @@ def lanczos(
 
     Stops at the first product after which the goal is met; looks only after ``every``
     products, which pays where one costs no more than an eigendecomposition of the basis. An eigenvalue that occurs
-    more than once may be found once. Ctrl-C returns the best so far. Holds ``basis_size + 1`` vectors (thick restart:
-    Wu & Simon, SIAM J. Matrix Anal. Appl. 22, 2000); for k = 1 only three, see ``lanczos_largest``.
+    more than once may be found once. Holds ``basis_size + 1`` vectors (thick restart: Wu & Simon, SIAM J. Matrix Anal.
+    Appl. 22, 2000); for k = 1 only three, see ``lanczos_largest``.
 
     >>> A = torch.diag(torch.tensor([-9.0, 1.0, 2.0, 4.0]))
     >>> found = lanczos(A.mv, torch.ones(4), Goal(2, 1e-6, 100), torch.Generator().manual_seed(0))
@@ -65,12 +65,7 @@ def lanczos(
     Q[0] = normalised(start)
     best, j, scale = Eigenvalues((), (), 0, False), 0, 0.0
     for product in range(1, goal.max_products + 1):
-        try:
-            w = A(Q[j])
-        except KeyboardInterrupt:
-            if not best.values:
-                raise
-            return best
+        w = A(Q[j])
         h, beta = orthogonalise(w, Q[: j + 1])
         T[: j + 1, j] = T[j, : j + 1] = h.to(T)
         scale = max(scale, torch.linalg.vector_norm(h).item())
@@ -111,12 +106,7 @@ def lanczos_largest(A: Operator, start: Float[Tensor, " n"], goal: Goal) -> Eige
     betas: list[float] = []
     best = Eigenvalues((), (), 0, False)
     for j in range(goal.max_products):
-        try:
-            w = A(v) - beta * previous
-        except KeyboardInterrupt:
-            if not best.values:
-                raise
-            return best
+        w = A(v) - beta * previous
         alpha = torch.dot(v, w).item()
         w = w.sub_(v, alpha=alpha)
         beta = finite_length(w)

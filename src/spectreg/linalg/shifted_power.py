@@ -28,29 +28,25 @@ def shifted_power(
     found = start.new_zeros(0, start.numel())
     products, shift, growth, v = 0, 0.0, 0.0, normalised(start)
     theta = residual = float("nan")
-    try:
-        while products < goal.max_products:
-            w = A(v)
-            products += 1
-            orthogonalise(w, found)
-            theta = torch.dot(v, w).item()
-            residual = torch.linalg.vector_norm(w - theta * v).item()
-            w += shift * v
-            length = torch.linalg.vector_norm(w).item()
-            settled = abs(length - growth) <= 0.01 * goal.tolerance * length
-            growth = length
-            if residual <= goal.tolerance * abs(theta) and (theta >= 0 or shift):
-                values.append(theta)
-                residuals.append(residual)
-                if len(values) == goal.k:
-                    return Eigenvalues(tuple(values), tuple(residuals), products, True)
-                found = torch.cat([found, v[None]])
-                shift, growth, v = 0.0, 0.0, fresh_direction(start, found, generator)
-            elif settled and not shift:  # on a negative eigenvalue, or torn between two of equal size
-                shift, growth, v = length, 0.0, fresh_direction(start, found, generator)
-            else:
-                v = w / length if length else v
-    except KeyboardInterrupt:
-        if not products:
-            raise
+    while products < goal.max_products:
+        w = A(v)
+        products += 1
+        orthogonalise(w, found)
+        theta = torch.dot(v, w).item()
+        residual = torch.linalg.vector_norm(w - theta * v).item()
+        w += shift * v
+        length = torch.linalg.vector_norm(w).item()
+        settled = abs(length - growth) <= 0.01 * goal.tolerance * length
+        growth = length
+        if residual <= goal.tolerance * abs(theta) and (theta >= 0 or shift):
+            values.append(theta)
+            residuals.append(residual)
+            if len(values) == goal.k:
+                return Eigenvalues(tuple(values), tuple(residuals), products, True)
+            found = torch.cat([found, v[None]])
+            shift, growth, v = 0.0, 0.0, fresh_direction(start, found, generator)
+        elif settled and not shift:  # on a negative eigenvalue, or torn between two of equal size
+            shift, growth, v = length, 0.0, fresh_direction(start, found, generator)
+        else:
+            v = w / length if length else v
     return Eigenvalues((*values, theta), (*residuals, residual), products, False)

@@ -39,7 +39,7 @@ def hessian_top_eigenvalues(
         generator: Draws the first vector; by default a private one with seed 0.
 
     Returns:
-        Values in units of the loss, residuals, products and a flag. Ctrl-C returns the best so far, unconverged.
+        Values in units of the loss, residuals, products and a flag.
 
     Raises:
         ValueError: No example, k out of range, a loss that does not depend on the parameters, a non-finite product.
