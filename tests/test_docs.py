@@ -2,7 +2,6 @@
 
 import importlib
 import re
-import shutil
 from decimal import Decimal
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pandas as pd
 import pytest
 
 from spectreg_lab.page import report
+from spectreg_lab.storage import archive
 
 ROOT = Path(__file__).parents[1]
 NUMBER = re.compile(r"[−+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
@@ -62,16 +62,29 @@ def test_the_results_that_a_page_shows_are_those_in_the_report(page, table):
     assert (ROOT / table).read_text().strip() in (ROOT / page).read_text()
 
 
+KEPT = [
+    pytest.param(path.parent, marks=pytest.mark.portable if path.parent.name == "digits" else (), id=path.parent.name)
+    for path in sorted((ROOT / "results").glob("*/runs.jsonl.gz"))
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("study", ["cpu", pytest.param("digits", marks=pytest.mark.portable)])
-def test_the_tables_kept_are_what_the_kept_runs_give(study, tmp_path):
-    kept = ROOT / "results" / study
-    copy = Path(shutil.copytree(kept, tmp_path / study, ignore=shutil.ignore_patterns("report")))
-    report.write(copy)
-    for name in ("table1.csv", "verdicts.csv", "figure1.csv"):
-        assert_the_same_numbers(copy / "report" / name, kept / "report" / name)
-    for name in ("table1.md", "verdicts.md"):
-        assert_the_same_text((copy / "report" / name).read_text(), (kept / "report" / name).read_text())
+@pytest.mark.parametrize("kept", KEPT)
+def test_the_page_of_a_kept_study_is_written_again_from_its_one_file_with_the_tables_that_are_kept(kept, tmp_path):
+    assert report.write(kept / archive.NAME, out=tmp_path).stat().st_size > 100_000
+    files = list((kept / "report").iterdir())
+    assert len([file for file in files if file.suffix == ".svg"]) in range(1, 13)
+    for file in files:
+        if file.suffix == ".csv":
+            assert_the_same_numbers(tmp_path / file.name, file)
+        elif file.suffix == ".md":
+            assert_the_same_text((tmp_path / file.name).read_text(), file.read_text())
+
+
+def test_the_results_kept_are_few_and_small():
+    files = [path for path in (ROOT / "results").rglob("*") if path.is_file() and path.name != report.PAGE]
+    assert len(files) <= 150
+    assert sum(path.stat().st_size for path in files) < 5_000_000
 
 
 def assert_the_same_numbers(found: Path, kept: Path) -> None:
