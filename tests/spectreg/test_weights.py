@@ -54,13 +54,11 @@ def test_gradients_of_a_parametrized_weight_are_refused_by_name_with_the_way_out
             call()
 
 
-class FlatParameter(nn.Parameter):
-    """Stands for that of FSDP1, which needs a process group to make."""
-
-
 def flat():
+    """FSDP1 needs a process group to make its own; torch knows them by this attribute, too."""
     module = nn.Module()
-    module.register_parameter("_flat_param", FlatParameter(torch.zeros(4)))
+    module.register_parameter("_flat_param", nn.Parameter(torch.zeros(4)))
+    module._flat_param._is_flat_param = True
     return module
 
 
@@ -89,7 +87,16 @@ REFUSED = {
     "a map that does not fit": (mlp, {"map": {"0.*": "heads"}}, "map 'heads' does not fit '0.weight' (Linear): matrix"),
     "map pattern": (mlp, {"map": {"x*": "joint"}}, "map: no weight matches 'x*'"),
     "no pattern": (mlp, {"strength": {}}, "strength is {}: it must map name patterns"),
-    "a pattern that never counts": (mlp, {"strength": {"*": 1.0, "0.*": 0.1}}, "'0.*' never counts, since '*' comes"),
+    "a pattern that never counts": (
+        mlp, {"strength": {"*": 1.0, "0.*": 0.1}}, "'0.*' never counts: what it matches is taken by '*' before it",
+    ),
+    "a pattern like another": (
+        lambda: nn.Sequential(nn.Linear(2, 2)), {"strength": {"0.*": 1.0, "*.weight": 5.0}}, "'*.weight' never counts",
+    ),
+    "a pattern that two others leave nothing": (
+        mlp, {"map": {"[02].*": 2, "4.*": 3, "?.weight": 1}}, "'?.weight' never counts: what it matches is "
+        "taken by '[02].*' and '4.*' before it",
+    ),
     "patterns that are no strings": (mlp, {"strength": {0: 1.0}}, "it must map name patterns, such as '*.weight'"),
     "a truth value for a map": (mlp, {"map": {"0.*": True}}, "unknown map True for '0.weight'"),
     "strength beyond float32": (mlp, {"strength": 1e39}, "strength of '0.weight' is 1e+39: it must be 0, or from 1.18"),

@@ -15,6 +15,7 @@ from spectreg.linalg.lanczos import Goal, lanczos_largest
 from spectreg.lipschitz.convolution_bound import ROUNDING, kernel_phases, largest, norm_bound, quick_norm_bound, wraps
 from spectreg.lipschitz.plane_wave import tile, top_wave
 from spectreg.maps.convolution import OperatorMap
+from spectreg.weights.reading import read_weight
 
 CHANCE = 0.02  # length of the random part of a start; a start without one might be orthogonal to the top vector
 
@@ -115,7 +116,7 @@ def first_vector(layer: _ConvNd, A: OperatorMap, W: Tensor, generator: torch.Gen
 
 
 def finite(layer: nn.Linear | _ConvNd) -> Tensor:
-    W = layer.weight.detach()
+    W = read_weight(layer, "weight").detach()
     if not W.isfinite().all():
         raise ValueError(f"the weight of {layer} has entries that are NaN or infinite: it has no norm.")
     return W

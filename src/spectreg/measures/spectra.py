@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from spectreg.checkpoints import read_tensors
 from spectreg.linalg.directions import gaussian_like, own_generator
 from spectreg.linalg.lanczos import Eigenvalues, Goal, lanczos
-from spectreg.maps.matrix import MatrixMap
+from spectreg.weights.kinds import map_of_a_tensor
+from spectreg.weights.patterns import Patterns
 from spectreg.weights.selection import Select, named_weights
 
 Source = nn.Module | Mapping[str, Tensor] | str | Path
+Wanted = str | int | Mapping[str, str | int]
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def singular_values(
     *,
     top: int | None = None,
     select: Select | None = None,
+    map: Wanted = "matrix",
     tolerance: float = 1e-4,
     generator: torch.Generator | None = None,
 ) -> dict[str, Spectrum]:
@@ -76,6 +79,8 @@ def singular_values(
         top: Only so many of the largest values, for matrices too large for an SVD: by Lanczos where fewer than an
             eighth of all. A value that occurs more than once may then be found once.
         select: ``(name, tensor) -> bool``: which weights to measure.
+        map: What each weight is taken for, as in ``named_weights``; of a state dict or a file ``"matrix"``,
+            ``"each"`` (a stack of matrices, such as experts) or a number of parts, for all or by name patterns.
         tolerance: With ``top``: residual of each eigenvalue σ² of WWᵀ relative to it.
         generator: With ``top``: draws the first vectors; by default a private one with seed 0.
 
@@ -88,7 +93,7 @@ def singular_values(
     >>> spectra["weight"].values
     tensor([[4., 3., 0.]], dtype=torch.float64)
     """
-    spectra = each_spectrum(source, top=top, select=select, tolerance=tolerance, generator=generator)
+    spectra = each_spectrum(source, top=top, select=select, map=map, tolerance=tolerance, generator=generator)
     return {spectrum.name: spectrum for spectrum in spectra}
 
 
@@ -97,6 +102,7 @@ def each_spectrum(
     *,
     top: int | None = None,
     select: Select | None = None,
+    map: Wanted = "matrix",
     tolerance: float = 1e-4,
     generator: torch.Generator | None = None,
 ) -> Iterator[Spectrum]:
@@ -105,7 +111,7 @@ def each_spectrum(
         raise ValueError(f"top is {top}: ask for at least one singular value, or leave it out for all.")
     generator = own_generator(generator)
     empty = True
-    for name, blocks in matrices(source, select):
+    for name, blocks in matrices(source, select, map):
         empty = False
         yield spectrum_of(name, blocks, top, tolerance, generator)
     if empty:
@@ -114,16 +120,21 @@ def each_spectrum(
 
 
 @torch.no_grad()
-def matrices(source: Source, select: Select | None) -> Iterator[tuple[str, Float[Tensor, "blocks outputs inputs"]]]:
+def matrices(
+    source: Source, select: Select | None, map: Wanted = "matrix"
+) -> Iterator[tuple[str, Float[Tensor, "blocks outputs inputs"]]]:
     """Each weight of ``source`` as its matrix blocks."""
     if isinstance(source, nn.Module):
-        for weight in named_weights(source, select):
+        for weight in named_weights(source, select, map):
             yield weight.name, weight.map.matrices(weight.tensor.detach())
         return
+    wanted, names = Patterns("map", map), []
     for name, tensor in source.items() if isinstance(source, Mapping) else read_tensors(source):
         is_weight = tensor.is_floating_point() and tensor.ndim >= 2 and tensor.numel() > 0
         if is_weight and (select is None or select(name, tensor)):
-            yield name, MatrixMap(tuple(tensor.shape)).matrices(tensor.detach())
+            names.append(name)
+            yield name, map_of_a_tensor(name, tuple(tensor.shape), wanted).matrices(tensor.detach())
+    wanted.check_all_used(names)
 
 
 @torch.no_grad()

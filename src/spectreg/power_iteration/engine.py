@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spectreg.power_iteration.bundle import Bundle, alike, is_sharded, layout_of
 from spectreg.power_iteration.memory import Memory, check_same_weights
-from spectreg.power_iteration.refusals import refuse_computed, refuse_gathered, refuse_unfit
+from spectreg.power_iteration.refusals import refuse_computed, refuse_constants, refuse_gathered, refuse_unfit
 from spectreg.power_iteration.step import full_precision
 from spectreg.weights.selection import Weight
 
@@ -59,7 +59,10 @@ class Engine:
         Computed weights are refused unless ``effective``, and so are sharded ones that are gathered.
         """
         bundles = self.trained(lane)
-        if not effective:
+        if effective:
+            for bundle, weights in bundles:
+                refuse_constants([m.weight for m in bundle.memories], weights)
+        else:
             refuse_computed(self.weights)
             refuse_gathered(self._gathered)
         for bundle, weights in bundles:

@@ -57,6 +57,16 @@ def refuse_computed(weights: Sequence[Weight]) -> None:
             )
 
 
+def refuse_constants(weights: Sequence[Weight], tensors: Sequence[Tensor]) -> None:
+    """Refuse computed weights through which no gradient reaches the parameters that they are made of."""
+    for weight, W in zip(weights, tensors, strict=True):
+        if W.is_leaf and weight.computed:
+            raise ValueError(
+                f"weight {weight.name!r} is under a parametrization that gives a constant in evaluation mode: call "
+                "penalty() in training mode, or under no_grad() for its value."
+            )
+
+
 def refuse_gathered(names: Sequence[str]) -> None:
     """Refuse weights that were sharded and, now, are not."""
     if names:

@@ -1,27 +1,39 @@
 """The names of modules, without those under which wrappers hold what they wrap."""
 
+import sys
 from collections.abc import Iterator
 
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")  # by torch.compile, and by activation checkpointing
+# Where each kind of wrapper is defined, and under which name it holds what it wraps.
+WRAPPERS = (
+    ("torch.nn.parallel", "DataParallel", "module"),
+    ("torch.nn.parallel", "DistributedDataParallel", "module"),
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"),
+)
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """As ``model.named_modules()``, but a module inside of a wrapper has the name that it had without.
 
-    >>> [name for name, _ in named_modules(nn.Sequential(DataParallel(nn.Sequential(nn.ReLU()))))]
+    >>> [name for name, _ in named_modules(nn.Sequential(nn.DataParallel(nn.Sequential(nn.ReLU()))))]
     ['', '0', '0', '0.0']
     """
-    found: dict[str, tuple[str, nn.Module]] = {}
+    seen: dict[str, tuple[str, nn.Module]] = {}
     for path, module in model.named_modules():
         above, _, last = path.rpartition(".")
         name = last
         if path:
-            outer, parent = found[above]
-            parallel = last == "module" and isinstance(parent, DataParallel | DistributedDataParallel)
-            hidden = parallel or last in WRAPPED
-            name = outer if hidden else f"{outer}.{last}".lstrip(".")
-        found[path] = name, module
+            outer, parent = seen[above]
+            name = outer if _wraps(parent, last) else f"{outer}.{last}".lstrip(".")
+        seen[path] = name, module
         yield name, module
+
+
+def _wraps(parent: nn.Module, child: str) -> bool:
+    """Whether ``parent`` is a wrapper; one whose module nobody has imported cannot be there."""
+    return any(
+        child == held and place in sys.modules and isinstance(parent, getattr(sys.modules[place], kind))
+        for place, kind, held in WRAPPERS
+    )

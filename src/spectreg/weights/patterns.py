@@ -27,20 +27,25 @@ class Patterns:
         return self.value[matching[0]] if matching else default
 
     def check_all_used(self, names: list[str]) -> None:
-        """Raise if a pattern matched none of the names that were asked for, or one before it took all of them."""
+        """Raise if a pattern matched none of the names that were asked for, or those before it took all of them.
+
+        A last ``"*"``, for all the others, may have nothing left to do.
+        """
         unused = [pattern for pattern, matched in self._matches.items() if not matched]
         if unused:
             raise ValueError(
                 f"{self.setting}: no weight matches {', '.join(repr(p) for p in sorted(unused))}. "
                 f"The weights are {some(names)}; patterns are those of fnmatch, such as '*.weight'."
             )
-        for i, (pattern, matched) in enumerate(self._matches.items()):
-            wider = [p for p, others in list(self._matches.items())[:i] if others > matched]
-            if wider:
+        taken: dict[str, str] = {}
+        for i, (pattern, matched) in enumerate(self._matches.items(), 1):
+            if matched <= taken.keys() and not (pattern == "*" and i == len(self._matches)):
+                before = " and ".join(repr(p) for p in dict.fromkeys(taken[name] for name in sorted(matched)))
                 raise ValueError(
-                    f"{self.setting}: {pattern!r} never counts, since {wider[0]!r} comes first and matches all that it "
-                    "does. The first match counts: put the narrower pattern before."
+                    f"{self.setting}: {pattern!r} never counts: what it matches is taken by {before} before it. "
+                    "The first match counts: put the narrower pattern before."
                 )
+            taken |= {name: pattern for name in matched if name not in taken}
 
 
 def some(names: list[str]) -> str:

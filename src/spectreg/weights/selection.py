@@ -1,11 +1,9 @@
 """Which parameters count as weights, and the linear map of each."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
@@ -13,10 +11,11 @@ from spectreg.maps.base import LinearMap
 from spectreg.weights.kinds import InputSize, chosen_map, maps_of
 from spectreg.weights.module_names import named_modules
 from spectreg.weights.patterns import Patterns, some
+from spectreg.weights.reading import read_weight
+from spectreg.weights.roles import Role, role_of
 
 Select = Callable[[str, Tensor], bool]
-
-NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+Candidate = tuple[str, nn.Module, str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,7 @@ class Weight:
     @property
     def tensor(self) -> Tensor:
         """The weight as it is now; it lives in the module and is not copied (a computed one is computed)."""
-        parameter = self.module._parameters.get(self.attribute)
-        if parameter is not None:
-            return parameter
-        with torch.inference_mode(False), torch.enable_grad():  # whether it is trained does not depend on who looks
-            return getattr(self.module, self.attribute)
+        return read_weight(self.module, self.attribute)
 
     @property
     def computed(self) -> bool:
@@ -57,19 +52,21 @@ def named_weights(
 ) -> list[Weight]:
     """The weights of ``model`` that have a spectral norm, in the order of ``model.named_modules()``.
 
-    These are all parameters of two or more dimensions but biases, the scales of normalizations, embeddings, and bare
-    parameters that are a vector in disguise (one dimension longer than 1). A weight tied between modules appears once,
-    under its first name. Names carry neither ``_orig_mod.`` of ``torch.compile`` nor ``module.`` of data parallel
-    wrappers. A weight under a parametrization appears as the weight that the forward pass uses.
+    These are all parameters of two or more dimensions but biases, scales, states, embeddings and other tables, and bare
+    parameters that are a vector in disguise (one dimension longer than 1); docs/weights.md has the list. A weight tied
+    between modules appears once, under its first name; one tied to an embedding is an embedding. Names carry neither
+    ``_orig_mod.`` of ``torch.compile`` nor ``module.`` of data parallel wrappers. A weight under a parametrization
+    appears as the weight that the forward pass uses.
 
     Args:
         select: ``(name, weight) -> bool``: which of them to keep.
         map: The linear map that a weight is taken for, or a mapping from name patterns (``fnmatch``) to maps:
             ``"matrix"``, ``"joint"``, ``"each"``, ``"heads"`` or ``"operator"``; docs/weights.md has the table. A
-            number cuts the outputs into so many equal parts, each a map of its own.
+            number cuts the outputs into so many equal parts, each a map of its own. A parameter whose name the mapping
+            has in full counts, whatever it is.
         input_size: For ``map="operator"``: height and width (one to three numbers) of a convolution's input, or a
             mapping from name patterns to them.
-        embeddings: Whether embedding tables count.
+        embeddings: Whether tables count: embeddings, and learned positions, tokens and codebooks.
 
     Raises:
         TypeError: ``model`` is no module, or ``select`` no function.
@@ -86,7 +83,7 @@ def named_weights(
     sizes = Patterns("input_size", input_size)
     wanted = Patterns("map", map)
     weights, names = [], []
-    for name, module, attribute, tensor in _candidates(model, embeddings):
+    for name, module, attribute, tensor in _candidates(model, embeddings, map if isinstance(map, Mapping) else ()):
         names.append(name)
         if select is not None and not select(name, tensor):
             continue
@@ -95,7 +92,7 @@ def named_weights(
             maps = maps_of(module, attribute, tensor, sizes.get(name))
         except ValueError as error:
             raise ValueError(f"weight {name!r}: {error}") from error
-        chosen = chosen_map(name, maps, wanted, module)
+        chosen = chosen_map(name, maps, wanted, module, tensor)
         weights.append(Weight(name, module, attribute, chosen, tuple(tensor.shape)))
     _check_not_empty(model, names, weights)
     for patterns in (wanted, sizes):
@@ -107,18 +104,26 @@ def named_weights(
     return weights
 
 
-def _candidates(model: nn.Module, embeddings: bool) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Name, module, attribute and tensor of each weight, tied ones once."""
-    owners: dict[int, list[tuple[str, nn.Module, str, Tensor]]] = {}
+def _candidates(model: nn.Module, embeddings: bool, named: Container[str]) -> Iterator[Candidate]:
+    """Name, module, attribute and tensor of each weight; one that is tied once, under its first name.
+
+    A tensor that is a table anywhere is one wherever it is tied. What is ``named`` counts whatever it is.
+    """
+    owners: dict[int, list[tuple[Role, Candidate]]] = {}
     for path, module in named_modules(model):
         for attribute, tensor, key in _tensors_of(module):
             name = f"{path}.{attribute}".lstrip(".")
-            if _counts(name, module, attribute, tensor):
-                owners.setdefault(key, []).append((name, module, attribute, tensor))
+            _refuse_hidden(name, tensor)
+            role = role_of(path, module, attribute, tensor)
+            if name in named and role is not Role.LAYER:
+                role = Role.BARE
+            if role is not Role.NONE:
+                owners.setdefault(key, []).append((role, (name, module, attribute, tensor)))
     for tied in owners.values():
-        others = [owner for owner in tied if not isinstance(owner[1], nn.Embedding | nn.EmbeddingBag)]
-        if others or embeddings:
-            yield (tied[0][0], *(others or tied)[0][1:])
+        roles, candidates = zip(*tied, strict=True)
+        if embeddings or Role.TABLE not in roles or any(c[0] in named for c in candidates):
+            best = roles.index(Role.LAYER) if Role.LAYER in roles else 0
+            yield (candidates[0][0], *candidates[best][1:])
 
 
 def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
@@ -130,24 +135,12 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
             yield attribute, parameter, id(parameter)
     if is_parametrized(module):
         for attribute, parametrization in module.parametrizations.items():  # type: ignore[union-attr, operator]
-            yield attribute, getattr(module, attribute), id(parametrization)
-
-
-def _counts(name: str, module: nn.Module, attribute: str, tensor: Tensor) -> bool:
-    """Whether the tensor is a weight; raises where shapes are hidden, so that ``select`` could not choose either."""
-    _refuse_hidden(name, tensor)
-    if is_lazy(tensor):
-        return True
-    if tensor.ndim < 2 or isinstance(module, NORMALIZATIONS) or "bias" in attribute.split("_"):
-        return False
-    if not tensor.is_floating_point() and not tensor.is_complex():
-        return False
-    known = type(module).__module__.startswith("torch.nn.modules")
-    return tensor.numel() > 0 and (known or sum(size > 1 for size in tensor.shape) > 1)
+            yield attribute, read_weight(module, attribute), id(parametrization)
 
 
 def _refuse_hidden(name: str, tensor: Tensor) -> None:
-    if getattr(tensor, "_is_flat_param", False) or type(tensor).__name__ == "FlatParameter":
+    """Raise where shapes are hidden, so that ``select`` could not choose either."""
+    if getattr(tensor, "_is_flat_param", False):
         raise ValueError(
             f"parameter {name!r} is a flat parameter of FSDP1 (FullyShardedDataParallel), which hides the shapes of "
             "its weights. Use fully_shard (FSDP2) instead."
