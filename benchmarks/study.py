@@ -20,7 +20,8 @@ from spectreg_lab.data import Images, Split
 from spectreg_lab.page import report
 from spectreg_lab.settings.config import VGG, Adversarial, Config, Data, Decay, DenseNet, Method, Spectral, Vanilla
 from spectreg_lab.storage.store import METRICS, RunFolder, read_study, run_folder
-from spectreg_lab.studies.pool import Job, Pool
+from spectreg_lab.studies.local import LocalEngine
+from spectreg_lab.studies.worker import Job
 from spectreg_lab.training.train import Training
 
 NAME = "a study"
@@ -71,8 +72,8 @@ def cores() -> None:
             )
             jobs.append(Job(setting, run_folder(Path(folder), setting.name)))
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        with Pool.for_machine(None, None, "cpu") as pool:
-            ended = [event for event in pool.run(jobs) if event.kind == "ended"]
+        with LocalEngine.for_machine(None, None, "cpu") as engine:
+            ended = [outcome for outcome in engine.run(iter(jobs)) if outcome is not None]
         wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     assert len(ended) == len(jobs)
     taken = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -2,6 +2,7 @@
 
 import sys
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,15 +63,14 @@ def reproduce(
 ) -> None:
     """Do every run of a study that is not finished yet, and write its report."""
     from spectreg_lab.settings.studies import Selection
-    from spectreg_lab.storage.provenance import is_first_process
 
     only = Selection(setting, regime, method, seed)
     if dry_run:
         elsewhere = {"--accelerator": accelerator != "auto", "--devices": devices, "--nodes": nodes}
         _plan(study, only, precision, elsewhere | {"--processes": processes, "--threads": threads})
         return
-    folder, failed = _execute(study, out, processes, threads, only, accelerator, devices, nodes, precision)
-    if is_first_process():
+    folder, failed, first = _execute(study, out, processes, threads, only, accelerator, devices, nodes, precision)
+    if first:
         _report(folder, against)
     if failed:
         raise typer.Exit(1)
@@ -101,7 +101,7 @@ def search(
     from spectreg_lab.studies.search import check, choose
 
     check(read_study(study))
-    folder, _ = _execute(study, out, processes, threads)
+    folder, *_ = _execute(study, out, processes, threads)
 
     choice = choose(folder)
     typer.echo(f"learning rates\n{choice.rates.to_string(index=False)}\n")
@@ -119,39 +119,40 @@ def _execute(
     devices: int | None = None,
     nodes: int | None = None,
     precision: str | None = None,
-) -> tuple[Path, list[str]]:
+) -> tuple[Path, list[str], bool]:
+    """Carry a study out; returns its folder, the runs that failed, and whether this process is the one that speaks."""
     from spectreg_lab.settings.studies import Selection, read_study
-    from spectreg_lab.storage.provenance import command, is_first_process
+    from spectreg_lab.storage.provenance import command
     from spectreg_lab.studies.display import StudyDisplay
     from spectreg_lab.studies.execution import begin, execute, execute_together
-    from spectreg_lab.studies.pool import Pool, several_devices, shape
-    from spectreg_lab.studies.search import gather, keep
+    from spectreg_lab.studies.local import LocalEngine
+    from spectreg_lab.studies.search import gather
+    from spectreg_lab.training.devices import first_decides, several_devices, shape
 
     content = read_study(study, precision)
     folder = out or Path("runs") / content.name
     searched = gather([study.parent / table for table in content.searched])
     local, machines = shape(devices, nodes)
     if local * machines == 1:
-        pool = Pool.for_machine(processes, threads, accelerator)
+        engine = LocalEngine.for_machine(processes, threads, accelerator)
     elif processes or threads:
         raise CommandError(
             f"--processes and --threads are for runs side by side, but each run is to have {local * machines} devices, "
             "one run after the other: leave them out"
         )
-    together = several_devices(accelerator, local, machines, content.training.precision)
-    with together as fabric, StudyDisplay(_console(quiet=not is_first_process())) as display:
-        try:
-            waiting = begin(content, folder, command(), display, only or Selection())
-            if is_first_process():
-                keep(searched, folder)
-            if fabric is None:
-                execute(waiting, pool, display)
-            else:
-                execute_together(waiting, fabric, display)
-        except KeyboardInterrupt:
-            display.note(f"stopped; what is finished is kept in {folder}. The same command goes on from there.")
-            raise typer.Exit(130) from None
-    return folder, display.failed
+    with several_devices(accelerator, local, machines, content.training.precision) as fabric:
+        first = fabric is None or fabric.global_rank == 0
+        with StudyDisplay(_console(quiet=not first)) as display:
+            try:
+                start = partial(begin, content, folder, command(), display, only or Selection(), searched)
+                if fabric is None:
+                    execute(start(), engine, display)
+                else:
+                    execute_together(first_decides(fabric, start), fabric, display)
+            except KeyboardInterrupt:
+                display.note(f"stopped; what is finished is kept in {folder}. The same command goes on from there.")
+                raise typer.Exit(130) from None
+    return folder, display.failed, first
 
 
 @app.command(epilog="Example: `spectreg report runs/paper --against paper`")
@@ -330,10 +331,10 @@ def _is_users(error: Exception) -> bool:
     from spectreg_lab.data import DataError
     from spectreg_lab.settings.studies import StudyError
     from spectreg_lab.storage.store import RunError
-    from spectreg_lab.studies.execution import DiskFullError
-    from spectreg_lab.studies.pool import DeviceError
+    from spectreg_lab.studies.execution import UnwritableError
+    from spectreg_lab.training.devices import DeviceError
 
-    return isinstance(error, CommandError | DataError | DeviceError | DiskFullError | OSError | RunError | StudyError)
+    return isinstance(error, CommandError | DataError | DeviceError | OSError | RunError | StudyError | UnwritableError)
 
 
 def _text(error: Exception) -> str:

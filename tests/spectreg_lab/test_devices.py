@@ -15,8 +15,9 @@ from spectreg_lab import measures
 from spectreg_lab.data import batches, load
 from spectreg_lab.settings.config import VGG, Adversarial, Config, Data, Measuring, Spectral, Vanilla
 from spectreg_lab.storage.store import RunFolder
-from spectreg_lab.studies.pool import DeviceError, Pool, several_devices, shape
+from spectreg_lab.studies.local import LocalEngine
 from spectreg_lab.training import runs
+from spectreg_lab.training.devices import DeviceError, several_devices, shape
 from spectreg_lab.training.runs import run
 from spectreg_lab.training.train import Training, train
 
@@ -75,6 +76,7 @@ def test_two_processes_take_the_steps_of_one_and_leave_one_run_folder(tmp_path, 
 def test_the_command_under_torchrun_takes_the_processes_that_were_started(tmp_path, precision):
     (tmp_path / "small.toml").write_text(STUDY.replace("seeds = [0, 1]", "seeds = [0]"))
     words = ["reproduce", "small.toml", "--method", "vanilla", "--accelerator", "cpu", "--precision", precision]
+    words += ["--devices", "2"]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "spectreg_lab.cli"]
     ended = subprocess.run(
         [sys.executable, *launcher, *words, "--out", "out"],
@@ -98,13 +100,18 @@ def test_the_command_under_torchrun_takes_the_processes_that_were_started(tmp_pa
         ({}, (None, None), (1, 1)),
         ({}, (8, 2), (8, 2)),
         ({"SLURM_NNODES": "2"}, (None, None), (1, 1)),
-        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, (None, None), (2, 1)),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, (None, None), (1, 1)),  # two workers of a study
+        ({"SLURM_NTASKS": "64"}, (None, None), (1, 1)),
+        ({"SLURM_NTASKS": "64"}, (1, 1), (1, 1)),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, (2, None), (2, 1)),
         ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, (8, None), (8, 2)),
         ({"WORLD_SIZE": "4"}, (2, 2), (2, 2)),  # as Fabric tells the processes that it starts itself
-        ({"SLURM_NTASKS": "8", "SLURM_NNODES": "2"}, (None, None), (4, 2)),
+        ({"SLURM_NTASKS": "8", "SLURM_NNODES": "2"}, (4, 2), (4, 2)),
     ],
 )
-def test_the_devices_of_a_run_are_those_started_else_those_asked_for(monkeypatch, environment, asked, expected):
+def test_a_run_has_one_device_unless_several_are_asked_for_by_their_own_option(
+    monkeypatch, environment, asked, expected
+):
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NNODES"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -115,7 +122,7 @@ def test_the_devices_of_a_run_are_those_started_else_those_asked_for(monkeypatch
 def test_other_devices_than_those_started_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(DeviceError, match="--devices 8, but 4 processes have been started, 4 on a machine: leave"):
+    with pytest.raises(DeviceError, match=r"--devices 8, but 4 processes .* 4 on a machine: say --devices 4 --nodes 1"):
         shape(8, None)
     with pytest.raises(DeviceError, match="--nodes 2, but 4 processes"):
         shape(None, 2)
@@ -125,7 +132,7 @@ def test_other_devices_than_those_started_are_refused(monkeypatch):
 def test_an_accelerator_that_is_not_there_is_refused_with_those_that_are(devices):
     def start(accelerator):
         if devices == 1:
-            Pool.for_machine(None, None, accelerator)
+            LocalEngine.for_machine(None, None, accelerator)
         else:
             with several_devices(accelerator, devices, 1, "32-true"):
                 pass

@@ -8,9 +8,10 @@ from test_studies import STUDY
 from spectreg_lab.settings.studies import Selection, StudyError, read_study
 from spectreg_lab.storage import store
 from spectreg_lab.studies import execution
-from spectreg_lab.studies.execution import DiskFullError, begin, check, execute
+from spectreg_lab.studies.execution import UnwritableError, begin, check, execute
+from spectreg_lab.studies.local import LocalEngine
 from spectreg_lab.studies.plan import plan
-from spectreg_lab.studies.pool import Event, Pool
+from spectreg_lab.studies.worker import Outcome
 from spectreg_lab.training.runs import run
 
 
@@ -18,7 +19,7 @@ class Record:
     """A display that remembers."""
 
     def __init__(self):
-        self.notes, self.todo, self.done, self.epochs, self.ends = [], None, None, [], []
+        self.notes, self.todo, self.done, self.ends, self.left = [], None, None, [], []
 
     def note(self, text):
         self.notes.append(text)
@@ -26,11 +27,37 @@ class Record:
     def begin(self, points, done):
         self.todo, self.done = len(points), done
 
-    def epoch(self, point, metrics):
-        self.epochs.append((str(point), metrics["epoch"]))
+    def watch(self, folder, points):
+        pass
 
-    def end(self, point, outcome):
-        self.ends.append((str(point), outcome["status"], outcome.get("error")))
+    def tick(self):
+        pass
+
+    def end(self, point, status, error):
+        self.ends.append((str(point), status, error))
+
+    def leave(self, point, owner):
+        self.left.append((str(point), str(owner)))
+
+
+class Script:
+    """An engine that says of every job what it is told to say."""
+
+    def __init__(self, *outcomes):
+        self.outcomes, self.jobs = outcomes, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def run(self, jobs):
+        for job in jobs:
+            self.jobs.append(job)
+            job.folder.mkdir(parents=True, exist_ok=True)
+            for status, error in self.outcomes:
+                yield Outcome(job, status, error)
 
 
 @pytest.fixture
@@ -46,9 +73,9 @@ def study(tmp_path):
     return make
 
 
-def carry_out(study, folder, processes=2):
-    record = Record()
-    execute(begin(study, folder, "spectreg reproduce", record), Pool(processes, 1), record)
+def carry_out(study, folder, processes=2, engine=None, record=None):
+    record = record or Record()
+    execute(begin(study, folder, "spectreg reproduce", record), engine or LocalEngine(processes, 1), record)
     return record
 
 
@@ -58,9 +85,8 @@ def test_a_study_is_done_once_and_finished_runs_are_skipped_on_a_second_call(stu
     first = carry_out(content, tmp_path / "out")
     assert (first.todo, first.done) == (6, 0)
     assert sorted(status for _, status, _ in first.ends) == ["finished"] * 6
-    assert len(first.epochs) == 6 * 2
     again = carry_out(content, tmp_path / "out")
-    assert (again.todo, again.done, again.epochs) == (0, 6, [])
+    assert (again.todo, again.done, again.ends) == (0, 6, [])
     assert [run.status for run in store.read_study(tmp_path / "out").runs] == ["finished"] * 6
 
 
@@ -75,47 +101,63 @@ def test_a_failed_run_is_recorded_and_the_study_goes_on(study, tmp_path):
     assert {run.regime: run.status for run in runs} == {"small": "finished", "large": "failed"}
 
 
+class Killer(Record):
+    """Kills the process of an engine's only place whenever a run of it has stored so many epochs."""
+
+    def __init__(self, engine, folder, epochs):
+        super().__init__()
+        self.engine, self.folder, self.epochs = engine, folder, list(epochs)
+
+    def tick(self):
+        stored = [int(path.stem.rpartition("-")[2]) for path in self.folder.rglob("checkpoint-*.safetensors")]
+        if self.epochs and max(stored, default=0) >= self.epochs[0] and self.engine.places[0].process:
+            self.epochs.pop(0)
+            os.kill(self.engine.places[0].process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def one_run(study, monkeypatch):
+    monkeypatch.setattr("spectreg_lab.studies.local.POLL", 0.02)
+    return study(
+        ("seeds = [0, 1]", "seeds = [0]"), ("epochs = 2", "epochs = 30"), ("[methods.decay]\n", ""),
+        ('[methods.strong-decay]\nname = "decay"\nstrength = 0.1\n', ""), ("[regimes.small]\nbatch_size = 16\n", ""),
+        ("small = 0.05, ", ""),
+    )  # fmt: skip
+
+
+def numbers(place):
+    lines = [{k: v for k, v in line.items() if k != "seconds"} for line in place.metrics()]
+    return lines, {name: tensor.tolist() for name, tensor in place.resume().tensors.items()}
+
+
 @pytest.mark.slow
-def test_a_run_whose_process_is_killed_goes_on_in_a_new_one(study, tmp_path):
-    content = study(("seeds = [0, 1]", "seeds = [0]"), ("epochs = 2", "epochs = 6"), ("[methods.decay]\n", ""))
-
-    class Killer(Record):
-        def epoch(self, point, metrics):
-            super().epoch(point, metrics)
-            if len(self.epochs) == 2:
-                for worker in pools[0]._workers:
-                    os.kill(worker.process.pid, signal.SIGKILL)
-
-    pools = []
-    enter = Pool.__enter__
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pool, "__enter__", lambda pool: pools.append(pool) or enter(pool))
-        record = Killer()
-        execute(begin(content, tmp_path / "out", "spectreg reproduce", record), Pool(1, 1), record)
-    assert [note for note in record.notes if "SIGKILL (out of memory?); trying once more" in note]
-    assert [status for _, status, _ in record.ends] == ["finished"] * 4
+def test_a_run_whose_process_is_killed_goes_on_in_a_new_one_to_the_same_bits(one_run, tmp_path):
+    engine = LocalEngine(1, 1)
+    record = carry_out(one_run, tmp_path / "out", engine=engine, record=Killer(engine, tmp_path / "out", [2]))
+    assert [note for note in record.notes if "its process ended with SIGKILL (out of memory?); trying once" in note]
+    assert [status for _, status, _ in record.ends] == ["finished"]
+    (killed,) = [store.RunFolder(path.parent) for path in (tmp_path / "out").rglob(store.OUTCOME)]
+    run(killed.config(), tmp_path / "alone")
+    assert numbers(killed) == numbers(store.RunFolder(tmp_path / "alone"))
+    assert len(killed.metrics()) == 30
+    assert not list(killed.path.glob("claim*"))
 
 
-def test_a_run_whose_process_is_killed_twice_is_recorded_as_failed(study, tmp_path, monkeypatch):
-    content = study(("seeds = [0, 1]", "seeds = [0]"))
-
-    def run(pool, jobs):
-        for job in jobs:
-            job.folder.mkdir(parents=True, exist_ok=True)
-            yield Event("died", job, {"retry": False, "error": "its process ended with SIGKILL (out of memory?)"})
-
-    monkeypatch.setattr(Pool, "run", run)
-    record = carry_out(content, tmp_path / "out")
-    assert {error for _, _, error in record.ends} == {"its process ended with SIGKILL (out of memory?)"}
-    outcome = store.RunFolder(next((tmp_path / "out" / "runs").iterdir())).outcome()
-    assert outcome["status"] == "failed"
+@pytest.mark.slow
+def test_a_run_whose_process_is_killed_twice_is_recorded_as_failed_and_tried_by_the_next_command(one_run, tmp_path):
+    engine = LocalEngine(1, 1)
+    record = carry_out(one_run, tmp_path / "out", engine=engine, record=Killer(engine, tmp_path / "out", [2, 4]))
+    cause = "its process ended with SIGKILL (out of memory?), 2 times"
+    assert [(status, error) for _, status, error in record.ends] == [("failed", cause)]
+    (run,) = store.read_study(tmp_path / "out").runs
+    assert (run.status, run.error) == ("failed", cause)
+    assert [status for _, status, _ in carry_out(one_run, tmp_path / "out").ends] == ["finished"]
 
 
-def test_a_full_disk_ends_the_study_with_its_cause(study, tmp_path, monkeypatch):
-    full = {"full": True, "error": "OSError: [Errno 28] No space left on device"}
-    monkeypatch.setattr(Pool, "run", lambda pool, jobs: (Event("error", job, full) for job in jobs))
-    with pytest.raises(DiskFullError, match="No space left on device"):
-        carry_out(study(), tmp_path / "out")
+def test_a_folder_that_cannot_be_written_ends_the_study_with_its_cause(study, tmp_path):
+    full = Script(("unwritable", "OSError: [Errno 28] No space left on device"))
+    with pytest.raises(UnwritableError, match=r"No space left on device: mend that and give the same command again"):
+        carry_out(study(), tmp_path / "out", engine=full)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from spectreg_lab.storage.store import Checkpoint, RunError, RunFolder
 @pytest.fixture
 def folder(tmp_path, tiny):
     place = RunFolder(tmp_path / "run")
-    with place.locked():
+    with place.claimed():
         place.begin(tiny(), {"torch": "2"})
     return place
 
@@ -97,9 +97,9 @@ def test_a_run_is_finished_if_it_has_the_numbers_of_all_its_epochs(folder, surpl
 
 def test_a_second_process_is_told_that_the_run_is_in_use(folder):
     with (
-        folder.locked(),
+        folder.claimed(),
         pytest.raises(RunError, match=r"another process is working on .*run"),
-        RunFolder(folder.path).locked(),
+        RunFolder(folder.path).claimed(),
     ):
         pass
 

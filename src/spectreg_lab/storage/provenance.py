@@ -50,8 +50,3 @@ def _processor() -> str:
     return next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
-
-
-def is_first_process() -> bool:
-    """Whether this is the one that speaks, of the processes that torchrun, Slurm or a strategy started."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))

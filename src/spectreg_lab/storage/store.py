@@ -1,7 +1,8 @@
 """The run folder: the only module that knows file names.
 
 A run folder holds ``config.json`` (the setting), ``versions.json``, ``metrics.jsonl`` (one line an epoch), one or two
-``checkpoint-N.safetensors``, ``outcome.json`` once the run has ended and ``measures.json`` once it has been measured.
+``checkpoint-N.safetensors``, ``outcome.json`` once the run has ended, ``measures.json`` once it has been measured and,
+while a process works on it, that process's claim (`spectreg_lab.storage.claims`).
 A study folder holds ``study.json``, its runs in ``runs/``, its page in ``report/`` and, where a search chose its
 settings, that search's table in ``search.csv``. Nothing in either executes when
 it is read. Every file but ``metrics.jsonl`` is written under a temporary name and renamed. An epoch's line comes before
@@ -10,6 +11,7 @@ its checkpoint, and lines newer than the checkpoint are dropped on resuming: a k
 
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,21 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from spectreg_lab.settings.config import Config
+from spectreg_lab.storage.claims import Claim, claim
+from spectreg_lab.storage.errors import RunError
 from spectreg_lab.storage.files import write
 
 FORMAT = 1
-CONFIG, VERSIONS, METRICS, OUTCOME, LOCK = "config.json", "versions.json", "metrics.jsonl", "outcome.json", "lock"
+CONFIG, VERSIONS, METRICS, OUTCOME = "config.json", "versions.json", "metrics.jsonl", "outcome.json"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)\.safetensors")
 MEASURES, STUDY, RUNS, REPORT, SEARCH = "measures.json", "study.json", "runs", "report", "search.csv"
-
-
-class RunError(Exception):
-    """Something about a run folder that its owner can mend; the message says how."""
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,24 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._claim: Claim | None = None
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run: a second process that asks is told so. The system drops the lock of a killed process."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self.path / LOCK, blocking=False):
+    def claimed(self, **how: Any) -> Iterator[None]:
+        """Hold the run (`claim` says what ``how`` may be): others are refused, and no write follows a takeover."""
+        with claim(self.path, **how) as self._claim:
+            try:
                 yield
-        except Timeout:
-            raise RunError(f"another process is working on {self.path}: wait for it, or stop it first") from None
+            finally:
+                self._claim = None
+
+    def _check_claim(self) -> None:
+        if self._claim is not None:
+            self._claim.check()
 
     def begin(self, config: Config, versions: dict[str, str]) -> None:
         """Record what this run is, or check that the folder is the same run's."""
+        self._check_claim()
         mine = config.model_dump(mode="json")
         if not (self.path / CONFIG).exists():
             write_json(self.path / CONFIG, {"format": FORMAT, "config": mine})
@@ -132,6 +137,7 @@ class RunFolder:
 
     def append(self, line: dict[str, Any]) -> None:
         """Add one epoch to the metrics."""
+        self._check_claim()
         with (self.path / METRICS).open("ab") as file:
             file.write((json.dumps(line) + "\n").encode())
             file.flush()
@@ -157,6 +163,7 @@ class RunFolder:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint and keep the one before it."""
+        self._check_claim()
         metadata = {"format": str(FORMAT), "epoch": str(checkpoint.epoch)}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
         write(self.path / f"checkpoint-{checkpoint.epoch}.safetensors", save(tensors, metadata))
@@ -172,6 +179,7 @@ class RunFolder:
 
         A truncated checkpoint is passed over for the one before it and deleted; epochs run again give the same numbers.
         """
+        self._check_claim()
         for path in self._checkpoints():
             try:
                 checkpoint = _read_checkpoint(path)
@@ -191,12 +199,14 @@ class RunFolder:
 
     def end(self, status: str, **details: Any) -> None:
         """Record the outcome: ``finished``, or ``failed`` with its cause. A finished run keeps one checkpoint."""
+        self._check_claim()
         write_json(self.path / OUTCOME, {"status": status, **details})
         for old in self._checkpoints()[1:]:
             old.unlink()
 
     def save_measures(self, measures: dict[str, Any]) -> None:
         """Record what was measured of the finished run."""
+        self._check_claim()
         write_json(self.path / MEASURES, measures)
 
     def measures(self) -> dict[str, Any] | None:
@@ -213,6 +223,13 @@ class RunFolder:
         if "status" not in found:
             raise RunError(f"{path} has no status: {RUN_AGAIN}")
         return found
+
+    def ended(self) -> int | None:
+        """When the outcome was recorded, in nanoseconds of the file system's clock; None while there is none."""
+        try:
+            return (self.path / OUTCOME).stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
 
     def finished(self) -> bool:
         """Whether the run has ended well and has the numbers of all its epochs."""

@@ -1,7 +1,7 @@
 """One run from its setting to its outcome: train, store, and go on after a kill."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from spectreg_lab import data, measures, models
 from spectreg_lab.settings.config import Config, Measuring
 from spectreg_lab.storage.provenance import describe
 from spectreg_lab.storage.store import Checkpoint, RunError, RunFolder
+from spectreg_lab.training.devices import first_decides, one_device
 from spectreg_lab.training.train import Epoch, NonFiniteLossError, train
 
 FAILURES = (NonFiniteLossError, data.DataError, ValueError, torch.OutOfMemoryError)
@@ -33,17 +34,20 @@ def run(
         The outcome: ``{"status": "finished"}``, or ``{"status": "failed", "error": …}``.
 
     Raises:
-        RunError: the folder is another run's, is of another format, or is in use.
+        RunError: the folder is another run's, is of another format, or another process is working on it.
     """
-    fabric = fabric or Fabric(accelerator="cpu", devices=1, precision=config.precision)
-    place = RunFolder(folder)
-    with place.locked() if fabric.global_rank == 0 else nullcontext():
-        nothing: tuple[dict[str, Any] | None, Checkpoint | None] = (None, None)
-        begun = _begin(config, place, fabric) if fabric.global_rank == 0 else nothing
-        outcome, checkpoint = fabric.broadcast(begun)
-        if outcome is None:
-            outcome = _train(config, place, fabric, checkpoint, on_epoch)
-        return outcome
+    fabric, place = fabric or one_device(precision=config.precision), RunFolder(folder)
+    with ExitStack() as held:
+        first_decides(fabric, lambda: held.enter_context(place.claimed()))
+        return go_on(config, place, fabric, on_epoch)
+
+
+def go_on(
+    config: Config, place: RunFolder, fabric: Fabric, on_epoch: Callable[[dict[str, Any]], None] = lambda metrics: None
+) -> dict[str, Any]:
+    """`run` in a folder that is claimed already."""
+    outcome, checkpoint = first_decides(fabric, lambda: _begin(config, place, fabric))
+    return outcome or _train(config, place, fabric, checkpoint, on_epoch)
 
 
 def _begin(config: Config, place: RunFolder, fabric: Fabric) -> tuple[dict[str, Any] | None, Checkpoint | None]:
@@ -118,7 +122,7 @@ def measure(folder: Path, setting: Measuring | None = None) -> bool:
         raise RunError(f"{folder} is not a finished run: finish it first")
     if place.measures() is not None:
         return False
-    with place.locked():
+    with place.claimed():
         _measure(place, config, data.load(config.data), setting or config.measure or Measuring(), torch.device("cpu"))
     return True
 
