@@ -19,16 +19,19 @@ TILE, STEPS = 16, 20  # points a dimension on which all frequencies are compared
 CANDIDATES, ROUNDS = 8, 5  # frequencies that are refined, each round at half the distance
 
 
-def top_wave(
-    kernel: Float[Tensor, "groups outputs inputs *taps"], size: tuple[int, ...], generator: torch.Generator
-) -> Float[Tensor, "channels *size"]:
-    """The output of a stride-1 convolution, on ``size`` points, that its transpose stretches most, or nearly so.
+def top_waves(
+    kernel: Float[Tensor, "groups outputs inputs *taps"],
+    size: tuple[int, ...],
+    generator: torch.Generator,
+    count: int = 1,
+) -> Float[Tensor, "count channels *size"]:
+    """The outputs of a stride-1 convolution, on ``size`` points, that its transpose stretches most, or nearly so.
 
-    Power iteration on a small circle shows promising frequencies; each is refined together with its vector. Another
-    frequency may be better by some tenths of a per cent.
+    Power iteration on a small circle shows promising frequencies; each is refined together with its vector. Where
+    there are fewer than ``count`` frequencies, the last one is repeated.
 
     >>> difference = torch.tensor([1.0, -1.0]).view(1, 1, 1, 2)  # |K(ω)| = |1 − e^{iω}| is largest at ω = π
-    >>> wave = top_wave(difference, (5,), torch.Generator().manual_seed(0))
+    >>> (wave,) = top_waves(difference, (5,), torch.Generator().manual_seed(0))
     >>> (wave / wave[0, 2]).round(decimals=2)
     tensor([[ 0.5000, -0.8700,  1.0000, -0.8700,  0.5000]])
     """
@@ -38,10 +41,34 @@ def top_wave(
     else:
         W, omega, u = kernel[group], omega[:, None], u[:, :, None]
     omega, u, gain = refined(W, omega, u)
-    best = int(gain.argmax())
-    channels = u.new_zeros(kernel.shape[:2])
-    channels[group[best]] = u.movedim(2, 1).flatten(0, 1)[best]
-    return windowed(omega.flatten(0, 1)[best], channels.flatten(), size)
+    omega, vectors = omega.flatten(0, 1), u.movedim(2, 1).flatten(0, 1)
+    return torch.stack([
+        windowed(omega[i], placed(vectors[i], int(group[i]), len(kernel)), size)
+        for i in best(gain.flatten(), group, omega, count)
+    ])  # fmt: skip
+
+
+def best(gain: Tensor, group: Tensor, omega: Float[Tensor, "c dimensions"], count: int) -> list[int]:
+    """The candidates with the largest gain; of those that have run to one frequency of one group, one."""
+    chosen: list[int] = []
+    for i in gain.argsort(descending=True).tolist():
+        apart = [group[i] != group[j] or distance(omega[i], omega[j]) > math.pi / TILE for j in chosen]
+        if all(apart) and len(chosen) < count:
+            chosen.append(i)
+    return chosen + chosen[-1:] * (count - len(chosen))
+
+
+def distance(omega: Tensor, other: Tensor) -> float:
+    """The largest difference of two frequencies, of which either sign is the same wave."""
+    around = [torch.remainder(omega + sign * other + math.pi, 2 * math.pi) - math.pi for sign in (-1, 1)]
+    return min(difference.abs().max().item() for difference in around)
+
+
+def placed(u: Complex[Tensor, " outputs"], group: int, groups: int) -> Complex[Tensor, " channels"]:
+    """The vector of one group among the channels of all."""
+    channels = u.new_zeros(groups, len(u))
+    channels[group] = u
+    return channels.flatten()
 
 
 def tile(taps: tuple[int, ...]) -> list[int]:
@@ -90,15 +117,16 @@ def refined(
     u: Complex[Tensor, "g outputs c"],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Frequencies and vectors after rounds of: the best frequency nearby for ``u``, a power step there; and σ."""
-    lags, steps = (grid(r, omega) for r in ([range(k) for k in W.shape[3:]], [range(-1, 2)] * omega.shape[2]))
+    lags = grid([range(k) for k in W.shape[3:]], omega)
+    neighbours = grid([range(-1, 2)] * omega.shape[2], omega)
     matrix, inputs, tiny = W.flatten(2), W.shape[2], torch.finfo(omega.dtype).tiny
     for turn in range(ROUNDS):
-        by_tap = product(matrix.mT, u).unflatten(1, (inputs, -1))
-        near = omega[:, :, None] + math.pi / TILE / 2**turn * steps
-        waves = torch.polar(near.new_ones(()), near @ lags.T)
-        v = waves.conj() @ by_tap.movedim(3, 1).mT
-        best = v.norm(dim=3).argmax(2)[:, :, None, None]
-        omega, wave, v = (torch.take_along_dim(x, best, 2)[:, :, 0] for x in (near, waves, v))
+        pulled = product(matrix.mT, u).unflatten(1, (inputs, -1))  # g, inputs, taps, c: Wᵀu, tap by tap
+        near = omega[:, :, None] + math.pi / TILE / 2**turn * neighbours
+        waves = torch.polar(near.new_ones(()), near @ lags.T)  # g, c, neighbours, taps
+        v = waves.conj() @ pulled.movedim(3, 1).mT  # K(ω)ᴴu at each neighbour
+        longest = v.norm(dim=3).argmax(2)[:, :, None, None]
+        omega, wave, v = (torch.take_along_dim(x, longest, 2)[:, :, 0] for x in (near, waves, v))
         u = product(matrix, (v[..., None] * wave[:, :, None]).flatten(2).mT)
         sigma = u.norm(dim=1)
         u = u / sigma[:, None].clamp_min(tiny)
