@@ -123,7 +123,7 @@ DRAWING = {
     "singular_values": lambda model, g: spectreg.singular_values(
         {"w": torch.randn(40, 50, generator=torch.Generator().manual_seed(0))}, top=1, tolerance=0.5, generator=g
     ),
-    "operator_norm": lambda model, g: spectreg.operator_norm(model[0], (1, 6, 6), tolerance=0.5, generator=g),
+    "operator_norm": lambda model, g: spectreg.operator_norm(model[0], (1, 40, 40), tolerance=0.5, generator=g),
     "jacobian_norm": lambda model, g: spectreg.jacobian_norm(model, x, exact=False, tolerance=0.5, generator=g),
     "jacobian_frobenius_norm": lambda model, g: spectreg.jacobian_frobenius_norm(model, x, projections=1, generator=g),
     "perturbation_curve": lambda model, g: spectreg.perturbation_curve(
