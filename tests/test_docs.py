@@ -119,6 +119,20 @@ def test_kept_tables_are_compared_by_words_and_by_the_digits_that_are_written(tm
             assert_the_same_text("**held** 3 · −0.123, p = 2e-05", other)
 
 
+@pytest.mark.slow
+def test_the_tutorials_code_runs_as_it_stands_and_shows_what_the_page_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "svg")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(), re.S)
+    exec(compile("\n".join(blocks), "tutorial.md", "exec"), {})
+    assert "<svg" in (tmp_path / "tutorial-spectra.svg").read_text()
+    shown = capsys.readouterr().out
+    gaps = [float(gap) for gap in re.findall(r"gap (\S+)", shown)]
+    gradients = [float(gradient) for gradient in re.findall(r"gradient +(\S+)", shown)]
+    assert gaps == sorted(gaps, reverse=True)
+    assert gradients[1] < gradients[0] / 2
+
+
 def test_every_row_about_a_peer_names_a_test():
     lines = (ROOT / "docs/peers.md").read_text().splitlines()
     rows = [line for line in lines if line.startswith("| ") and not line.startswith(("| peer", "| asked for"))]

@@ -65,7 +65,9 @@ def layerwise_jacobian_penalty(
     Args:
         layers: The maps xˡ⁻¹ ↦ xˡ in order. Of an ``nn.Sequential`` each child with parameters begins one, and
             the children without (activations, pooling, flatten) belong to the one before.
-        x, projections, generator: As for ``jacobian_penalty``.
+        x: A batch of inputs. Not modified.
+        projections: As for ``jacobian_penalty``.
+        generator: As for ``jacobian_penalty``.
 
     >>> model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 1, bias=False))
     >>> for p in model.parameters():
