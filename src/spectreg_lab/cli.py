@@ -293,7 +293,8 @@ def train(
 def _show_epoch(metrics: dict) -> None:
     shown = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
     largest = max(metrics["sigma"].values())
-    typer.echo("  ".join(f"{key} {metrics[key]:.4g}" for key in shown) + f"  largest sigma {largest:.3g}")
+    numbers = "  ".join(f"{key} {metrics[key]:.4g}" for key in shown if key in metrics)
+    typer.echo(f"{numbers}  largest sigma {largest:.3g}")
 
 
 def _present(values: dict) -> dict:

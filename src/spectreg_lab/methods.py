@@ -30,6 +30,10 @@ class Method:
     def after_backward(self) -> None:
         """Called once a step, when the gradients are those of the whole batch."""
 
+    def estimates(self) -> dict[str, Tensor]:
+        """The method's own estimate of each weight's spectral norm, as of the last step; empty if it makes none."""
+        return {}
+
     def state(self) -> dict[str, Tensor]:
         """What the method must remember between steps."""
         return {}
@@ -102,6 +106,10 @@ class SpectralNorm(Method):
     def after_backward(self) -> None:
         """One power step and one rank-one update a weight."""
         self.regularizer.add_gradient()
+
+    def estimates(self) -> dict[str, Tensor]:
+        """σ as the regularizer has it: of the weights before the optimizer's last step."""
+        return self.regularizer.sigma()
 
     def state(self) -> dict[str, Tensor]:
         """The regularizer's state, as tensors by ``weight/part``."""

@@ -1,9 +1,11 @@
+import errno
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from spectreg_lab.settings.config import Data
 from spectreg_lab.storage.store import RunError, RunFolder
 from spectreg_lab.training.runs import run
+from spectreg_lab.training.train import Training
 
 METHODS = ("vanilla", "decay", "adversarial", "spectral")
 
@@ -71,6 +74,42 @@ def test_a_run_goes_on_after_an_interruption_in_this_process(tmp_path, tiny):
 
     with pytest.raises(KeyboardInterrupt):
         run(tiny(), tmp_path / "stopped", on_epoch=stop)
+    run(tiny(), tmp_path / "stopped")
+    run(tiny(), tmp_path / "whole")
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+
+
+def test_the_next_epoch_is_trained_while_one_is_written_and_a_run_ends_with_all_of_them_on_disk(
+    tmp_path, tiny, monkeypatch
+):
+    begun, save = threading.Event(), RunFolder.save
+
+    def slow_save(place, checkpoint):
+        assert begun.wait(60), "the second epoch waits for the first one's checkpoint"
+        save(place, checkpoint)
+
+    def epoch(training, number):
+        if number == 2:
+            begun.set()
+        return train_epoch(training, number)
+
+    train_epoch = Training.epoch
+    monkeypatch.setattr(RunFolder, "save", slow_save)
+    monkeypatch.setattr(Training, "epoch", epoch)
+    assert run(tiny(), tmp_path) == {"status": "finished"}
+    assert [line["epoch"] for line in RunFolder(tmp_path).metrics()] == [1, 2, 3]
+    assert RunFolder(tmp_path).resume().epoch == 3
+
+
+def test_an_epoch_that_cannot_be_written_stops_the_run_which_goes_on_when_it_can(tmp_path, tiny, monkeypatch):
+    def full(place, checkpoint):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(tiny(), tmp_path / "stopped")
+    assert RunFolder(tmp_path / "stopped").outcome() is None
     run(tiny(), tmp_path / "stopped")
     run(tiny(), tmp_path / "whole")
     assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")

@@ -3,8 +3,10 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
+from spectreg.weights.selection import named_weights
 from spectreg_lab.data import batches, load
 from spectreg_lab.settings.config import (
     NIN,
@@ -19,7 +21,8 @@ from spectreg_lab.settings.config import (
     Spectral,
     Vanilla,
 )
-from spectreg_lab.training.train import NonFiniteLossError, Training, evaluate, learning_rate, train
+from spectreg_lab.training.evaluation import evaluate, read, spectral_norms
+from spectreg_lab.training.train import NonFiniteLossError, Training, learning_rate, train
 
 pytestmark = pytest.mark.portable
 
@@ -39,7 +42,7 @@ def numbers(epoch):
 )
 def test_going_on_from_an_epoch_gives_the_very_numbers_of_never_having_stopped(tiny, fabric, method, model):
     data = Data(train_size=64, test_size=20, augmentation=Augmentation(pad=1, flip=True))
-    config = tiny(method, model=model, data=data, batch_size=16)
+    config = tiny(method, model=model, data=data, batch_size=16, evaluate_every=2)
     images = load(config.data)
     whole = list(train(config, images, fabric, None))
     for done in (1, 2):
@@ -104,11 +107,21 @@ def test_loss_and_accuracy_are_those_of_the_whole_split_in_evaluation_mode(tiny,
     config = tiny()
     training = Training(config, load(config.data), fabric)
     training.epoch(1)
-    loss, accuracy = evaluate(training.model, training.test, 7, fabric)
-    training.model.eval()
+    loss, correct = evaluate(training.model, training.test, 7, fabric)
+    assert not training.model.training
     scores = training.model(training.test.images)
-    assert loss == pytest.approx(cross_entropy(scores, training.test.labels).item(), rel=1e-5)
-    assert accuracy == (scores.argmax(1) == training.test.labels).double().mean().item()
+    assert loss.item() == pytest.approx(cross_entropy(scores, training.test.labels, reduction="sum").item(), rel=1e-5)
+    assert correct.item() == (scores.argmax(1) == training.test.labels).sum().item()
+
+
+def test_evaluating_less_often_leaves_out_evaluations_and_changes_nothing_else(tiny, fabric):
+    images = load(tiny().data)
+    often, seldom = (list(train(tiny(epochs=5, evaluate_every=n), images, fabric, None)) for n in (1, 3))
+    evaluated = {"train_loss", "train_accuracy", "test_loss", "test_accuracy"}
+    assert [evaluated & set(epoch.metrics) for epoch in seldom] == [set(), set(), evaluated, set(), evaluated]
+    for epoch, other in zip(seldom, often, strict=True):
+        assert numbers(epoch) == {key: value for key, value in numbers(other).items() if key in epoch.metrics}
+        assert all(torch.equal(epoch.tensors[key], other.tensors[key]) for key in other.tensors)
 
 
 def test_an_epoch_tells_loss_accuracy_rate_seconds_and_the_true_norm_of_every_layer(tiny, fabric):
@@ -121,6 +134,57 @@ def test_an_epoch_tells_loss_accuracy_rate_seconds_and_the_true_norm_of_every_la
         weight = epoch.tensors[f"model/{name}"]
         assert sigma == pytest.approx(np.linalg.svd(weight.flatten(1).double().numpy(), compute_uv=False)[0], rel=1e-5)
     assert len(epoch.metrics["sigma"]) == 4
+
+
+def weights_of_many_shapes():
+    model = nn.ModuleDict(
+        {
+            "wide": nn.Linear(9, 4),
+            "tall": nn.Linear(4, 9),
+            "same": nn.Linear(7, 4),
+            "kernel": nn.Conv2d(3, 5, 3),
+            "grouped": nn.Conv2d(4, 6, 3, groups=2),
+            "transposed": nn.ConvTranspose2d(3, 5, 2),
+            "zero": nn.Linear(3, 3),
+        }
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=generator)
+        model["zero"].weight.zero_()
+    return model
+
+
+def test_the_norms_of_an_epoch_are_those_of_an_svd_of_every_block():
+    model = weights_of_many_shapes()
+    found = read(spectral_norms(model))
+    assert list(found) == [weight.name for weight in named_weights(model)]
+    for weight in named_weights(model):
+        blocks = weight.map.matrices(weight.tensor.detach()).double().numpy()
+        assert found[weight.name] == pytest.approx(np.linalg.svd(blocks, compute_uv=False).max(), rel=1e-12, abs=1e-30)
+
+
+def test_the_norm_of_a_weight_that_is_not_finite_is_not_a_number_and_the_others_keep_theirs():
+    model = weights_of_many_shapes()
+    before = read(spectral_norms(model))
+    with torch.no_grad():
+        model["same"].weight[0, 0] = torch.inf
+    after = read(spectral_norms(model))
+    assert np.isnan(after.pop("same.weight"))
+    assert all(after[name] == before[name] for name in after)
+
+
+def test_spectral_records_its_own_estimates_beside_the_exact_norms(tiny, fabric):
+    images = load(tiny().data)
+    still = {"learning_rate": 1e-12, "epochs": 8}  # the weights stay where they are, so that estimates can converge
+    (*_, last) = train(tiny(Spectral(), **still), images, fabric, None)
+    exact, estimates = last.metrics["sigma"], last.metrics["sigma_estimate"]
+    assert list(estimates) == list(exact)
+    for name in exact:
+        assert 0.98 * exact[name] < estimates[name] < exact[name] * (1 + 1e-6), name
+    (*_, other) = train(tiny(Vanilla(), **still), images, fabric, None)
+    assert "sigma_estimate" not in other.metrics
 
 
 def test_spectral_lowers_every_norm_below_those_of_vanilla(tiny, fabric):
@@ -137,4 +201,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_epoch_and_cause(tiny, fabri
     with pytest.raises(
         NonFiniteLossError, match=r"epoch 1: the training (objective|loss) is (nan|inf); the learning rate 1e\+30"
     ):
+        list(train(config, load(config.data), fabric, None))
+
+
+def test_a_weight_that_is_not_finite_ends_the_run_though_no_evaluation_is_due(tiny, fabric, monkeypatch):
+    def epoch(training, number):
+        training.model[0][0].weight.data.fill_(torch.nan)
+        return torch.ones(())
+
+    monkeypatch.setattr(Training, "epoch", epoch)
+    config = tiny(epochs=4, evaluate_every=4)
+    with pytest.raises(NonFiniteLossError, match=r"epoch 1: the spectral norm of 0\.0\.weight is nan; the learning"):
         list(train(config, load(config.data), fabric, None))

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from typing import Annotated, Literal, TypeAlias, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 Positive: TypeAlias = Annotated[int, Field(gt=0)]
 Strength: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -14,6 +14,18 @@ class Setting(BaseModel):
     """A group of settings: immutable, and every key it does not know is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    added: ClassVar[tuple[str, ...]] = ()  # fields that older settings lack, whose defaults change nothing
+
+    @model_serializer(mode="wrap")
+    def _without_defaults_added_later(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A setting that was there before a field was added is written, and its run named, as it was then."""
+        defaults = {name: type(self).model_fields[name].default for name in self.added}
+        return {
+            key: value
+            for key, value in serialize(self).items()
+            if key not in defaults or getattr(self, key) != defaults[key]
+        }
 
 
 class VGG(Setting):
@@ -171,6 +183,11 @@ class Config(Setting):
     )
     precision: Precision = "32-true"
     measure: Measuring | None = Field(None, description="also measure sensitivity, curvature and spectra")
+    evaluate_every: Positive = Field(
+        1, description="epochs between evaluations of both whole splits; the last epoch always has one"
+    )
+
+    added: ClassVar[tuple[str, ...]] = ("evaluate_every",)
 
     @property
     def hash(self) -> str:

@@ -60,6 +60,7 @@ class Training(Setting):
     momentum: float = Field(0.9, ge=0, lt=1)
     micro_batch: Positive = 1024
     precision: Precision = "32-true"
+    evaluate_every: Positive = 1
 
 
 class Search(Setting):

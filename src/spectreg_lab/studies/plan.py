@@ -50,7 +50,8 @@ def _estimate(config: Config, runs: int) -> dict[str, object]:
     x, y = training.train.images[:BATCH], training.train.labels[:BATCH]
     per_image = min(_seconds(training, x, y) for _ in range(STEPS)) / len(y)
     seen = steps_per_epoch(sizes[0], config.batch_size) * min(config.batch_size, sizes[0])
-    epoch = per_image * (seen + sum(sizes) / 3)  # a forward pass over everything is about a third of a step
+    evaluated = sum(sizes) / config.evaluate_every
+    epoch = per_image * (seen + evaluated / 3)  # a forward pass over everything is about a third of a step
     return {
         "runs": runs,
         "parameters": sum(parameter.numel() for parameter in training.model.parameters()),

@@ -2,18 +2,22 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from torch import Tensor
 
 from spectreg_lab import data, measures, models
 from spectreg_lab.settings.config import Config, Measuring
 from spectreg_lab.storage.provenance import describe
 from spectreg_lab.storage.store import Checkpoint, RunError, RunFolder
 from spectreg_lab.training.devices import first_decides, one_device
+from spectreg_lab.training.memory import keep_freed_memory
 from spectreg_lab.training.train import Epoch, NonFiniteLossError, train
+from spectreg_lab.training.writer import Writer
 
 FAILURES = (NonFiniteLossError, data.DataError, ValueError, torch.OutOfMemoryError)
 
@@ -28,7 +32,8 @@ def run(
 
     Args:
         fabric: Where to train; one CPU process by default.
-        on_epoch: Called with each epoch's metrics, those already on disk included.
+        on_epoch: Called with each epoch's metrics, those already on disk included. A new epoch's may still be on
+            their way to the disk: they are written while the next epoch is trained.
 
     Returns:
         The outcome: ``{"status": "finished"}``, or ``{"status": "failed", "error": …}``.
@@ -69,15 +74,17 @@ def _train(
     for metrics in place.metrics() if first else ():
         on_epoch(metrics)
     outcome: dict[str, Any] = {"status": "finished"}
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
     try:
         images = data.load(config.data)
         resume = None if checkpoint is None else (checkpoint.epoch, checkpoint.tensors)
-        for epoch in train(config, images, fabric, resume):
-            if first:
-                metrics = epoch.metrics | _measures_due(config, epoch)
-                place.append(metrics)
-                place.save(Checkpoint(epoch.number, epoch.tensors))
-                on_epoch(metrics)
+        with Writer() as write:
+            for epoch in train(config, images, fabric, resume):
+                if first:
+                    metrics = epoch.metrics | _measures_due(config, epoch)
+                    write(partial(_store, place, metrics, epoch.tensors))
+                    on_epoch(metrics)
     except FAILURES as error:
         outcome = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
     if first:
@@ -85,6 +92,11 @@ def _train(
             outcome |= _measured(place, config, images, config.measure, fabric.device)
         place.end(**outcome)
     return outcome
+
+
+def _store(place: RunFolder, metrics: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    place.append(metrics)
+    place.save(Checkpoint(metrics["epoch"], tensors))
 
 
 def _measured(

@@ -13,16 +13,15 @@ from typing import Any, Literal
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from spectreg.weights.selection import named_weights
 from spectreg_lab import methods, models
-from spectreg_lab.data import Images, Split, batches, generator, steps_per_epoch
+from spectreg_lab.data import Images, batches, generator, steps_per_epoch
 from spectreg_lab.settings.config import Config
+from spectreg_lab.training.evaluation import evaluate, read, spectral_norms
 
 
 class NonFiniteLossError(Exception):
-    """The loss left the finite numbers: the run has failed."""
+    """The loss, or a weight, left the finite numbers: the run has failed."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class Training:
             if momentum is not None:
                 found[f"momentum/{name}"] = momentum
         found |= {f"method/{name}": value for name, value in self.method.state().items()}
-        return {name: value.detach().cpu().clone() for name, value in found.items()}
+        return {name: value.detach().to("cpu", copy=True) for name, value in found.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Go on from `tensors`."""
@@ -169,56 +168,46 @@ def train(
         training.load(tensors)
     for number in range(done + 1, config.epochs + 1):
         start = time.perf_counter()
-        objective = training.epoch(number).item()
+        objective = training.epoch(number)
+        objective.item()  # waits for the device: what follows is not training
         seconds = time.perf_counter() - start
-        metrics = {"epoch": number, "objective": objective, **_metrics(training, number, objective), "seconds": seconds}
-        here = Images(training.train, training.test, images.classes)
-        yield Epoch(number, metrics, training.tensors(), training.model, here)
+        metrics = {"epoch": number, **_metrics(training, number, objective), "seconds": seconds}
+        on_device = Images(training.train, training.test, images.classes)
+        yield Epoch(number, metrics, training.tensors(), training.model, on_device)
 
 
-def _metrics(training: Training, number: int, objective: float) -> dict[str, Any]:
+def _metrics(training: Training, number: int, objective: Tensor) -> dict[str, Any]:
     config, model = training.config, training.model
-    train_loss, train_accuracy = evaluate(model, training.train, config.micro_batch, training.fabric)
-    for name, value in (("objective", objective), ("loss", train_loss)):
-        if not math.isfinite(value):
+    due = number % config.evaluate_every == 0 or number == config.epochs
+    splits = {"train": training.train, "test": training.test} if due else {}
+    values = {"objective": objective}
+    for side, split in splits.items():
+        values[f"{side}_loss"], values[f"{side}_accuracy"] = evaluate(model, split, config.micro_batch, training.fabric)
+    parts = {"sigma": spectral_norms(model), "sigma_estimate": training.method.estimates()}
+    values |= {f"{part}/{name}": norm for part, norms in parts.items() for name, norm in norms.items()}
+    numbers = read(values)
+    _check_finite(config, number, numbers)
+    metrics: dict[str, Any] = {"objective": numbers["objective"]}
+    for side, split in splits.items():
+        metrics |= {key: numbers[key] / len(split) for key in (f"{side}_loss", f"{side}_accuracy")}
+    metrics["learning_rate"] = learning_rate(config, number)
+    return metrics | {
+        part: {name: numbers[f"{part}/{name}"] for name in norms} for part, norms in parts.items() if norms
+    }
+
+
+def _check_finite(config: Config, number: int, numbers: dict[str, float]) -> None:
+    names = {"objective": "training objective", "train_loss": "training loss"}
+    names |= {key: f"spectral norm of {key.removeprefix('sigma/')}" for key in numbers if key.startswith("sigma/")}
+    for key, name in names.items():
+        if not math.isfinite(numbers.get(key, 0.0)):
             raise NonFiniteLossError(
-                f"epoch {number}: the training {name} is {value}; the learning rate {config.learning_rate} is probably "
+                f"epoch {number}: the {name} is {numbers[key]}; the learning rate {config.learning_rate} is probably "
                 "too large for this network and batch size"
             )
-    test_loss, test_accuracy = evaluate(model, training.test, config.micro_batch, training.fabric)
-    return {
-        "train_loss": train_loss,
-        "train_accuracy": train_accuracy,
-        "test_loss": test_loss,
-        "test_accuracy": test_accuracy,
-        "learning_rate": learning_rate(config, number),
-        "sigma": spectral_norms(model),
-    }
 
 
 def learning_rate(config: Config, epoch: int) -> float:
     """The learning rate of an epoch, counted from 1: a tenth after half of the training, a hundredth after ¾ of it."""
     done = (epoch - 1) / config.epochs
     return config.learning_rate * 0.1 ** ((done >= 0.5) + (done >= 0.75))
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, split: Split, size: int, fabric: Fabric) -> tuple[float, float]:
-    """Mean loss and accuracy over a whole split, in evaluation mode and without augmentation."""
-    model.eval()
-    loss, correct = torch.zeros((), device=fabric.device), torch.zeros((), device=fabric.device)
-    for x, y in zip(split.images.split(size), split.labels.split(size), strict=True):
-        with fabric.autocast():
-            logits = model(x)
-        loss += cross_entropy(logits.float(), y, reduction="sum")
-        correct += (logits.argmax(1) == y).sum()
-    return loss.item() / len(split), correct.item() / len(split)
-
-
-@torch.no_grad()
-def spectral_norms(model: nn.Module) -> dict[str, float]:
-    """The exact spectral norm of every weight, for several blocks the largest."""
-    return {
-        weight.name: torch.linalg.matrix_norm(weight.map.matrices(weight.tensor), ord=2).max().item()
-        for weight in named_weights(model)
-    }
