@@ -32,7 +32,7 @@ portable: $(VENV)/dev.stamp ## tests of numbers again, as on a processor without
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem \
 		NPY_DISABLE_CPU_FEATURES="X86_V3 X86_V4 AVX512_ICL" $(BIN)/python -m pytest -q -n 2 -m portable tests
 
-benchmarks: $(VENV)/bench.stamp ## measure cost beside every peer and write docs/benchmarks.md (within 25 minutes)
+benchmarks: $(VENV)/bench.stamp ## measure cost beside every peer and write its pages (within 25 minutes)
 	$(BIN)/python -m benchmarks
 
 docs: $(VENV)/dev.stamp ## build the documentation into site/

@@ -1,6 +1,6 @@
-"""docs/benchmarks.md from results/benchmarks.jsonl: the goals, one plot, and a table for each benchmark.
+"""docs/benchmarks.md, what users ask, and results/benchmarks.md, every row: both from results/benchmarks*.jsonl.
 
-python -m benchmarks.page       writes the page anew from the lines that are there
+python -m benchmarks.page       writes both anew from the lines that are there
 """
 
 import importlib
@@ -14,14 +14,38 @@ from benchmarks.harness import RESULTS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
+EVERY_ROW = ROOT / "results" / "benchmarks.md"
 PLOT = "benchmarks.svg"
 Line = dict[str, Any]
 
-INTRODUCTION = """# Benchmarks
+SHORT = """# Benchmarks
 
-What spectreg costs, beside its peers and beside the floor that the hardware sets. `make benchmarks` measures all of it
-and writes this page from `results/benchmarks.jsonl`; nothing here is written by hand but what each benchmark is and why
-a row may fall behind.
+What the regularizer costs beside a training step, and beside other ways to the same end. Each number is the median of
+paired rounds, A B A B …, in one process on one thread; `make benchmarks` measures all of it in about 25 minutes. Every
+row, with quartiles, goals, and the reason for each goal that is missed, is in `results/benchmarks.md`.
+"""
+ASKED = {
+    "How much longer is a step with the penalty?": [
+        ("VGG-16, B = 64", "VGG: by itself", "add_gradient"),
+        ("the same, half steps", "VGG: whole steps of B=2", "half steps"),
+        ("the same, `every=8`", "VGG: by itself", "every=8"),
+        ("transformer 4 × 256, B = 64", "transformer 4 × 256: by itself", "add_gradient"),
+        ("NIN, B = 64", "NIN: by itself", "add_gradient"),
+        ("DenseNet-40, B = 64", "DenseNet: by itself", "add_gradient"),
+        ("MLP 5 × 1024, B = 64", "MLP 5 × 1024: by itself", "add_gradient"),
+    ],
+    "And with something else, on the VGG?": [
+        ("the floor: read each weight once, write its gradient once", "VGG: by itself", "floor"),
+        ("the same penalty by autograd", "VGG: whole steps of B=2", "autograd penalty"),
+        ("torch's `spectral_norm`", "VGG: whole steps of B=2", "torch's spectral_norm"),
+        ("an exact SVD of each weight", "VGG: by itself", "SVD penalty"),
+    ],
+    "How does it grow with the weights?": [
+        ("100 M parameters in 6 weights, beside the floor", "101 M in 6 × 4096²", "add_gradient"),
+        ("the same, half steps", "101 M in 6 × 4096²", "half steps"),
+    ],
+}
+FULL = """# Every row of the benchmarks
 
 How to read a row: both sides are timed in turn, A B A B …, n rounds after warm-up. The value is the median of the
 paired ratios or differences, followed by its quartiles. In **×** it is ours over the other's: below 1 ours is faster;
@@ -127,13 +151,38 @@ def elsewhere(folder: Path) -> Iterator[str]:
         yield f"### On another machine, before\n\n`results/{path.name}`: {origin(lines)}\n\n{goals(lines)}\n"
 
 
+def machine(lines: Sequence[Line]) -> str:
+    """What a record was measured on, for the head of a column."""
+    last = lines[-1]
+    return f"{last['machine'].removeprefix('Linux x86_64, ').partition(' Processor')[0]} ({last['commit'][:7]})"
+
+
+def answer(lines: Sequence[Line], case: str, subject: str) -> str:
+    """The first row of that case and subject beside a step or the floor; a dash where a record has none."""
+    beside = ("vanilla step", "floor")
+    own = (x for x in lines if x["case"].startswith(case) and x["subject"] == subject and x["against"] in beside)
+    row = next(own, None)
+    if row is None or row["value"] is None:
+        return "–"
+    value = row["value"]
+    return f"{value:.2f} ×" if row["unit"] == "×" else f"{value:+.{0 if value >= 10 else 1 if value >= 1 else 2}f} %"
+
+
+def short(records: Sequence[Sequence[Line]]) -> str:
+    """One screen: what users ask, a column for each record."""
+    parts = [SHORT]
+    for question, rows in ASKED.items():
+        parts += [f"| {question} | {' | '.join(map(machine, records))} |", "|---" * (1 + len(records)) + "|"]
+        for words, case, subject in rows:
+            parts.append(f"| {words} | {' | '.join(answer(lines, case, subject) for lines in records)} |")
+        parts.append("")
+    parts += [f"![Time against error]({PLOT})\n", "*The norm of a convolution itself, by every way to it.*\n"]
+    return "\n".join(parts)
+
+
 def page(lines: Sequence[Line]) -> str:
-    """The whole page."""
-    parts = [INTRODUCTION, "## Goals\n", goals(lines) + "\n", *elsewhere(RESULTS.parent)]
-    parts += [
-        f"![Time against error]({PLOT})\n",
-        "*The norm of a convolution, by every way to it; the table is below.*\n",
-    ]
+    """Every row."""
+    parts = [FULL, "## Goals\n", goals(lines) + "\n", *elsewhere(RESULTS.parent)]
     for benchmark in dict.fromkeys(line["benchmark"] for line in lines):
         own = [line for line in lines if line["benchmark"] == benchmark]
         parts += [f"## {title(benchmark)}\n", about(benchmark), "\n".join(table(own)) + "\n", origin(own) + "\n"]
@@ -181,11 +230,12 @@ def plot(lines: Sequence[Line], path: Path) -> None:
     plt.close(figure)
 
 
-def write(results: Path = RESULTS, target: Path = PAGE) -> None:
-    """The page and its plot, from the lines."""
+def write(results: Path = RESULTS, target: Path = PAGE, full: Path = EVERY_ROW) -> None:
+    """Both pages and the plot, from the lines."""
     lines = read(results)
     plot(lines, target.with_name(PLOT))
-    target.write_text(page(lines))
+    target.write_text(short([lines, *map(read, sorted(results.parent.glob("benchmarks-*.jsonl")))]))
+    full.write_text(page(lines))
 
 
 if __name__ == "__main__":
