@@ -8,6 +8,7 @@ from spectreg.measures.generalization import generalization_gap
 from spectreg.measures.hessian import hessian_top_eigenvalues
 from spectreg.measures.input_gradient import input_gradient_norm
 from spectreg.measures.jacobian import jacobian_frobenius_norm, jacobian_norm
+from spectreg.measures.losses import BatchLoss
 from spectreg.measures.perturbation import perturbation_curve
 from spectreg.measures.spectra import singular_values
 from spectreg.regularizer import SpectralNormRegularizer
@@ -15,6 +16,7 @@ from spectreg.weights.input_sizes import input_sizes
 from spectreg.weights.selection import named_weights
 
 __all__ = [
+    "BatchLoss",
     "SpectralNormRegularizer",
     "adversarial_loss",
     "generalization_gap",

@@ -66,14 +66,11 @@ def first_output(output, y):
 ONE = [(torch.zeros(1, 1), torch.zeros(1))]
 
 
-@pytest.mark.parametrize("method", ["lanczos", "power"])
 @pytest.mark.parametrize("k", [1, 3])
-def test_the_eigenvalues_are_those_of_the_dense_hessian(method, k):
+def test_the_eigenvalues_are_those_of_the_dense_hessian(k):
     model, (x, y) = network(), examples()
     truth = torch.linalg.eigvalsh(dense_hessian(model, x, y)).flip(0)[:k]
-    measured = hessian_top_eigenvalues(
-        model, F.cross_entropy, [(x, y)], k, tolerance=1e-8, max_products=20000, method=method
-    )
+    measured = hessian_top_eigenvalues(model, F.cross_entropy, [(x, y)], k, tolerance=1e-8, max_products=20000)
     assert measured.converged
     torch.testing.assert_close(torch.tensor(measured.values, dtype=torch.float64), truth, rtol=1e-10, atol=0)
 
@@ -100,14 +97,11 @@ def test_scipy_on_curvlinops_agrees_and_needs_no_fewer_products():
     assert ours.products <= len(counted)
 
 
-@pytest.mark.parametrize("method", ["lanczos", "power"])
 @pytest.mark.parametrize(
     "spectrum", [(-9.0, 1.0, 4.0, 2.0), (-3.0, -2.0, -1.0), (5.0, -5.0, 1.0), (0.0, 0.0, 0.0), (7.0, 7.0, 1.0)]
 )
-def test_the_largest_algebraic_eigenvalue_is_found_also_where_a_negative_one_dominates(method, spectrum):
-    measured = hessian_top_eigenvalues(
-        with_spectrum(*spectrum), first_output, ONE, tolerance=1e-6, max_products=5000, method=method
-    )
+def test_the_largest_algebraic_eigenvalue_is_found_also_where_a_negative_one_dominates(spectrum):
+    measured = hessian_top_eigenvalues(with_spectrum(*spectrum), first_output, ONE, tolerance=1e-6, max_products=5000)
     assert measured.converged
     assert measured.values[0] == pytest.approx(max(spectrum), abs=1e-9)
 
@@ -169,8 +163,7 @@ def test_a_long_run_in_float32_loses_no_digits_it_claims(k):
         assert min(abs(value - s) for s in spectrum) <= residual + 2e-5
 
 
-@pytest.mark.parametrize("method", ["lanczos", "power"])
-def test_an_interrupt_passes_through_and_is_no_result(method):
+def test_an_interrupt_passes_through_and_is_no_result():
     calls = []
 
     class Interrupted(Quadratic):
@@ -182,7 +175,7 @@ def test_an_interrupt_passes_through_and_is_no_result(method):
 
     model = Interrupted(with_spectrum(*torch.linspace(-1, 1, 50).tolist()).A)
     with pytest.raises(KeyboardInterrupt):
-        hessian_top_eigenvalues(model, first_output, ONE * 2, tolerance=1e-9, method=method)
+        hessian_top_eigenvalues(model, first_output, ONE * 2, tolerance=1e-9)
 
 
 def test_frozen_parameters_are_left_out():
@@ -209,8 +202,7 @@ def test_an_attention_layer_has_a_hessian():
         ({"batches": []}, "batches is empty"),
         ({"batches": iter([examples()])}, "batches can be read only once"),
         ({"tolerance": 0.0}, "tolerance is 0.0"),
-        ({"method": "magic"}, "method is 'magic'"),
-        ({"loss_fn": lambda o, t: o}, r"shape \(1, 3\): it must be a scalar"),
+        ({"loss_fn": lambda o, t: o}, r"shape \(\d+, 3\): it must be a scalar"),
         ({"loss_fn": lambda o, t: o.detach().sum()}, "does not depend on the parameters"),
         ({"loss_fn": lambda o, t: o.sum() * o.sum() * float("nan")}, "not finite"),
     ],

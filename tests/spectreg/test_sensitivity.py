@@ -60,7 +60,7 @@ def test_the_standard_error_of_a_single_example_is_not_a_number():
         ([], F.cross_entropy, "batches is empty"),
         ([examples(0)], F.cross_entropy, "batches is empty"),
         ([torch.zeros(2, 5)], F.cross_entropy, r"gave Tensor: each batch must be a pair \(inputs, targets\)"),
-        ([examples()], lambda o, y: o, r"shape \(1, 3\): it must be a scalar"),
+        ([examples()], lambda o, y: o, r"shape \(\d+, 3\): it must be a scalar"),
         ([examples()], lambda o, y: o.argmax().double(), "does not depend on x"),
         ([(torch.ones(2, 5, dtype=torch.int64), torch.zeros(2))], F.cross_entropy, "x has dtype torch.int64"),
     ],

@@ -1,21 +1,28 @@
 """Adversarial training with the single ℓ2 step of Eq. (3)."""
 
 import math
+from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from spectreg.baselines.buffers import without_updates
+from spectreg.baselines.buffers import kept_buffers
 from spectreg.linalg.directions import unit
-from spectreg.measures._losses import LossFunction, differentiable_input, gradient_by_input
+from spectreg.measures._examples import example_dimension
+from spectreg.measures._forms import PairLoss, WholeLoss, call, loss_of
+from spectreg.measures._inputs import differentiable_input, gradient_by_input, with_input
+from spectreg.measures._nested import tensors
+from spectreg.measures._outputs import output_of
+from spectreg.measures._terms import LossFunction, scalar
+from spectreg.measures.losses import BatchLoss
 
 
 def adversarial_loss(
     model: nn.Module,
-    loss_fn: LossFunction,
-    x: Shaped[Tensor, "batch ..."],
-    y: Tensor,
+    loss_fn: LossFunction | BatchLoss,
+    x: Any,
+    y: Any = None,
     epsilon: float = 1.0,
     alpha: float = 0.5,
 ) -> Float[Tensor, ""]:
@@ -29,8 +36,9 @@ def adversarial_loss(
     normalization makes g of an example depend on its batch; dropout draws a new mask for each forward.
 
     Args:
-        loss_fn: Called as ``loss_fn(model(x), y)``; a scalar, the mean or the sum over the batch.
-        x: A batch of inputs. Not modified; nothing is ever left in ``x.grad``.
+        loss_fn: Called as ``loss_fn(model(x), y)``; a scalar. Or a `BatchLoss`, with the whole batch as ``x``.
+        x: A batch of inputs. Not modified; nothing is ever left in ``x.grad``. Examples lie along its first dimension,
+            or along the second where outputs depend on several places of the first (time).
         epsilon: The ℓ2 length of η, in the units of ``x`` (the paper: 1).
         alpha: The share of the unperturbed loss, from 0 to 1 (the paper: 0.5).
 
@@ -51,9 +59,32 @@ def adversarial_loss(
         raise ValueError(f"epsilon is {epsilon}: a perturbation needs a finite length of 0 or more.")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}: the share of the unperturbed loss lies between 0 and 1.")
+    loss = loss_of(loss_fn)
+    batch = x if isinstance(loss, WholeLoss) else (x, y)
+    place = loss.place(batch)
     with torch.enable_grad():
-        clean = differentiable_input(x)
-        clean_loss = loss_fn(model(clean), y)
-        eta = epsilon * unit(gradient_by_input(clean_loss, clean, retain_graph=True))
-        perturbed_loss = loss_fn(without_updates(model, x.detach() + eta), y)
+        clean = differentiable_input(batch[place])
+        with output_of(model) as outputs:
+            clean_loss = batch_loss(model, loss, with_input(batch, place, clean))
+        d = dimension(clean, outputs.last)
+        g = gradient_by_input(clean_loss, clean, retain_graph=True)
+        eta = epsilon * unit(g.movedim(d, 0)).movedim(0, d)
+        with kept_buffers(model):
+            perturbed_loss = batch_loss(model, loss, with_input(batch, place, clean.detach() + eta))
     return alpha * clean_loss + (1 - alpha) * perturbed_loss
+
+
+def batch_loss(model: nn.Module, loss: PairLoss | WholeLoss, batch: Any) -> Tensor:
+    """The loss as the function gives it, whatever it is the mean or the sum of."""
+    if isinstance(loss, PairLoss):
+        return loss.of(call(model, batch[0]), batch[1])
+    result = loss.given.function(model, batch)
+    return scalar(result[0] if isinstance(result, tuple) else result)
+
+
+def dimension(x: Tensor, output: Any) -> int:
+    """Where the examples lie; asks the graph, at the price of backwards, only where the shapes leave it open."""
+    y = next((t for t in tensors(output) if t.ndim), None)
+    if x.ndim == 2 or y is None or (x.ndim == 4 and len(y) == len(x) and y.shape[1:2] != x.shape[1:2]):
+        return 0
+    return example_dimension(x, output) or 0

@@ -7,7 +7,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from spectreg.baselines.buffers import without_updates
-from spectreg.measures._losses import differentiable_input
+from spectreg.measures._inputs import differentiable_input
 from spectreg.measures.jacobian import flat_output, jacobian_rows
 
 

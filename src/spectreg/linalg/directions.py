@@ -6,12 +6,21 @@ from torch import Tensor
 
 
 def lengths(x: Shaped[Tensor, "batch ..."]) -> Shaped[Tensor, " batch"]:
-    """The ℓ2 norm of each example.
+    """The ℓ2 norm of each example, also where squares of its entries would underflow or overflow.
 
-    >>> lengths(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
-    tensor([5., 0.])
+    >>> lengths(torch.tensor([[3.0, 4.0], [0.0, 0.0], [3e-30, 4e-30]]))
+    tensor([5.0000e+00, 0.0000e+00, 5.0000e-30])
     """
-    return torch.linalg.vector_norm(x.flatten(1), dim=1)
+    if x.numel() == 0:
+        return x.new_zeros(len(x))
+    x = x.reshape(len(x), -1)
+    largest = x.detach().abs().amax(1).clamp_min(torch.finfo(x.dtype).tiny)
+    return largest * torch.linalg.vector_norm(x / largest[:, None], dim=1)
+
+
+def length(x: Tensor) -> Tensor:
+    """The ℓ2 norm of all of ``x``, as `lengths` takes it."""
+    return lengths(x.reshape(1, -1))[0]
 
 
 def along(x: Tensor, scale: Tensor) -> Tensor:

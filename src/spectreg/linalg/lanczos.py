@@ -44,52 +44,44 @@ def lanczos(
     basis_size: int | None = None,
     every: int = 1,
 ) -> Eigenvalues:
-    """The ``k`` largest eigenvalues of ``A`` by Lanczos from ``start``, reorthogonalized, with thick restarts.
+    """The ``k`` largest eigenvalues of ``A`` by Lanczos from ``start``.
 
-    Stops at the first product after which the goal is met; looks only after ``every``
-    products, which pays where one costs no more than an eigendecomposition of the basis. An eigenvalue that occurs
-    more than once may be found once. Holds ``basis_size + 1`` vectors (thick restart: Wu & Simon, SIAM J. Matrix Anal.
-    Appl. 22, 2000); for k = 1 only three, see ``lanczos_largest``.
+    An eigenvalue that occurs more than once may be found once. The units of A do not matter. Holds ``basis_size + 1``
+    vectors; for k = 1 only three.
+
+    Args:
+        every: Looks at the values after so many products, which pays where one costs no more than an
+            eigendecomposition of the basis; 1 stops at the first product after which the goal is met.
 
     >>> A = torch.diag(torch.tensor([-9.0, 1.0, 2.0, 4.0]))
-    >>> found = lanczos(A.mv, torch.ones(4), Goal(2, 1e-6, 100), torch.Generator().manual_seed(0))
-    >>> [round(value, 5) for value in found.values]
+    >>> largest = lanczos(A.mv, torch.ones(4), Goal(2, 1e-6, 100), torch.Generator().manual_seed(0))
+    >>> [round(value, 5) for value in largest.values]
     [4.0, 2.0]
     """
-    k, n = goal.k, start.numel()
-    if k == 1:
+    if goal.k == 1:
         return lanczos_largest(A, start, goal)
-    size = min(n, basis_size or max(2 * k + 2, 32))
-    Q = start.new_empty(size + 1, n)
-    T = torch.zeros(size, size, dtype=torch.float64)
-    Q[0] = normalised(start)
-    best, j, scale = Eigenvalues((), (), 0, False), 0, 0.0
-    for product in range(1, goal.max_products + 1):
-        w = A(Q[j])
-        h, beta = orthogonalise(w, Q[: j + 1])
-        T[: j + 1, j] = T[j, : j + 1] = h.to(T)
-        scale = max(scale, torch.linalg.vector_norm(h).item())
-        beta = 0.0 if beta <= 4 * torch.finfo(w.dtype).eps * scale else beta  # the space reached is invariant
-        if product % every == 0 or not beta or j + 1 == size or product == goal.max_products:
-            theta, S = torch.linalg.eigh(T[: j + 1, : j + 1])
-            best = ritz_values(theta, beta * S[-1].abs(), goal, product, torch.finfo(w.dtype).eps)
-            if best.converged:
-                return best
-        following = w / beta if beta else fresh_direction(start, Q[: j + 1], generator)
-        j += 1
-        if j == size:
-            j = restart(Q, T, theta, S, keep=k + (size - k) // 2)
-        Q[j] = following
-    return best
+    return ThickRestart(start, goal, generator, basis_size).run(A, every)
 
 
-def ritz_values(theta: Tensor, residuals: Tensor, goal: Goal, product: int, eps: float) -> Eigenvalues:
-    """The ``k`` largest of ascending ``theta`` with their residuals, and whether these are small enough."""
-    floor = 10 * eps * theta.abs().max().item()
-    found = min(goal.k, len(theta))
-    best, away = descending(theta, found), descending(residuals, found)
-    met = all(r <= max(goal.tolerance * abs(t), floor) for t, r in zip(best, away, strict=True))
-    return Eigenvalues(best, away, product, found == goal.k and met)
+class Scaled:
+    """``A`` divided by a power of two near the largest entry of its first product that is not zero."""
+
+    def __init__(self, A: Operator) -> None:
+        self.A = A
+        self.scale = 1.0
+        self.known = False
+
+    def __call__(self, v: Tensor) -> Tensor:
+        w = self.A(v)
+        if not self.known:
+            largest = w.abs().max().item()
+            self.known = 0 < largest < math.inf
+            self.scale = 2.0 ** math.frexp(largest)[1] if self.known else 1.0
+        return w / self.scale
+
+    def unscaled(self, found: Eigenvalues) -> Eigenvalues:
+        values, residuals = (tuple(self.scale * x for x in numbers) for numbers in (found.values, found.residuals))
+        return Eigenvalues(values, residuals, found.products, found.converged)
 
 
 def lanczos_largest(A: Operator, start: Float[Tensor, " n"], goal: Goal) -> Eigenvalues:
@@ -101,35 +93,91 @@ def lanczos_largest(A: Operator, start: Float[Tensor, " n"], goal: Goal) -> Eige
     >>> round(lanczos_largest(A.mv, torch.ones(4), Goal(1, 1e-6, 100)).values[0], 5)
     4.0
     """
+    A = Scaled(A)
     previous, v, beta = torch.zeros_like(start), normalised(start), 0.0
     alphas: list[float] = []
     betas: list[float] = []
-    best = Eigenvalues((), (), 0, False)
-    for j in range(goal.max_products):
+    eps = torch.finfo(start.dtype).eps
+    for product in range(1, goal.max_products + 1):
         w = A(v) - beta * previous
-        alpha = torch.dot(v, w).item()
-        w = w.sub_(v, alpha=alpha)
+        alphas.append(torch.dot(v, w).item())
+        w = w.sub_(v, alpha=alphas[-1])
         beta = finite_length(w)
-        alphas.append(alpha)
-        if j < 50 or j % 10 == 9 or j + 1 == goal.max_products:
+        if product <= 50 or product % 10 == 0 or product == goal.max_products:
             T = torch.diag(torch.tensor(alphas, dtype=torch.float64))
             T += torch.diag(torch.tensor(betas, dtype=torch.float64), -1)
             theta, S = torch.linalg.eigh(T, UPLO="L")
-            best = ritz_values(theta, beta * S[-1].abs(), goal, j + 1, torch.finfo(w.dtype).eps)
+            best = ritz_values(theta, beta * S[-1].abs(), goal, product, eps)
             if best.converged:
-                return best
+                break
         betas.append(beta)
         previous, v = v, w / beta
-    return best
+    return A.unscaled(best)
 
 
-def descending(values: Tensor, count: int) -> tuple[float, ...]:
-    """The last ``count`` of ascending ``values``, last first, as numbers."""
-    return tuple(values[-count:].flip(0).tolist())
+class ThickRestart:
+    """Lanczos with full reorthogonalization on a basis of a fixed size (Wu & Simon, SIAM J. Matrix Anal. 22, 2000).
+
+    The rows of ``Q`` are the basis, ``T`` is the operator in it. When the basis is full, its best Ritz vectors begin
+    the next one.
+    """
+
+    def __init__(
+        self, start: Float[Tensor, " n"], goal: Goal, generator: torch.Generator, basis_size: int | None = None
+    ) -> None:
+        self.size = min(len(start), basis_size or max(2 * goal.k + 2, 32))
+        self.Q = start.new_empty(self.size + 1, len(start))
+        self.Q[0] = normalised(start)
+        self.T = torch.zeros(self.size, self.size, dtype=torch.float64)
+        self.goal, self.generator = goal, generator
+        self.eps = torch.finfo(start.dtype).eps
+
+    def run(self, A: Operator, every: int) -> Eigenvalues:
+        """The values after the first look that meets the goal, or after the last product."""
+        A = Scaled(A)
+        j, largest = 0, 0.0
+        for product in range(1, self.goal.max_products + 1):
+            w = A(self.Q[j])
+            h, beta = orthogonalise(w, self.Q[: j + 1])
+            self.T[: j + 1, j] = self.T[j, : j + 1] = h.to(self.T)
+            largest = max(largest, torch.linalg.vector_norm(h).item())
+            if beta <= 4 * self.eps * largest:  # the basis spans an invariant space
+                beta = 0.0
+            j += 1
+            full = j == self.size
+            if full or not beta or product % every == 0 or product == self.goal.max_products:
+                theta, S = torch.linalg.eigh(self.T[:j, :j])
+                best = ritz_values(theta, beta * S[-1].abs(), self.goal, product, self.eps)
+                if best.converged:
+                    break
+            following = w / beta if beta else self.fresh_direction(j)
+            if full:
+                j = self.restart(theta, S)
+            self.Q[j] = following
+        return A.unscaled(best)
+
+    def restart(self, theta: Tensor, S: Tensor) -> int:
+        """Shrink the basis to its best Ritz vectors; returns how many they are."""
+        keep = min(self.goal.k + (self.size - self.goal.k) // 2, self.size - 1)
+        self.Q[:keep] = S[:, -keep:].T.to(self.Q) @ self.Q[: self.size]
+        self.T.zero_()
+        self.T[:keep, :keep] = torch.diag(theta[-keep:])
+        return keep
+
+    def fresh_direction(self, j: int) -> Tensor:
+        """A random unit vector orthogonal to the first ``j`` vectors of the basis."""
+        v = gaussian_like(self.Q[0], self.generator)
+        orthogonalise(v, self.Q[:j])
+        return normalised(v)
 
 
-def normalised(v: Tensor) -> Tensor:
-    return v / torch.linalg.vector_norm(v)
+def ritz_values(theta: Tensor, residuals: Tensor, goal: Goal, product: int, eps: float) -> Eigenvalues:
+    """The ``k`` largest of ascending ``theta`` with their residuals, and whether these are small enough."""
+    count = min(goal.k, len(theta))
+    floor = 10 * eps * theta.abs().max().item()
+    values, away = (tuple(x[-count:].flip(0).tolist()) for x in (theta, residuals))
+    met = all(r <= max(goal.tolerance * abs(t), floor) for t, r in zip(values, away, strict=True))
+    return Eigenvalues(values, away, product, count == goal.k and met)
 
 
 def orthogonalise(w: Tensor, Q: Tensor) -> tuple[Tensor, float]:
@@ -151,17 +199,5 @@ def finite_length(w: Tensor) -> float:
     return length
 
 
-def fresh_direction(like: Tensor, Q: Tensor, generator: torch.Generator) -> Tensor:
-    """A random unit vector orthogonal to the rows of ``Q``."""
-    v = gaussian_like(like, generator)
-    orthogonalise(v, Q)
-    return normalised(v)
-
-
-def restart(Q: Tensor, T: Tensor, theta: Tensor, S: Tensor, keep: int) -> int:
-    """Shrinks the basis to the ``keep`` best Ritz vectors; returns how many they are."""
-    keep = min(keep, len(theta) - 1)
-    Q[:keep] = S[:, -keep:].T.to(Q) @ Q[: len(theta)]
-    T.zero_()
-    T[:keep, :keep] = torch.diag(theta[-keep:])
-    return keep
+def normalised(v: Tensor) -> Tensor:
+    return v / torch.linalg.vector_norm(v)

@@ -7,15 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Batches = Iterable[Any]  # of pairs (inputs, targets), as tuples or as the lists that a DataLoader gives
+from spectreg.measures._nested import mapped, tensors
+
+Batches = Iterable[Any]
 
 
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[nn.Module]:
     """Evaluation mode inside; afterwards every mode, buffer and the global generators are as they were.
 
-    Sets the ``training`` flags themselves: ``train()`` has side effects in some models (merged adapters). A parameter
-    that is not finite is refused by name; buffers may hold an infinite mask.
+    Sets the ``training`` flags themselves: ``train()`` has side effects in some models (merged adapters). Inference
+    mode is left for the time inside, since nothing can be differentiated in it. A parameter without values, or one
+    that is not finite, is refused by name; buffers may hold an infinite mask.
 
     >>> model = nn.BatchNorm1d(3)
     >>> with as_found(model):
@@ -24,14 +27,15 @@ def as_found(model: nn.Module) -> Iterator[nn.Module]:
     >>> model.training
     True
     """
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise ValueError(f"parameter {name!r} has entries that are NaN or infinite: there is nothing to measure.")
+    check_values(model)
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     device = device_of(model)
-    with torch.random.fork_rng(
-        [] if device.type == "cpu" else [device], device_type="cuda" if device.type == "cpu" else device.type
+    with (
+        torch.inference_mode(False),
+        torch.random.fork_rng(
+            [] if device.type == "cpu" else [device], device_type="cuda" if device.type == "cpu" else device.type
+        ),
     ):
         try:
             for module, _ in modes:
@@ -46,6 +50,25 @@ def as_found(model: nn.Module) -> Iterator[nn.Module]:
                         buffer.copy_(before)
 
 
+def check_values(model: nn.Module) -> None:
+    """Raise unless every parameter and buffer has values, and parameters finite ones."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in (*parameters.items(), *model.named_buffers()):
+        kind = "parameter" if name in parameters else "buffer"
+        if tensor.is_meta:
+            raise ValueError(
+                f"{kind} {name!r} is on the meta device and has no values: offloaded to disk or CPU by accelerate, or "
+                "never loaded. Load the whole model onto one device (without device_map or with {'': 'cpu'})."
+            )
+        if tensor.is_inference():
+            raise ValueError(
+                f"{kind} {name!r} was made in torch.inference_mode(), so nothing can be differentiated by it. "
+                "Build or load the model outside of it."
+            )
+        if name in parameters and not tensor.isfinite().all():
+            raise ValueError(f"parameter {name!r} has entries that are NaN or infinite: there is nothing to measure.")
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter or buffer lives; the CPU for a model without any."""
     for tensor in (*model.parameters(), *model.buffers()):
@@ -53,15 +76,22 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def batches_on(device: torch.device, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches one by one on ``device``; an error names an empty loader or something that is no pair."""
+def batches_on(device: torch.device, batches: Batches) -> Iterator[Any]:
+    """The batches one by one on ``device``, without those that have no example; an error if none is left."""
     empty = True
     for batch in batches:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise ValueError(f"batches gave {type(batch).__name__}: each batch must be a pair (inputs, targets).")
-        x, y = batch
-        if len(x):
+        if examples_in(batch):
             empty = False
-            yield x.to(device), y.to(device)
+            yield mapped(lambda x: moved(x, device), batch)
     if empty:
         raise ValueError("batches is empty: there is no example to measure. A generator can be read only once.")
+
+
+def examples_in(batch: Any) -> int:
+    """The length of the batch's first tensor that has one."""
+    return next((len(x) for x in tensors(batch) if x.ndim), 1)
+
+
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` on ``device``, as a tensor that can be differentiated where it was made in inference mode."""
+    return x.to(device).clone() if x.is_inference() else x.to(device)

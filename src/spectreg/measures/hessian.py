@@ -1,57 +1,61 @@
 """Measure: the largest eigenvalues of the loss Hessian (Figure 3 of arXiv:1705.10941)."""
 
+import math
+import sys
 from collections.abc import Iterator, Sized
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.weight_norm import WeightNorm
 
-from spectreg.linalg.directions import gaussian_like, own_generator
+from spectreg.linalg.directions import gaussian_like, length, own_generator
 from spectreg.linalg.lanczos import Eigenvalues, Goal, Operator, lanczos
-from spectreg.linalg.shifted_power import shifted_power
-from spectreg.measures._losses import LossFunction, example_losses
+from spectreg.measures._forms import PairLoss, WholeLoss, loss_of
 from spectreg.measures._model import Batches, as_found, batches_on, device_of
+from spectreg.measures._terms import LossFunction
+from spectreg.measures.losses import BatchLoss
 
 
 def hessian_top_eigenvalues(
     model: nn.Module,
-    loss_fn: LossFunction,
+    loss_fn: LossFunction | BatchLoss,
     batches: Batches,
     k: int = 1,
     *,
     tolerance: float = 1e-3,
     max_products: int = 500,
-    method: str = "lanczos",
     generator: torch.Generator | None = None,
 ) -> Eigenvalues:
     """The ``k`` largest algebraic eigenvalues of the Hessian of the mean loss by the parameters.
 
-    The mean is over all examples of all batches, in evaluation mode; the parameters are those with ``requires_grad``.
-    One batch is in memory at a time (a single batch keeps its graph between products). The model is left as found.
+    The loss is the one that ``loss_fn`` would give for all examples as one batch: class weights, ignored targets and
+    the number of terms in each batch count as they do there. A sum is divided by the number of targets. Evaluation
+    mode; the parameters are those with ``requires_grad``. One batch is in memory at a time (a single batch keeps its
+    graph between products). The model is left as found.
 
     Args:
-        loss_fn: Called as ``loss_fn(output[None], target[None])`` under ``torch.vmap``; a scalar.
+        loss_fn: Called as ``loss_fn(model(x), y)``; a scalar, the mean or the sum of terms. Or a `BatchLoss`.
         batches: Pairs (inputs, targets), read once a product: a list or a loader that gives the same examples again.
         tolerance: Each residual ‖Hv − θv‖₂ is to be at most this share of |θ|.
         max_products: Passes over the batches at most.
-        method: ``"lanczos"``, or ``"power"``, the paper's iteration, shifted where the dominant eigenvalue is negative.
         generator: Draws the first vector; by default a private one with seed 0.
 
     Returns:
         Values in units of the loss, residuals, products and a flag.
 
     Raises:
-        ValueError: No example, k out of range, a loss that does not depend on the parameters, a non-finite product.
+        ValueError: No example, k out of range, a loss that does not depend on the parameters or is neither a mean nor
+            a sum, a second derivative that is not symmetric, sharded parameters, a non-finite product.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> batch = (torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1))
     >>> hessian_top_eigenvalues(model, nn.functional.mse_loss, [batch]).values  # 2·(1 + 9)/2
     (10.0,)
     """
-    solvers = {"lanczos": lanczos, "power": shifted_power}
-    if method not in solvers:
-        raise ValueError(f"method is {method!r}: it must be 'lanczos' or 'power'.")
     parameters = [p for p in model.parameters() if p.requires_grad]
     n = sum(p.numel() for p in parameters)
     if not 1 <= k <= n:
@@ -60,59 +64,77 @@ def hessian_top_eigenvalues(
         raise ValueError(
             f"tolerance is {tolerance}, max_products {max_products}: use 0 < tolerance < 1 and at least 1."
         )
+    refuse_sharded(model)
     like = torch.cat([p.detach().flatten()[:0] for p in parameters])
     like = like.new_zeros(n, dtype=torch.promote_types(like.dtype, torch.float32))
     # The fused attention kernels have no second derivative.
     with as_found(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        product = hessian_product(model, loss_fn, batches, parameters)
         generator = own_generator(generator)
-        return solvers[method](product, gaussian_like(like, generator), Goal(k, tolerance, max_products), generator)
+        start = gaussian_like(like, generator)
+        product = hessian_product(model, loss_fn, batches, parameters)
+        return lanczos(product, start, Goal(k, tolerance, max_products), generator)
 
 
 def hessian_product(
-    model: nn.Module, loss_fn: LossFunction, batches: Batches, parameters: list[nn.Parameter]
+    model: nn.Module, loss_fn: LossFunction | BatchLoss, batches: Batches, parameters: list[nn.Parameter]
 ) -> Operator:
     """``v ↦ Hv`` for the Hessian of the mean loss over all examples; v and Hv are flat."""
     if isinstance(batches, Iterator):
         raise ValueError(
             "batches can be read only once, the Hessian needs several passes. Give a list or a DataLoader."
         )
-    kept = list(batch_gradients(model, loss_fn, batches, parameters)) if is_single(batches) else None
-    sizes = [p.numel() for p in parameters]
+    loss = loss_of(loss_fn)
+    first = next(batch_gradients(model, loss, batches, parameters), None)
+    if first is None:
+        raise ValueError("no target counts in the loss: it has no Hessian.")
+    refuse_asymmetric(model, first.gradients, parameters)
+    kept = [first] if isinstance(batches, Sized) and len(batches) == 1 else None
+    del first
 
     def product(v: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        direction = [part.view_as(p).to(p.dtype) for part, p in zip(v.split(sizes), parameters, strict=True)]
-        total, examples = torch.zeros_like(v), 0
-        for gradients, count in batch_gradients(model, loss_fn, batches, parameters) if kept is None else kept:
-            total += product_with(gradients, parameters, direction, retain_graph=kept is not None).to(v)
-            examples += count
-        return total / examples
+        total, terms = torch.zeros_like(v), 0.0
+        for batch in kept or batch_gradients(model, loss, batches, parameters):
+            total += batch.factor * product_with(batch.gradients, parameters, v, retain_graph=kept is not None)
+            terms += batch.count
+        return total / terms if terms else total
 
     return product
 
 
-def is_single(batches: Batches) -> bool:
-    return isinstance(batches, Sized) and len(batches) == 1
+@dataclass(frozen=True)
+class BatchGradient:
+    """The gradient of a batch's loss, with its graph, and what the batch weighs."""
+
+    gradients: tuple[Tensor | None, ...]
+    factor: float
+    count: float
 
 
 def batch_gradients(
-    model: nn.Module, loss_fn: LossFunction, batches: Batches, parameters: list[nn.Parameter]
-) -> Iterator[tuple[tuple[Tensor | None, ...], int]]:
-    """For each batch the gradient of the summed loss, with its graph, and the number of examples."""
-    for x, y in batches_on(device_of(model), batches):
-        loss = example_losses(loss_fn, model(x), y).sum()
+    model: nn.Module, loss: PairLoss | WholeLoss, batches: Batches, parameters: list[nn.Parameter]
+) -> Iterator[BatchGradient]:
+    """One batch after the other; those in which no term counts are left out."""
+    for batch in loss.begin(model, batches_on(device_of(model), batches)):
+        value = loss(model, batch)
+        if not value.factor:
+            continue
         gradients: tuple[Tensor | None, ...] = (None,)
-        if loss.requires_grad:
-            gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        if value.loss.requires_grad:
+            gradients = torch.autograd.grad(value.loss, parameters, create_graph=True, allow_unused=True)
         if all(g is None for g in gradients):
             raise ValueError("the loss does not depend on the parameters in a differentiable way: look for detach().")
-        yield gradients, len(x)
+        yield BatchGradient(gradients, value.factor, value.count)
 
 
 def product_with(
-    gradients: tuple[Tensor | None, ...], parameters: list[nn.Parameter], direction: list[Tensor], retain_graph: bool
+    gradients: tuple[Tensor | None, ...],
+    parameters: list[nn.Parameter],
+    v: Float[Tensor, " n"],
+    retain_graph: bool,
 ) -> Float[Tensor, " n"]:
-    """The Hessian times ``direction``, flat: the derivative of the gradient's product with it."""
+    """The Hessian times ``v``: the derivative of the gradient's product with it."""
+    sizes = [p.numel() for p in parameters]
+    direction = [part.view_as(p).to(p.dtype) for part, p in zip(v.split(sizes), parameters, strict=True)]
     pairs = [(g, d) for g, d in zip(gradients, direction, strict=True) if g is not None and g.requires_grad]
     rows: tuple[Tensor | None, ...] = (None,) * len(parameters)
     if pairs:  # a loss linear in the parameters has none
@@ -123,4 +145,51 @@ def product_with(
             torch.zeros_like(p).flatten() if row is None else row.detach().flatten()
             for row, p in zip(rows, parameters, strict=True)
         ]
+    ).to(v)
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    if "torch.distributed.tensor" not in sys.modules:  # slow to import, and without it nothing is sharded
+        return
+    from torch.distributed.tensor import DTensor
+
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"parameter {name!r} is sharded (a DTensor): its hooks have no second derivative. Load the full state "
+                "dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) into a "
+                "model on one device and measure that."
+            )
+
+
+def refuse_asymmetric(model: nn.Module, gradients: tuple[Tensor | None, ...], parameters: list[nn.Parameter]) -> None:
+    """Raise if uᵀHv and vᵀHu differ for two random vectors: some operation has a wrong second derivative."""
+    generator = own_generator(None)
+    like = torch.cat([p.detach().flatten() for p in parameters])
+    like = like.to(torch.promote_types(like.dtype, torch.float32))
+    u, v = gaussian_like(like, generator), gaussian_like(like, generator)
+    Hu, Hv = (product_with(gradients, parameters, w, retain_graph=True).double() for w in (u, v))
+    one, other = torch.dot(u.double(), Hv).item(), torch.dot(v.double(), Hu).item()
+    size = (length(Hu) * length(v.double()) / math.sqrt(len(v))).item()
+    eps = max(torch.finfo(p.dtype).eps for p in parameters)
+    if abs(one - other) > max(1e-10, min(300 * eps, eps**0.5)) * size:
+        raise ValueError(
+            f"the second derivative is not symmetric (uᵀHv = {one:.6g} but vᵀHu = {other:.6g} for random u, v), so "
+            f"there are no eigenvalues: {culprits(model)}."
+        )
+
+
+def culprits(model: nn.Module) -> str:
+    """The layers whose weights are computed, which is where wrong second derivatives are known."""
+    made = [name or "the model itself" for name, module in model.named_modules() if computes_weights(module)]
+    if not made:
+        return "look for a custom autograd function, or an operation whose double backward is wrong (gradgradcheck)"
+    return (
+        f"look at the parametrization of {', '.join(made[:5])}. The fused weight_norm of torch has a wrong second "
+        "derivative: write g * v / v.norm() in plain operations, or remove the parametrization"
     )
+
+
+def computes_weights(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks.values()
+    return is_parametrized(module) or any(isinstance(hook, WeightNorm) for hook in hooks)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from spectreg.linalg.directions import along, gaussian_like, lengths, own_generator, unit
-from spectreg.measures._losses import differentiable_input
+from spectreg.measures._inputs import differentiable_input
 from spectreg.measures._model import as_found
 
 FEW_OUTPUTS = 16  # up to here a backward for each output beats an iteration
@@ -117,13 +117,14 @@ def jacobian_frobenius_norm(
         x = differentiable_input(x)
         y = flat_output(model(x), x)
         rows = jacobian_rows(y, x, projections, generator)
-        squares = torch.stack([lengths(row).square() for row in rows])
+        norms = torch.stack([lengths(row) for row in rows], 1)
+    value = lengths(norms)
     if projections is None:
-        value = squares.sum(0).sqrt()
         return JacobianFrobeniusNorm(value, torch.zeros_like(value))
-    value = squares.mean(0).sqrt()
-    spread = squares.std(0) if projections > 1 else torch.full_like(value, math.nan)
-    return JacobianFrobeniusNorm(value, spread / math.sqrt(projections) / (2 * value).clamp_min(1e-30))
+    value = value / math.sqrt(projections)
+    squares = (norms / along(norms, torch.where(value > 0, value, 1.0))).square()  # of value², whose units may be tiny
+    spread = squares.std(1) if projections > 1 else torch.full_like(value, math.nan)
+    return JacobianFrobeniusNorm(value, value * spread / (2 * math.sqrt(projections)))
 
 
 def flat_output(y: Any, x: Tensor) -> Float[Tensor, "batch outputs"]:

@@ -8,17 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from spectreg.linalg.directions import along, gaussian_like, lengths, own_generator, unit
-from spectreg.measures._losses import LossFunction, differentiable_input, example_losses, gradient_by_input
+from spectreg.measures._each import Examples, examples_of
+from spectreg.measures._forms import loss_of
+from spectreg.measures._inputs import differentiable_input, perturbable
 from spectreg.measures._model import Batches, as_found, batches_on, device_of
+from spectreg.measures._terms import LossFunction
+from spectreg.measures.losses import BatchLoss
 
 KINDS = ("random", "gradient", "pgd")
 
 
 @dataclass(frozen=True)
 class PerturbationPoint:
-    """Means over examples at one radius.
+    """Means over the ``examples`` that count in the loss, at one radius.
 
-    ``accuracy`` is NaN where the targets are no class numbers. ``stretch`` is the mean of ‖f(x+ξ) − f(x)‖₂/‖ξ‖₂ and
+    ``loss`` is the loss of them all as one batch. ``accuracy`` is NaN where the targets are no classes: it counts
+    class numbers, rows that add up to one (one-hot and soft labels), and 0 and 1 beside a single output, where the
+    class with the smaller loss is the answer. ``stretch`` is the mean of ‖f(x+ξ) − f(x)‖₂/‖ξ‖₂ and
     ``largest_stretch`` its maximum, in units of the output per unit of the input; NaN at radius 0.
     """
 
@@ -32,7 +38,7 @@ class PerturbationPoint:
 
 def perturbation_curve(
     model: nn.Module,
-    loss_fn: LossFunction,
+    loss_fn: LossFunction | BatchLoss,
     batches: Batches,
     radii: Sequence[float],
     kind: str = "random",
@@ -46,8 +52,9 @@ def perturbation_curve(
     The model is left as found; its input is not clipped to any range.
 
     Args:
-        loss_fn: Called as ``loss_fn(output[None], target[None])`` under ``torch.vmap``; a scalar.
-        batches: Pairs (inputs, targets), read once.
+        loss_fn: Called as ``loss_fn(output[None], target[None])`` under ``torch.vmap``, one example at a time; a
+            scalar. Or a `BatchLoss`, called with one example at a time and so one forward each; its accuracy is NaN.
+        batches: Pairs (inputs, targets), read once. Inputs, outputs and targets have one row an example.
         radii: ℓ2 lengths in the units of the input.
         kind: ``"random"``: a uniform direction for each example, the same at every radius. ``"gradient"``: the
             direction of ∇ₓL (a random one where that is 0). ``"pgd"``: projected gradient ascent on the sphere; the
@@ -55,6 +62,10 @@ def perturbation_curve(
         steps: Of PGD, each 2.5/steps of the radius.
         restarts: Starts of PGD; those after the first are random.
         generator: Draws directions; by default a private one with seed 0.
+
+    Raises:
+        ValueError: No example; a setting out of range; a loss that is not a scalar, or neither a mean nor a sum of
+            what its examples add; examples that influence each other or lie along another dimension than the first.
 
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> _ = nn.init.ones_(layer.weight)
@@ -69,64 +80,61 @@ def perturbation_curve(
         raise ValueError(f"radii are {list(radii)}: give at least one, each finite and 0 or more.")
     if steps < 1 or restarts < 1:
         raise ValueError(f"steps is {steps} and restarts {restarts}: both must be at least 1.")
-    generator = own_generator(generator)
+    attack = Attack(steps, restarts, own_generator(generator))
+    loss = loss_of(loss_fn)
     rows: list[list[Tensor]] = [[] for _ in radii]
     with as_found(model):
-        attack = Attack(model, loss_fn, steps, restarts, generator)
-        for x, y in batches_on(device_of(model), batches):
-            differentiable_input(x)
-            first = unit(gaussian_like(x, generator)) if kind == "random" else attack.gradient_direction(x, y)
-            with torch.no_grad():
-                clean = model(x)
+        for batch in loss.begin(model, perturbable(loss, batches_on(device_of(model), batches))):
+            x = differentiable_input(batch[loss.place(batch)]).detach()
+            examples = examples_of(model, loss, batch, x)
+            first = unit(gaussian_like(x, attack.generator)) if kind == "random" else attack.direction(examples, x)
             for row, radius in zip(rows, radii, strict=True):
-                direction = attack.search(x, y, radius, first) if kind == "pgd" else first
-                row.append(readings(model, loss_fn, x, y, clean, radius * direction))
+                direction = attack.search(examples, x, radius, first) if kind == "pgd" else first
+                row.append(readings(examples, x, radius * direction))
     return tuple(point(radius, torch.cat(row, 1)) for radius, row in zip(radii, rows, strict=True))
 
 
 @torch.no_grad()
-def readings(model: nn.Module, loss_fn: LossFunction, x: Tensor, y: Tensor, clean: Tensor, xi: Tensor) -> Tensor:
-    """Rows: correct, loss, stretch; a column for each example."""
-    output = model(x + xi)
-    classes = output.ndim == 2 and y.ndim == 1 and not y.is_floating_point()
-    correct = (output.argmax(1) == y).double() if classes else torch.full((len(x),), math.nan, dtype=torch.float64)
-    stretch = lengths(output - clean) / lengths(xi)
-    return torch.stack([correct.cpu(), example_losses(loss_fn, output, y).double().cpu(), stretch.double().cpu()])
+def readings(examples: Examples, x: Tensor, xi: Tensor) -> Tensor:
+    """Rows: weight, correct, loss, stretch, 0 or 1 for a target that may be a class; a column for each example."""
+    losses, output = examples(x + xi)
+    stretch = lengths(examples.flat(output) - examples.clean) / lengths(xi)
+    columns = examples.weights, examples.correct(output), losses, stretch, examples.zero_or_one
+    return torch.stack([column.double().cpu() for column in columns])
 
 
 def point(radius: float, rows: Tensor) -> PerturbationPoint:
-    accuracy, loss, stretch = rows.mean(1).tolist()
-    return PerturbationPoint(radius, accuracy, loss, stretch, rows[2].max().item(), rows.shape[1])
+    weights, correct, losses, stretch, targets = rows[:, rows[0] > 0]
+    if bool((targets == targets[:1]).all()):  # zeros alone are no classes but values
+        correct = torch.full_like(correct, math.nan)
+    if not len(weights):
+        raise ValueError("no target counts in the loss: there is nothing to average.")
+    loss = torch.dot(weights, losses) / weights.sum()
+    return PerturbationPoint(
+        radius, correct.mean().item(), loss.item(), stretch.mean().item(), stretch.max().item(), len(weights)
+    )
 
 
 @dataclass(frozen=True)
 class Attack:
     """Directions that raise the loss of each example."""
 
-    model: nn.Module
-    loss_fn: LossFunction
     steps: int
     restarts: int
     generator: torch.Generator
 
-    def losses_and_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            x = differentiable_input(x)
-            losses = example_losses(self.loss_fn, self.model(x), y)
-            return losses.detach(), unit(gradient_by_input(losses.sum(), x))
-
-    def gradient_direction(self, x: Tensor, y: Tensor) -> Tensor:
+    def direction(self, examples: Examples, x: Tensor) -> Tensor:
         """The unit gradient of each example; a random direction where it is zero."""
-        _, g = self.losses_and_gradient(x, y)
+        _, g = examples.losses_and_gradient(x)
         return torch.where(along(g, lengths(g) > 0), g, unit(gaussian_like(x, self.generator)))
 
-    def search(self, x: Tensor, y: Tensor, radius: float, first: Tensor) -> Tensor:
+    def search(self, examples: Examples, x: Tensor, radius: float, first: Tensor) -> Tensor:
         """Of all points PGD visits, for each example the direction of the one with the largest loss."""
         best, highest = first, x.new_full((len(x),), -math.inf)
         for start in range(self.restarts):
             direction = first if start == 0 else unit(gaussian_like(x, self.generator))
             for _ in range(self.steps + 1):
-                losses, g = self.losses_and_gradient(x + radius * direction, y)
+                losses, g = examples.losses_and_gradient(x + radius * direction)
                 better = losses > highest
                 best = torch.where(along(best, better), direction, best)
                 highest = torch.where(better, losses.to(highest), highest)

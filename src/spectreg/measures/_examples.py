@@ -1,0 +1,107 @@
+"""The examples of a batch one by one: along which dimension they lie, the loss of each, and what it weighs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectreg.measures._nested import tensors, with_tensors
+from spectreg.measures._terms import LossFunction, Part, differentiable, refuse, scalar
+
+
+def example_dimension(x: Tensor, output: Any) -> int | None:
+    """The dimension of ``x``, first or second, along which every output depends on one place alone; None if neither.
+
+    Looks at the first, the middle and the last output; ``output`` keeps its graph.
+    """
+    flat = next(t for t in tensors(output) if t.is_floating_point()).flatten()
+    if not flat.requires_grad:
+        return 0
+    reached = []
+    for i in {0, len(flat) // 2, len(flat) - 1}:
+        (g,) = torch.autograd.grad(flat[i], x, retain_graph=True, allow_unused=True)
+        if g is not None:
+            reached.append(g != 0)
+    for d in range(min(2, x.ndim)):
+        if all(int(mask.movedim(d, 0).reshape(x.shape[d], -1).any(1).sum()) <= 1 for mask in reached):
+            return d
+    return None
+
+
+def checked_dimension(x: Tensor, output: Any) -> int:
+    """`example_dimension`; an error where the examples are not independent of each other."""
+    d = example_dimension(x, output)
+    if d is None:
+        raise ValueError(
+            "an output depends on more than one example of its batch (batch normalization without running statistics, "
+            "attention across the batch?): there is no gradient of an example's own loss by its input."
+        )
+    return d
+
+
+def are_rows(n: int, *trees: Any) -> bool:
+    """Whether every tensor has one row for each of ``n`` examples."""
+    return all(x.ndim and len(x) == n for tree in trees for x in tensors(tree))
+
+
+def each_loss(loss_fn: LossFunction, output: Any, y: Any) -> Tensor:
+    """The loss of each row of outputs and targets by itself; NaN where it is the mean of nothing.
+
+    >>> each_loss(torch.nn.functional.mse_loss, torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))
+    tensor([1., 4.])
+    """
+    outputs, targets = tensors(output), tensors(y)
+    count = len(outputs)
+
+    def one(*rows: Tensor) -> Tensor:
+        single = [row[None] for row in rows]
+        return scalar(loss_fn(with_tensors(output, single[:count]), with_tensors(y, single[count:])))
+
+    try:
+        return torch.vmap(one, randomness="different")(*outputs, *targets)
+    except ValueError:
+        raise
+    except Exception:  # a loss with a branch or a mask of its own cannot be vectorised
+        return torch.stack([one(*rows) for rows in zip(*outputs, *targets, strict=True)])
+
+
+def example_weights(loss_fn: LossFunction, output: Any, y: Any, is_mean: bool) -> Tensor:
+    """The share of each row in the batch's loss: adding up to 1 in a mean, each 1 in a sum; 0 for rows left out."""
+    part = Part.of(loss_fn, output, y)
+    outputs = differentiable(part.output)
+    n = len(outputs[0])
+    if not is_mean:
+        return torch.ones(n, dtype=torch.float64)
+    with torch.enable_grad():
+        losses = each_loss(loss_fn, with_tensors(part.output, outputs), y)
+        leaves = [x for x in outputs if x.requires_grad]
+        slopes: tuple[Tensor | None, ...] = (None,) * len(leaves)
+        if losses.requires_grad:
+            slopes = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+    own = by_row(
+        [torch.zeros_like(x).double() if g is None else g.double() for x, g in zip(leaves, slopes, strict=True)], n
+    )
+    joined = by_row(part.loss_and_gradients[1], n)
+    scale = own.abs().nan_to_num(0, 0, 0).max().clamp_min(torch.finfo(torch.float64).tiny)
+    own, joined = own / scale, joined / scale
+    squares = own.square().sum(1)
+    known = squares.isfinite() & (squares > 0)
+    if not known.any():  # flat everywhere: nothing tells one from another
+        return torch.full((n,), 1 / n, dtype=torch.float64)
+    weights = torch.where(known, (own * joined).sum(1) / squares, 0.0)
+    off = torch.where(known[:, None], joined - weights[:, None] * own, joined).abs().max()
+    if not off <= part.tolerance * max(1 / n, weights.max().item()) * own[known].abs().max():
+        refuse("what an example adds to it depends on the others")
+    if not (weights[known] > 0).all():
+        refuse("an example does not count beside the others")
+    missing = 1 - weights.sum().item()
+    flat = squares == 0
+    if missing > part.tolerance and flat.any():  # examples that count, where their loss is flat
+        weights[flat] = missing / int(flat.sum())
+    elif abs(missing) > part.tolerance:
+        refuse(f"the shares of its examples add up to {1 - missing:.4g}")
+    return weights.cpu()
+
+
+def by_row(gradients: list[Tensor], n: int) -> Tensor:
+    return torch.cat([g.reshape(n, -1) for g in gradients], 1)

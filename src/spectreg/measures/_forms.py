@@ -1,0 +1,178 @@
+"""Both forms of a loss as one: a function of model and batch, with what the batch weighs among others."""
+
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectreg.measures._model import examples_in
+from spectreg.measures._nested import rows_of, tensors
+from spectreg.measures._terms import LossFunction, Part, Terms, scalar
+from spectreg.measures.losses import BatchLoss
+
+
+@dataclass(frozen=True)
+class BatchValue:
+    """The loss of a batch, the factor it has in the loss of all batches, and the terms that it counts there."""
+
+    loss: Tensor
+    factor: float
+    count: float
+
+
+class PairLoss:
+    """``loss_fn(model(x), y)`` on pairs (x, y)."""
+
+    def __init__(self, function: LossFunction) -> None:
+        self.function = function
+        self.terms: Terms | None = None
+
+    def __call__(self, model: nn.Module, batch: Any) -> BatchValue:
+        """The loss of a batch and what it weighs."""
+        output = call(model, batch[0])
+        loss = self.of(output, batch[1])
+        if self.known_terms.reference is None and not loss.isfinite():
+            raise ValueError("the loss is not finite: no target counts in it, or the data or weights have NaN or inf.")
+        return BatchValue(loss, *self.known_terms.weigh(output, batch[1]))
+
+    @property
+    def known_terms(self) -> Terms:
+        assert self.terms is not None, "begin comes first"
+        return self.terms
+
+    def of(self, output: Any, y: Any) -> Tensor:
+        """The loss of outputs and targets; an error says what the outputs are where the function cannot take them."""
+        try:
+            return scalar(self.function(output, y))
+        except (TypeError, AttributeError) as error:
+            if isinstance(output, Tensor):
+                raise
+            raise ValueError(
+                f"loss_fn fails on the model's output, a {type(output).__name__} ({error}): give "
+                "lambda output, y: loss_fn(output.logits, y), or a spectreg.BatchLoss."
+            ) from error
+
+    def begin(self, model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches, each read once, after the first of them have shown what kind of loss it is."""
+        read, following = [], iter(batches)
+        while self.terms is None:
+            batch = next(following, None)
+            if batch is None:
+                self.terms = Terms(None)
+                break
+            check_pair(batch)
+            read.append(batch)
+            self.terms = self._terms_of(model, batch)
+        for batch in chain(read, following):
+            check_pair(batch)
+            yield batch
+
+    def _terms_of(self, model: nn.Module, batch: Any) -> Terms | None:
+        """What the loss weighs batches by, if this one tells."""
+        with torch.no_grad():
+            output = call(model, batch[0])
+            self.of(output, batch[1])
+        if not any(x.is_floating_point() for x in tensors(output)):
+            return None
+        part = Part.of(self.of, output, batch[1])
+        return Terms(part) if part.tells else None
+
+    def place(self, batch: Any) -> Any:
+        """The input is the first of the pair."""
+        check_pair(batch)
+        return 0
+
+
+class WholeLoss:
+    """A `BatchLoss`, checked once: that several batches are counted, and that what is counted is a mean."""
+
+    def __init__(self, given: BatchLoss) -> None:
+        self.given = given
+        self.checked = False
+
+    def __call__(self, model: nn.Module, batch: Any) -> BatchValue:
+        """The loss of a batch and what it weighs."""
+        result = self.given.function(model, batch)
+        if not isinstance(result, tuple):
+            return BatchValue(scalar(result), 1.0, 1.0)
+        if len(result) != 2:
+            raise ValueError(f"BatchLoss: the function gave {len(result)} values: return the loss, or (loss, count).")
+        loss, count = scalar(result[0]), float(result[1])
+        if not 0 <= count < math.inf:
+            raise ValueError(f"BatchLoss: the count is {count}: it must be the number of terms, 0 or more.")
+        return BatchValue(loss, count, count)
+
+    def begin(self, model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches, with a look at what the function gives for the first two."""
+        for i, batch in enumerate(batches):
+            if not self.checked and i == 0:
+                self._refuse_sum(model, batch)
+            if not self.checked and i == 1 and self._counted(model, batch) is None:
+                raise ValueError("BatchLoss: with several batches the function must return (mean loss, count).")
+            self.checked = self.checked or i == 1
+            yield batch
+
+    @torch.no_grad()
+    def _counted(self, model: nn.Module, batch: Any) -> tuple[float, float] | None:
+        """Loss and count of a batch; None where there is no count."""
+        if not isinstance(self.given.function(model, batch), tuple):
+            return None
+        value = self(model, batch)
+        return value.loss.item(), value.count
+
+    def _refuse_sum(self, model: nn.Module, batch: Any) -> None:
+        """Compare a batch with its halves: the losses of a mean must not add up."""
+        n = examples_in(batch)
+        whole = self._counted(model, batch)
+        if n < 2 or whole is None or any(x.ndim and len(x) != n for x in tensors(batch)):
+            return
+        halves = [rows_of(batch, 0, n // 2), rows_of(batch, n // 2, n)]
+        first, second = (self._counted(model, half) or (math.nan, math.nan) for half in halves)
+        is_mean = math.isclose(whole[0] * whole[1], first[0] * first[1] + second[0] * second[1], rel_tol=1e-3)
+        is_sum = math.isclose(whole[0], first[0] + second[0], rel_tol=1e-3) and whole[1] == first[1] + second[1]
+        if is_sum and not is_mean:
+            raise ValueError("BatchLoss: the function returns the sum of its terms: return (sum / count, count).")
+
+    def place(self, batch: Any) -> Any:
+        """Key or index of the input in ``batch``."""
+        if self.given.input is not None:
+            return self.given.input
+        if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Tensor):
+            return 0
+        items = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
+        floating = [key for key, value in items if isinstance(value, Tensor) and value.is_floating_point()]
+        if len(floating) != 1:
+            raise ValueError(
+                f"the batch has {len(floating)} floating point tensors ({', '.join(map(str, floating))}): say which "
+                "one is the input by BatchLoss(function, input=...)."
+            )
+        return floating[0]
+
+
+def loss_of(loss_fn: LossFunction | BatchLoss) -> PairLoss | WholeLoss:
+    """Either form of a loss as something to call with model and batch."""
+    return WholeLoss(loss_fn) if isinstance(loss_fn, BatchLoss) else PairLoss(loss_fn)
+
+
+def check_pair(batch: Any) -> None:
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ValueError(
+            f"batches gave {type(batch).__name__}: each batch must be a pair (inputs, targets). For others give "
+            "spectreg.BatchLoss(function) with function(model, batch) -> (mean loss, number of terms)."
+        )
+
+
+def call(model: nn.Module, x: Any) -> Any:
+    """``model(x)``, or ``model(**x)`` for a mapping whose keys are arguments of the model."""
+    if isinstance(x, Mapping):
+        try:
+            inspect.signature(model.forward).bind(**x)
+        except TypeError:
+            return model(x)
+        return model(**x)
+    return model(x)

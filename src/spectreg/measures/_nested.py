@@ -1,0 +1,49 @@
+"""Tensors inside the structures that loaders and models give: tuples, lists, mappings, outputs of transformers."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """Every tensor in ``tree``, in order.
+
+    >>> import torch
+    >>> [x.shape[0] for x in tensors({"a": torch.zeros(2), "b": (torch.zeros(3), "text")})]
+    [2, 3]
+    """
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, Mapping):
+        return [x for value in tree.values() for x in tensors(value)]
+    if isinstance(tree, tuple | list):
+        return [x for value in tree for x in tensors(value)]
+    return []
+
+
+def mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """A copy of ``tree`` with ``function`` of every tensor in its place; what is no tensor is shared."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        changed = copy.copy(tree)
+        for key, value in tree.items():
+            changed[key] = mapped(function, value)  # type: ignore[index]
+        return changed
+    if isinstance(tree, tuple | list):
+        values = [mapped(function, value) for value in tree]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+    return tree
+
+
+def rows_of(tree: Any, start: int, stop: int) -> Any:
+    """A copy of ``tree`` with some rows of every tensor that has any."""
+    return mapped(lambda x: x[start:stop] if x.ndim else x, tree)
+
+
+def with_tensors(tree: Any, replacements: Iterable[Tensor]) -> Any:
+    """A copy of ``tree`` with ``replacements`` in the place of its tensors, in the order of ``tensors``."""
+    following = iter(replacements)
+    return mapped(lambda _: next(following), tree)

@@ -1,0 +1,456 @@
+"""What the loss of several batches is: the loss of all their examples together, whatever it is the mean of."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import on_ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+
+import spectreg
+from spectreg import BatchLoss, adversarial_loss, hessian_top_eigenvalues, input_gradient_norm, perturbation_curve
+
+
+def randn(*shape: int, seed: int = 0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def classes(*shape: int, seed: int = 0):
+    return torch.randint(3, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def linear(outputs: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, outputs)).double()
+
+
+class Rows(nn.Module):
+    """Token outputs as rows, as language models flatten them."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x).flatten(0, 1)
+
+
+class Recurrent(nn.Module):
+    """Time first, as ``nn.RNN`` has it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.head = nn.RNN(4, 3).double(), nn.Linear(3, 3).double()
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0])
+
+
+class FromMapping(nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, given):
+        return {"logits": self.inner(given["x"]), "name": "outputs"}
+
+
+def by_token(output, y):
+    return F.cross_entropy(output.flatten(0, 1), y.flatten())
+
+
+def masked(output, y):
+    """A mask with a branch of its own, which vmap cannot follow."""
+    keep = y >= 0
+    return F.cross_entropy(output[keep], y[keep]) if keep.any() else output.sum() * 0
+
+
+def squared_hinge(output, y):
+    """Flat for about half of the examples."""
+    return (output[:, 0] * y - 0.1).relu().square().mean()
+
+
+WEIGHT = torch.tensor([10.0, 1.0, 0.1], dtype=torch.float64)
+ignored = torch.where(torch.arange(12) % 4 == 1, -100, classes(12))
+padded = torch.where(torch.arange(5) < torch.tensor([[1], [2], [3], [4], [5], [5], [2], [3]]), classes(8, 5), -100)
+# Model, loss, inputs, targets, and the dimension along which batches are cut.
+CASES = {
+    "classes": (linear(), F.cross_entropy, randn(12, 4), classes(12), 0),
+    "class weights": (linear(), nn.CrossEntropyLoss(weight=WEIGHT), randn(12, 4), classes(12), 0),
+    "ignored targets": (linear(), F.cross_entropy, randn(12, 4), ignored, 0),
+    "both": (linear(), nn.CrossEntropyLoss(weight=WEIGHT), randn(12, 4), ignored, 0),
+    "a mask": (linear(), masked, randn(12, 4), ignored, 0),
+    "label smoothing": (linear(), nn.CrossEntropyLoss(label_smoothing=0.1), randn(12, 4), classes(12), 0),
+    "soft labels": (linear(), F.cross_entropy, randn(12, 4), randn(12, 3, seed=1).softmax(1), 0),
+    "one-hot labels": (linear(), F.cross_entropy, randn(12, 4), F.one_hot(classes(12), 3).double(), 0),
+    "one logit": (
+        linear(1), nn.BCEWithLogitsLoss(pos_weight=WEIGHT[:1]), randn(12, 4), (classes(12) > 0).double()[:, None], 0
+    ),
+    "regression": (linear(2), F.mse_loss, randn(12, 4), randn(12, 2, seed=1), 0),
+    "an exact fit": (linear(2), F.mse_loss, randn(12, 4), linear(2)(randn(12, 4)).detach(), 0),
+    "hinge": (linear(1), squared_hinge, randn(12, 4), classes(12).double() - 1, 0),
+    "tokens": (linear(), by_token, randn(8, 5, 4), classes(8, 5), 0),
+    "tokens with padding": (linear(), by_token, randn(8, 5, 4), padded, 0),
+    "flat rows": (Rows(linear()), lambda o, y: F.cross_entropy(o, y.flatten()), randn(8, 5, 4), classes(8, 5), 0),
+    "time first": (Recurrent(), by_token, randn(5, 8, 4), classes(5, 8), 1),
+    "several outputs": (
+        FromMapping(linear()), lambda o, y: F.cross_entropy(o["logits"], y), {"x": randn(12, 4)}, classes(12), 0
+    ),
+}  # fmt: skip
+
+
+def cut(x, sizes, dim):
+    if isinstance(x, dict):
+        return [{key: part} for key, value in x.items() for part in cut(value, sizes, dim)]
+    return x.split(sizes, dim)
+
+
+def batches_of(x, y, dim, cuts):
+    n = len(cuts) and y.shape[dim]
+    edges = sorted({0, n, *(c % n for c in cuts)}) if n else []
+    sizes = [b - a for a, b in itertools.pairwise(edges)] or [y.shape[dim]]
+    return list(zip(cut(x, sizes, dim), cut(y, sizes, dim), strict=True))
+
+
+def largest_eigenvalue(model, loss_fn, x, y):
+    """Of the dense Hessian of the loss of all examples as one batch."""
+    names, shapes = zip(*((name, p.shape) for name, p in model.named_parameters()), strict=True)
+    sizes = [shape.numel() for shape in shapes]
+
+    def loss(flat):
+        parts = flat.split(sizes)
+        values = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
+        return loss_fn(torch.func.functional_call(model, values, (x,)), y)
+
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    H = torch.autograd.functional.hessian(loss, flat)
+    return torch.linalg.eigvalsh((H + H.T) / 2)[-1].item()
+
+
+@pytest.mark.parametrize("name", CASES)
+@given(cuts=st.lists(st.integers(1, 11), max_size=3))
+@settings(max_examples=4, deadline=None)
+def test_the_hessian_is_that_of_the_loss_of_all_examples_however_they_are_cut(name, cuts):
+    model, loss_fn, x, y, dim = CASES[name]
+    measured = hessian_top_eigenvalues(model, loss_fn, batches_of(x, y, dim, cuts), tolerance=1e-8)
+    truth = largest_eigenvalue(model, loss_fn, x, y)
+    assert measured.values[0] == pytest.approx(truth, rel=1e-7, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "several outputs"])
+@given(cuts=st.lists(st.integers(1, 11), max_size=3))
+@settings(max_examples=4, deadline=None)
+def test_the_input_gradient_sums_the_lengths_of_the_gradient_of_the_loss_of_all(name, cuts):
+    model, loss_fn, x, y, dim = CASES[name]
+    leaf = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(loss_fn(model(leaf), y), leaf)
+    truth = g.movedim(dim, 0).flatten(1).norm(dim=1).sum().item()
+    measured = input_gradient_norm(model, loss_fn, batches_of(x, y, dim, cuts))
+    assert measured.value == pytest.approx(truth, rel=1e-9, abs=1e-15)
+    left_out = int((y == -100).sum()) if y.ndim == 1 else 0
+    assert measured.examples == x.shape[dim] - left_out
+
+
+ROWS = [name for name in CASES if name not in ("several outputs", "flat rows", "time first")]
+
+
+@pytest.mark.parametrize("name", ROWS)
+@given(cuts=st.lists(st.integers(1, 11), max_size=3))
+@settings(max_examples=4, deadline=None)
+def test_at_radius_zero_the_perturbed_loss_is_that_of_all_examples(name, cuts):
+    model, loss_fn, x, y, dim = CASES[name]
+    (point,) = perturbation_curve(model, loss_fn, batches_of(x, y, dim, cuts), [0.0], "pgd", steps=1)
+    assert point.loss == pytest.approx(loss_fn(model(x), y).item(), rel=1e-9, abs=1e-15)
+
+
+def test_the_accuracy_is_that_of_the_examples_that_count():
+    model, x = linear(), randn(12, 4)
+    (point,) = perturbation_curve(model, F.cross_entropy, [(x, ignored)], [0.0])
+    assert point.accuracy == (model(x).argmax(1) == ignored)[ignored >= 0].double().mean()
+    assert point.examples == 9
+
+
+@pytest.mark.parametrize("label", [lambda y: F.one_hot(y, 3), lambda y: 0.9 * F.one_hot(y, 3) + 0.1 / 3])
+def test_rows_that_add_up_to_one_are_classes(label):
+    model, x, y = linear(), randn(12, 4), classes(12)
+    (point,) = perturbation_curve(model, F.cross_entropy, [(x, label(y).double())], [0.0])
+    assert point.accuracy == (model(x).argmax(1) == y).double().mean()
+
+
+@pytest.mark.parametrize("shape", [(12, 1), (12,)])
+@pytest.mark.parametrize(
+    ("loss_fn", "last"),
+    [
+        (nn.BCEWithLogitsLoss(), nn.Identity()),
+        (nn.BCELoss(), nn.Sigmoid()),
+        (lambda o, y: F.soft_margin_loss(o, 2 * y - 1), nn.Identity()),
+    ],
+)
+def test_a_single_output_answers_with_the_class_of_the_smaller_loss(shape, loss_fn, last):
+    net = linear(1)
+    model, x, y = (
+        nn.Sequential(net, last, nn.Flatten(0) if len(shape) == 1 else nn.Identity()),
+        randn(12, 4),
+        classes(12) > 0,
+    )
+    (point,) = perturbation_curve(model, loss_fn, [(x, y.double().view(shape))], [0.0])
+    assert point.accuracy == ((net(x)[:, 0] > 0) == y).double().mean()
+
+
+def test_a_sum_is_divided_by_its_targets():
+    model, x, y = linear(), randn(12, 4), classes(12)
+    loss = nn.CrossEntropyLoss(weight=WEIGHT, reduction="sum")
+    truth = largest_eigenvalue(model, lambda o, t: loss(o, t) / 12, x, y)
+    parts = list(zip(x.split([5, 4, 3]), y.split([5, 4, 3]), strict=True))
+    assert hessian_top_eigenvalues(model, loss, parts, tolerance=1e-8).values[0] == pytest.approx(truth, rel=1e-9)
+
+
+CONTRASTIVE = lambda o, y: torch.logsumexp(o @ o.T, 1).mean()  # noqa: E731
+MEASURES = {
+    "hessian": lambda model, loss, batches: hessian_top_eigenvalues(model, loss, batches),
+    "input gradient": lambda model, loss, batches: input_gradient_norm(model, loss, batches),
+    "perturbation": lambda model, loss, batches: perturbation_curve(model, loss, batches, [1.0], "gradient"),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        CONTRASTIVE,
+        lambda o, y: F.cross_entropy(o, y).sqrt(),
+        lambda o, y: F.cross_entropy(o, y, reduction="none").amax(),
+        lambda o, y: F.cross_entropy(o, y, reduction="sum") / len(o) ** 0.5,
+    ],
+    ids=["contrastive", "root", "maximum", "half a mean"],
+)
+def test_a_loss_that_is_no_mean_and_no_sum_is_refused(measure, loss_fn):
+    x, y = randn(12, 4), classes(12)
+    with pytest.raises(ValueError, match=r"neither the mean nor the sum of terms .* spectreg\.BatchLoss"):
+        measure(linear(), loss_fn, list(zip(x.split(5), y.split(5), strict=True)))
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_data_in_which_no_target_counts_is_refused(measure):
+    with pytest.raises(ValueError, match="no target counts in it"):
+        measure(linear(), F.cross_entropy, [(randn(4, 4), torch.full((4,), -100))])
+
+
+def test_a_batch_in_which_no_target_counts_changes_nothing():
+    model, x, y = linear(), randn(12, 4), classes(12)
+    nothing = (randn(5, 4, seed=3), torch.full((5,), -100))
+    for batches in ([nothing, (x, y)], [(x, y), nothing], [(x[:5], y[:5]), nothing, (x[5:], y[5:])]):
+        for name, measure in MEASURES.items():
+            ours, alone = measure(model, F.cross_entropy, batches), measure(model, F.cross_entropy, [(x, y)])
+            ours, alone = (vars(r[0] if name == "perturbation" else r) for r in (ours, alone))
+            assert ours == {key: pytest.approx(value, rel=1e-9, nan_ok=True) for key, value in alone.items()}
+
+
+def test_padded_batches_of_several_lengths_are_refused_and_right_once_counted():
+    model = linear()
+    batches = [(randn(3, 5, 4), classes(3, 5)), (randn(2, 7, 4, seed=1), classes(2, 7, seed=1))]
+    with pytest.raises(ValueError, match=r"cannot be weighed against each other: .*BatchLoss"):
+        hessian_top_eigenvalues(model, by_token, batches)
+    loss = BatchLoss(lambda model, batch: (by_token(model(batch[0]), batch[1]), batch[1].numel()))
+    x, y = (torch.cat([batch[i].flatten(0, 1) for batch in batches]) for i in (0, 1))
+    truth = largest_eigenvalue(model, F.cross_entropy, x, y)
+    assert hessian_top_eigenvalues(model, loss, batches, tolerance=1e-8).values[0] == pytest.approx(truth, rel=1e-9)
+
+
+def counted(model, batch):
+    loss = F.cross_entropy(model(batch["x"]), batch["y"], weight=WEIGHT)
+    return loss, WEIGHT[batch["y"][batch["y"] >= 0]].sum()
+
+
+def mappings(x, y, size=5):
+    return [{"x": a, "y": b} for a, b in zip(x.split(size), y.split(size), strict=True)]
+
+
+@pytest.mark.parametrize("y", [classes(12), ignored], ids=["all", "some"])
+def test_a_loss_of_model_and_batch_gives_what_the_loss_of_outputs_gives(y):
+    model, x = linear(), randn(12, 4)
+    loss_fn = nn.CrossEntropyLoss(weight=WEIGHT)
+    for name, measure in MEASURES.items():
+        ours = measure(model, BatchLoss(counted), mappings(x, y))
+        pairs = measure(model, loss_fn, [(x, y)])
+        if name == "hessian":
+            assert ours.values == pytest.approx(pairs.values, rel=1e-3)
+        elif name == "input gradient":
+            assert ours.value == pytest.approx(pairs.value, rel=1e-12)
+        else:
+            assert ours[0].loss == pytest.approx(pairs[0].loss, rel=1e-12)
+            assert ours[0].stretch == pytest.approx(pairs[0].stretch, rel=1e-12)
+            assert ours[0].examples == pairs[0].examples
+            assert math.isnan(ours[0].accuracy)
+    whole = {"x": x, "y": y}
+    ours = adversarial_loss(model, BatchLoss(counted), whole)
+    torch.testing.assert_close(ours, adversarial_loss(model, loss_fn, x, y))
+    assert whole["x"] is x
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda m, b: F.cross_entropy(m(b["x"]), b["y"]), "several batches the function must return"),
+        (lambda m, b: (F.cross_entropy(m(b["x"]), b["y"], reduction="sum"), 5), "returns the sum of its terms"),
+        (lambda m, b: (F.cross_entropy(m(b["x"]), b["y"]), -1), "the count is -1.0"),
+        (lambda m, b: (F.cross_entropy(m(b["x"]), b["y"]), 1, 2), "gave 3 values"),
+        (lambda m, b: F.cross_entropy(m(b["x"]), b["y"], reduction="none"), "must be a scalar"),
+    ],
+)
+def test_a_wrong_batch_loss_is_named(function, message):
+    def halves(m, b):
+        result = function(m, b)
+        return (result[0], len(b["x"])) if isinstance(result, tuple) and result[1] == 5 else result
+
+    with pytest.raises(ValueError, match=message):
+        hessian_top_eigenvalues(linear(), BatchLoss(halves), mappings(randn(12, 4), classes(12)))
+
+
+def test_the_input_of_a_batch_with_several_candidates_has_to_be_named():
+    batch = {"x": randn(4, 4), "z": randn(4, 4)}
+    function = lambda model, b: (model(b["x"] + 2 * b["z"]).square().mean(), 4)  # noqa: E731
+    with pytest.raises(ValueError, match=r"2 floating point tensors \(x, z\)"):
+        input_gradient_norm(linear(), BatchLoss(function), [batch])
+    x, z = (input_gradient_norm(linear(), BatchLoss(function, input=name), [batch]).value for name in "xz")
+    assert z == pytest.approx(2 * x)
+
+
+def test_a_perturbation_of_time_first_inputs_is_refused_and_the_adversarial_loss_finds_their_examples():
+    model, loss_fn, x, y, _ = CASES["time first"]
+    with pytest.raises(ValueError, match="along the second dimension"):
+        perturbation_curve(model, loss_fn, [(x, y)], [1.0])
+    leaf = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(loss_fn(model(leaf), y), leaf)
+    eta = 0.3 * g / g.norm(dim=(0, 2), keepdim=True)
+    truth = (loss_fn(model(x), y) + loss_fn(model(x + eta), y)) / 2
+    torch.testing.assert_close(adversarial_loss(model, loss_fn, x, y, 0.3), truth)
+
+
+class Coupled(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize("name", ["input gradient", "perturbation"])
+def test_examples_that_influence_each_other_have_no_gradient_of_their_own(name):
+    with pytest.raises(ValueError, match="depends on more than one example of its batch"):
+        MEASURES[name](nn.Sequential(Coupled(), linear()), F.cross_entropy, [(randn(6, 4), classes(6))])
+
+
+class Fields(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, ids, mask=None):
+        return self.inner(ids)
+
+
+def test_a_mapping_becomes_the_arguments_of_a_model_that_takes_them_so():
+    x, y = randn(12, 4), classes(12)
+    batches = [({"ids": x, "mask": torch.ones(12)}, y)]
+    ours = hessian_top_eigenvalues(Fields(linear()), F.cross_entropy, batches, tolerance=1e-8)
+    assert ours.values[0] == pytest.approx(largest_eigenvalue(linear(), F.cross_entropy, x, y), rel=1e-9)
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_measures_work_in_inference_mode(measure):
+    model, x, y = linear(), randn(12, 4), classes(12)
+    expected = repr(measure(model, F.cross_entropy, [(x, y)]))
+    with torch.inference_mode():
+        assert repr(measure(model, F.cross_entropy, [(x + 0, y + 0)])) == expected
+        assert torch.is_inference_mode_enabled()
+        assert spectreg.jacobian_norm(model, x + 0).converged.all()
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_weights_that_are_not_there_are_named(measure):
+    model, batches = linear().to("meta"), [(randn(12, 4), classes(12))]
+    with pytest.raises(ValueError, match=r"parameter '0\.weight' is on the meta device and has no values: offloaded"):
+        measure(model, F.cross_entropy, batches)
+    with torch.inference_mode():
+        model = linear()
+    with pytest.raises(ValueError, match=r"parameter '0\.weight' was made in torch\.inference_mode"):
+        measure(model, F.cross_entropy, batches)
+
+
+@pytest.mark.parametrize(
+    "parametrize",
+    [
+        lambda layer: nn.utils.parametrizations.weight_norm(layer),
+        lambda layer: nn.utils.parametrizations.weight_norm(layer, dim=1),
+        lambda layer: nn.utils.weight_norm(layer),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_second_derivative_that_is_not_symmetric_is_refused_and_its_parametrization_named(parametrize, dtype):
+    model = copy.deepcopy(linear())
+    parametrize(model[0])
+    x, y = randn(12, 4).to(dtype), classes(12)
+    with pytest.raises(ValueError, match=r"second derivative is not symmetric .*look at the parametrization of 0\."):
+        hessian_top_eigenvalues(model.to(dtype), F.cross_entropy, [(x[:6], y[:6]), (x[6:], y[6:])])
+
+
+class Length(nn.Module):
+    """Weight normalization in plain operations, whose second derivative is right."""
+
+    def forward(self, v):
+        return v / v.norm(dim=1, keepdim=True)
+
+
+def test_a_parametrization_with_a_right_second_derivative_is_measured():
+    model = copy.deepcopy(linear())
+    nn.utils.parametrize.register_parametrization(model[0], "weight", Length())
+    x, y = randn(12, 4), classes(12)
+    truth = largest_eigenvalue(model, F.cross_entropy, x, y)
+    assert hessian_top_eigenvalues(model, F.cross_entropy, [(x, y)]).values[0] == pytest.approx(truth, rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e10, 1e30])
+def test_the_units_of_the_loss_only_scale_what_is_measured(scale):
+    model, x, y = linear().float(), randn(12, 4).float(), classes(12)
+    scaled = lambda o, t: F.cross_entropy(o, t) * scale  # noqa: E731
+    for k in (1, 2):
+        ours, plain = (hessian_top_eigenvalues(model, f, [(x, y)], k) for f in (scaled, F.cross_entropy))
+        assert ours.converged
+        assert ours.values == pytest.approx([scale * value for value in plain.values], rel=1e-4)
+    ours, plain = (input_gradient_norm(model, f, [(x[:5], y[:5]), (x[5:], y[5:])]) for f in (scaled, F.cross_entropy))
+    assert ours.value == pytest.approx(scale * plain.value, rel=1e-5)
+    ours, plain = (perturbation_curve(model, f, [(x, y)], [1.0], "pgd")[0] for f in (scaled, F.cross_entropy))
+    assert ours.loss == pytest.approx(scale * plain.loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_units_of_the_output_only_scale_the_jacobian(scale):
+    model, x = linear(20).float(), randn(6, 4).float()
+    larger = copy.deepcopy(model)
+    larger[2].weight.data *= scale
+    for exact in (True, False):
+        ours, plain = (spectreg.jacobian_norm(m, x, exact=exact) for m in (larger, model))
+        torch.testing.assert_close(ours.value, scale * plain.value, rtol=1e-3, atol=0)
+        assert ours.converged.all()
+    for projections in (None, 3):
+        ours, plain = (spectreg.jacobian_frobenius_norm(m, x, projections=projections) for m in (larger, model))
+        torch.testing.assert_close(ours.value, scale * plain.value, rtol=1e-4, atol=0)
+        torch.testing.assert_close(ours.standard_error, scale * plain.standard_error, rtol=1e-3, atol=0)
+
+
+def measure_sharded() -> None:
+    model = linear()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match=r"parameter '0\.weight' is sharded .*get_model_state_dict"):
+        hessian_top_eigenvalues(model, F.cross_entropy, [(randn(12, 4), classes(12))])
+
+
+def test_the_hessian_of_a_sharded_model_is_refused_with_the_way_to_a_whole_one():
+    on_ranks(1, measure_sharded)
