@@ -1,5 +1,6 @@
 """The tie between a regularizer and the optimizers before whose steps it acts."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,17 +17,20 @@ class Attachment:
     """Hooks on optimizers; ``lanes`` says which of them holds each weight.
 
     Args:
-        optimizers: May be wrapped by Fabric or Accelerate.
+        optimizers: May be wrapped; `acting` finds the one that moves the weights.
         weights: Those to regularize.
         before_step: Called with the number of the optimizer, the learning rate of each of its parameters by id, the
             factor by which its gradients are scaled, and 0 where the step is to be skipped.
+        decoupled: Whether the learning rates are needed.
     """
 
-    def __init__(self, optimizers: Sequence[Any], weights: Sequence[Weight], before_step: BeforeStep) -> None:
-        inner = [_unwrapped(optimizer) for optimizer in optimizers]
+    def __init__(
+        self, optimizers: Sequence[Any], weights: Sequence[Weight], before_step: BeforeStep, decoupled: bool = False
+    ) -> None:
+        inner = list({id(x): x for x in map(acting, optimizers)}.values())
         for optimizer in inner:
-            _refuse_line_search(optimizer)
-        held = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in inner]
+            _refuse_unfit(optimizer, decoupled)
+        held = [_parameters(optimizer) for optimizer in inner]
         self.lanes = {w.name: i for w in weights for i, ids in enumerate(held) if id(w.tensor) in ids}
         _check_held(weights, self.lanes)
         self._handles = [
@@ -39,13 +43,58 @@ class Attachment:
             handle.remove()
 
 
+def acting(optimizer: Any) -> Optimizer:
+    """``optimizer``, or the one inside of it that moves the same parameters: the one whose step is sure to be called.
+
+    SAM in two calls, Lookahead, Opacus, Fabric and Accelerate step an optimizer inside.
+
+    Raises:
+        TypeError: It is no optimizer.
+        ValueError: Its step runs no hooks, or several optimizers inside hold its parameters.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"attach() takes optimizers of torch.optim, not {type(optimizer).__name__}. What has a step() of its own "
+            "gets the penalty from add_gradient() before it."
+        )
+    inside = {
+        name: x
+        for name, x in vars(optimizer).items()
+        if isinstance(x, Optimizer) and x is not optimizer and _parameters(x) == _parameters(optimizer)
+    }
+    different = list({id(x): x for x in inside.values()}.values())
+    if len(different) == 1:
+        return acting(different[0])
+    if different or not _runs_hooks(optimizer):
+        holds = f"holds several optimizers ({', '.join(inside)})" if different else "runs no hooks in its step()"
+        raise ValueError(
+            f"attach() cannot act through this {type(optimizer).__name__}, which {holds}. Attach the optimizers that "
+            "move the weights, or call add_gradient() before each step()."
+        )
+    return optimizer
+
+
+def _runs_hooks(optimizer: Optimizer) -> bool:
+    """Whether step hooks are kept and run: not where ``Optimizer.__init__`` was not called, or ``step`` was replaced.
+
+    torch marks a step that it has wrapped, and `functools.wraps` hands the mark on, as learning rate schedulers do.
+    """
+    return hasattr(optimizer, "_optimizer_step_pre_hooks") and getattr(optimizer.step, "hooked", False)
+
+
+def _parameters(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 def _hook(lane: int, before_step: BeforeStep) -> Callable[..., Any]:
     def act(optimizer: Optimizer) -> None:
-        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        scale, found = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-        before_step(lane, rates, 1.0 if scale is None else scale, 1.0 if found is None else (found == 0).float())
+        rates = {id(p): group.get("lr") for group in optimizer.param_groups for p in group["params"]}
+        scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        before_step(lane, rates, 1.0 if scale is None else scale, 1.0 if overflow is None else (overflow == 0).float())
 
     def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _is_within_a_step(optimizer):
+            return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             act(optimizer)
@@ -62,19 +111,47 @@ def _hook(lane: int, before_step: BeforeStep) -> Callable[..., Any]:
     return hook
 
 
-def _unwrapped(optimizer: Any) -> Optimizer:
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"attach() takes optimizers of torch.optim, not {type(optimizer).__name__}.")
-    return optimizer
+def _is_within_a_step(optimizer: Optimizer) -> bool:
+    """Whether this is the step of a base class, called by that of its subclass: torch runs the hooks of both."""
+    if sum("step" in vars(kind) for kind in type(optimizer).__mro__) < 3 or torch.compiler.is_compiling():
+        return False  # its own, and that of torch.optim.Optimizer
+    hooked, steps, frame = getattr(type(optimizer).step, "__code__", None), 0, sys._getframe()
+    while frame.f_back is not None and steps < 2:
+        frame = frame.f_back
+        steps += frame.f_code is hooked and frame.f_locals.get("self") is optimizer
+    return steps == 2
 
 
-def _refuse_line_search(optimizer: Optimizer) -> None:
+def _refuse_unfit(optimizer: Optimizer, decoupled: bool) -> None:
     if isinstance(optimizer, LBFGS):
         raise ValueError(
             "LBFGS evaluates loss and gradient several times a step and compares the losses, so the penalty has to be "
             "part of the loss: add penalty() to it inside the closure."
+        )
+    if any(group.get("maximize", False) for group in optimizer.param_groups):
+        raise ValueError(
+            "this optimizer maximizes, so that a gradient added before its step would raise σ: subtract penalty() from "
+            "what it maximizes."
+        )
+    if getattr(optimizer, "_overlap_with_ddp", False):
+        raise ValueError(
+            "ZeroRedundancyOptimizer(overlap_with_ddp=True) steps inside the backward pass, before a gradient could be "
+            "added: leave overlap_with_ddp out, or add penalty() to the loss."
+        )
+    if decoupled:
+        _refuse_decoupled(optimizer)
+
+
+def _refuse_decoupled(optimizer: Optimizer) -> None:
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"decoupled=True acts with the learning rate, and {type(optimizer).__name__} has parameter groups without "
+            "'lr': leave decoupled out."
+        )
+    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+        raise ValueError(
+            f"decoupled=True moves the weights, and those under {type(optimizer).__name__} are between two averages "
+            "that it keeps: leave decoupled out, and the penalty goes through its gradients."
         )
 
 

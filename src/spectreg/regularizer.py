@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from spectreg.optimizers import Attachment
 from spectreg.penalties import NO_SLOPE, Penalty, penalty_of
 from spectreg.power_iteration.engine import Engine
-from spectreg.power_iteration.refusals import check_number, check_strength, refuse_computed, refuse_strangers
+from spectreg.power_iteration.refusals import (
+    check_number,
+    check_strength,
+    refuse_computed,
+    refuse_gradients_by_sample,
+    refuse_strangers,
+)
 from spectreg.summary import table
 from spectreg.weights.kinds import InputSize
 from spectreg.weights.patterns import Patterns
@@ -119,8 +125,10 @@ class SpectralNormRegularizer:
 
         Raises:
             ValueError: A weight is under a parametrization, or has a sparse gradient.
-            RuntimeError: The regularizer is ``decoupled``, or a sharded weight is gathered.
+            RuntimeError: The regularizer is ``decoupled``, a sharded weight is gathered, or Opacus takes gradients by
+                sample and would replace what is added.
         """
+        refuse_gradients_by_sample(self.weights)
         if self.decoupled:
             raise RuntimeError("decoupled=True acts on the weights with the optimizer's learning rate: use attach().")
         for bundle, weights in self._engine.step():
@@ -134,13 +142,15 @@ class SpectralNormRegularizer:
         derivative.
 
         Raises:
-            RuntimeError: The regularizer is ``decoupled``.
+            RuntimeError: The regularizer is ``decoupled``, or Opacus takes gradients by sample.
             ValueError: The penalty has no slope in σ.
             NotImplementedError: A transform of ``torch.func`` is at work.
         """
         if self.decoupled:
             raise RuntimeError("decoupled=True does not act through the loss: use attach(), or leave it out.")
         looking = not torch.is_grad_enabled()
+        if not looking:
+            refuse_gradients_by_sample(self.weights)
         bundles = self._engine.trained() if looking else self._engine.step(effective=True)
         share = 1 / self.every if looking else 1.0
         terms = [share * bundle.value(self.penalty_function, weights) for bundle, weights in bundles]
@@ -155,20 +165,21 @@ class SpectralNormRegularizer:
         """Act before every ``optimizer.step()``, whoever calls it, until ``detach``.
 
         A gradient scaler that skips a step skips this too; fused optimizers that unscale inside the step get the
-        scaled gradient. Several optimizers may hold the weights between them; those that Fabric or Accelerate wrap
-        are found.
+        scaled gradient. Several optimizers may hold the weights between them. Of wrappers (SAM, Lookahead, Opacus,
+        Fabric, Accelerate) the optimizer inside is found, and acted on when they step it.
 
         Raises:
             TypeError: One of these is no optimizer.
             RuntimeError: It is attached already.
-            ValueError: A weight is in none of the optimizers, or the optimizer evaluates the loss itself (LBFGS).
+            ValueError: A weight is in none of the optimizers; the step of one runs no hooks, evaluates the loss itself
+                (LBFGS), maximizes, or gives ``decoupled`` no learning rate.
         """
         if self._attachment is not None:
             raise RuntimeError(
                 "this regularizer is attached already: call detach() first, or pass all optimizers at once."
             )
         refuse_computed(self.weights)
-        self._attachment = Attachment(optimizers, self.weights, self._before_step)
+        self._attachment = Attachment(optimizers, self.weights, self._before_step, self.decoupled)
         self._engine.lanes = self._attachment.lanes
         return self
 

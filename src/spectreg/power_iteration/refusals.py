@@ -67,6 +67,18 @@ def refuse_constants(weights: Sequence[Weight], tensors: Sequence[Tensor]) -> No
             )
 
 
+def refuse_gradients_by_sample(weights: Sequence[Weight]) -> None:
+    """Refuse weights whose gradients Opacus takes sample by sample: its optimizer makes `.grad` anew from those."""
+    for weight in weights:
+        parameter = weight.module._parameters.get(weight.attribute)
+        if parameter is not None and hasattr(parameter, "grad_sample"):
+            raise RuntimeError(
+                f"weight {weight.name!r} has gradients by sample (Opacus), from which DPOptimizer makes the gradient "
+                "anew: neither add_gradient() nor penalty() would have an effect. Use attach(dp_optimizer), which acts "
+                "after clipping and noise."
+            )
+
+
 def refuse_gathered(names: Sequence[str]) -> None:
     """Refuse weights that were sharded and, now, are not."""
     if names:

@@ -1,0 +1,319 @@
+"""Attached means acting: once before every step that moves the weights, or an error that says what to call instead."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from cases import unchecked_types
+from ranks import on_ranks
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from spectreg import SpectralNormRegularizer
+
+RATE, STRENGTH, SIGMA = 0.1, 0.5, 3.0
+ONCE = SIGMA - RATE * STRENGTH * SIGMA  # σ after one step of plain descent on λσ²/2
+
+
+def diagonal():
+    """A layer whose top singular value is 3, alone and first."""
+    layer = nn.Linear(4, 4, bias=False)
+    layer.weight.data = torch.diag(torch.tensor([SIGMA, 1.0, 1.0, 1.0]))
+    return layer
+
+
+def sigma(layer):
+    return pytest.approx(torch.linalg.matrix_norm(layer.weight.detach(), 2).item(), abs=1e-5)
+
+
+def zero_gradients(layer, optimizer):
+    """A loss without a slope, so that all that moves the weight is the penalty."""
+
+    def closure():
+        optimizer.zero_grad()
+        loss = 0 * layer(torch.ones(2, 4)).sum()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def attached(layer, optimizer, **settings):
+    return SpectralNormRegularizer(layer, STRENGTH, **settings).attach(optimizer)
+
+
+class TwoSteps(Optimizer):
+    """Sharpness-aware minimization, as it is written by most: `step` for closures, two calls for loops."""
+
+    def __init__(self, params, base, **settings):
+        super().__init__(params, settings)
+        self.base_optimizer = base(self.param_groups, **settings)
+
+    @torch.no_grad()
+    def first_step(self):
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self):
+        self.base_optimizer.step()
+
+    @torch.no_grad()
+    def step(self, closure):
+        self.first_step()
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+
+
+class Bare(Optimizer):
+    """A wrapper that does without `Optimizer.__init__`, as torch's PostLocalSGDOptimizer."""
+
+    def __init__(self, inner):
+        self.optim = inner
+        self.param_groups = inner.param_groups
+
+    def step(self, closure=None):
+        return self.optim.step(closure)
+
+    def zero_grad(self):
+        self.optim.zero_grad()
+
+
+class OwnStep(SGD):
+    """A subclass whose step calls that of its base: torch runs the hooks of both."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class TwiceOwnStep(OwnStep):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def test_the_optimizer_inside_of_a_two_step_optimizer_acts_in_both_styles():
+    for in_calls in (True, False):
+        layer = diagonal()
+        optimizer = TwoSteps(layer.parameters(), SGD, lr=RATE)
+        attached(layer, optimizer)
+        closure = zero_gradients(layer, optimizer)
+        closure()
+        if in_calls:
+            optimizer.first_step()
+            closure()
+            optimizer.second_step()
+        else:
+            optimizer.step(closure)
+        assert sigma(layer) == ONCE
+
+
+@pytest.mark.parametrize("build", [
+    lambda p: SGD(p, lr=RATE), lambda p: OwnStep(p, lr=RATE), lambda p: TwiceOwnStep(p, lr=RATE),
+    lambda p: Bare(SGD(p, lr=RATE)), lambda p: Bare(Bare(OwnStep(p, lr=RATE))),
+], ids=["plain", "own step", "own step twice", "wrapped", "wrapped twice"])  # fmt: skip
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_step_acts_once_whatever_is_around_the_optimizer(build, closed, scheduled):
+    layer = diagonal()
+    optimizer = build(list(layer.parameters()))
+    if scheduled and hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    attached(layer, optimizer)
+    closure = zero_gradients(layer, optimizer)
+    closure()
+    optimizer.step(closure) if closed else optimizer.step()
+    assert sigma(layer) == ONCE
+
+
+def test_a_step_after_one_that_failed_acts_again():
+    class Failing(OwnStep):
+        fails = True
+
+        def step(self, closure=None):
+            if self.fails:
+                raise RuntimeError("out of memory")
+            return super().step(closure)
+
+    layer = diagonal()
+    optimizer = Failing(layer.parameters(), lr=RATE)
+    attached(layer, optimizer)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    optimizer.zero_grad()
+    optimizer.fails = False
+    optimizer.step()
+    assert sigma(layer) == ONCE
+
+
+def test_an_optimizer_given_twice_acts_once():
+    layer = diagonal()
+    inner = SGD(layer.parameters(), lr=RATE)
+    SpectralNormRegularizer(layer, STRENGTH).attach(inner, Bare(inner))
+    inner.step()
+    assert sigma(layer) == ONCE
+
+
+def replaced(optimizer):
+    optimizer.step = lambda closure=None: None
+    return optimizer
+
+
+class Several(Optimizer):
+    def __init__(self, *optimizers):
+        self.first, self.second = optimizers
+        self.param_groups = self.first.param_groups
+
+    def step(self):
+        self.second.step()
+
+
+class Unhooked(Optimizer):
+    """Steps by itself, and was made without `Optimizer.__init__`."""
+
+    def __init__(self, params):
+        self.param_groups = [{"params": list(params), "lr": RATE}]
+
+    def step(self):
+        pass
+
+
+class NoOptimizer:
+    def __init__(self, params):
+        self.param_groups = [{"params": list(params)}]
+
+    def step(self):
+        pass
+
+
+class Averaging(SGD):
+    def train(self):
+        pass
+
+    def eval(self):
+        pass
+
+
+REFUSED = {
+    "made without __init__": (Unhooked, {}, ValueError, r"this Unhooked, which runs no hooks .* call add_gradient\(\)"),
+    "a step that was replaced": (lambda p: replaced(SGD(p, lr=RATE)), {}, ValueError, "this SGD, which runs no hooks"),
+    "several inside": (
+        lambda p: Several(SGD(p, lr=RATE), SGD(p, lr=RATE)), {}, ValueError, r"several optimizers \(first, second\)",
+    ),
+    "no optimizer": (NoOptimizer, {}, TypeError, r"not NoOptimizer\. What has a step\(\) of its own gets "),
+    "one that maximizes": (lambda p: SGD(p, lr=RATE, maximize=True), {}, ValueError, r"maximizes, .* subtract penalty"),
+    "line search in a wrapper": (lambda p: Bare(torch.optim.LBFGS(p)), {}, ValueError, "LBFGS evaluates loss"),
+    "averages": (
+        lambda p: Averaging(p, lr=RATE), {"decoupled": True}, ValueError, "under Averaging are between two averages",
+    ),
+    "no learning rate": (
+        lambda p: TwoSteps(p, lambda groups: Optimizer(groups, {})), {"decoupled": True}, ValueError,
+        "Optimizer has parameter groups without 'lr'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_not_act_is_refused_with_the_call_that_does(case):
+    build, settings, error, message = REFUSED[case]
+    layer = diagonal()
+    optimizer = build(list(layer.parameters()))
+    regularizer = SpectralNormRegularizer(layer, STRENGTH, **settings)
+    with unchecked_types(), pytest.raises(error, match=message):
+        regularizer.attach(optimizer)
+    assert "attached" not in repr(regularizer)
+
+
+def lookahead_of_timm():
+    """Its file alone: the package asks for torchvision."""
+    spec = importlib.util.find_spec("timm") or pytest.skip("timm is not installed")
+    file = Path(spec.origin).parent / "optim" / "lookahead.py"
+    spec = importlib.util.spec_from_file_location("lookahead_of_timm", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_optimizers_in_real_packages_act_or_are_refused():
+    po, schedulefree = pytest.importorskip("pytorch_optimizer"), pytest.importorskip("schedulefree")
+    timm = lookahead_of_timm()
+    builds = [
+        lambda p: po.Lookahead(SGD(p, lr=RATE)), lambda p: timm.Lookahead(SGD(p, lr=RATE)),
+        lambda p: po.SAM(p, SGD, lr=RATE, rho=0.0),
+        lambda p: po.OrthoGrad(SGD(p, lr=RATE)),
+    ]  # fmt: skip
+    for build in builds:
+        layer = diagonal()
+        optimizer = build(list(layer.parameters()))
+        attached(layer, optimizer)
+        closure = zero_gradients(layer, optimizer)
+        closure()
+        optimizer.step(closure)
+        assert sigma(layer) == ONCE, type(optimizer)
+    free = schedulefree.SGDScheduleFree(diagonal().parameters(), lr=RATE)
+    with pytest.raises(ValueError, match="SGDScheduleFree are between two averages"):
+        attached(diagonal(), free, decoupled=True)
+    with unchecked_types(), pytest.raises(TypeError, match="not ScheduleFreeWrapper"):
+        attached(layer := diagonal(), schedulefree.ScheduleFreeWrapper(SGD(layer.parameters(), lr=RATE)))
+
+
+def test_the_penalty_of_a_schedule_free_optimizer_goes_through_its_gradients():
+    schedulefree = pytest.importorskip("schedulefree")
+    ours, theirs = diagonal(), diagonal()
+    optimizers = [schedulefree.SGDScheduleFree(x.parameters(), lr=RATE) for x in (ours, theirs)]
+    attached(ours, optimizers[0], warmup=100)
+    for optimizer in optimizers:
+        optimizer.train()
+    for _ in range(4):
+        ours.zero_grad()
+        optimizers[0].step()
+        U, s, Vh = torch.linalg.svd(theirs.weight.detach())
+        theirs.weight.grad = STRENGTH * s[0] * torch.outer(U[:, 0], Vh[0])
+        optimizers[1].step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+def test_opacus_gets_the_penalty_after_clipping_and_noise_and_refuses_what_it_would_undo():
+    opacus = pytest.importorskip("opacus")
+    from opacus.optimizers import DPOptimizer
+
+    model = opacus.GradSampleModule(diagonal())
+    layer = model._module
+    optimizer = DPOptimizer(
+        SGD(model.parameters(), lr=RATE), noise_multiplier=0.0, max_grad_norm=1e-3, expected_batch_size=2
+    )
+    regularizer = SpectralNormRegularizer(model, STRENGTH)
+    (0 * model(torch.ones(2, 4)).sum()).backward()
+    for act in (regularizer.add_gradient, regularizer.penalty):
+        with pytest.raises(RuntimeError, match=r"gradients by sample \(Opacus\).* Use attach\(dp_optimizer\)"):
+            act()
+    with torch.no_grad():
+        assert regularizer.penalty().item() == pytest.approx(STRENGTH * SIGMA**2 / 2, rel=1e-3)
+    regularizer.attach(optimizer)
+    optimizer.step()
+    assert sigma(layer) == ONCE
+
+
+def on_one_of_two_ranks():
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+    from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
+
+    for build in (
+        lambda p: PostLocalSGDOptimizer(SGD(p, lr=RATE), PeriodicModelAverager(period=1)),
+        lambda p: ZeroRedundancyOptimizer(p, SGD, lr=RATE),
+    ):
+        layers = nn.Sequential(diagonal(), diagonal())
+        optimizer = build(layers.parameters())
+        attached(layers, optimizer)
+        optimizer.step()
+        for layer in layers:
+            assert sigma(layer) == ONCE, type(optimizer)
+    overlapped = ZeroRedundancyOptimizer(layers.parameters(), SGD, lr=RATE)
+    overlapped._overlap_with_ddp = True  # to be made so it asks for a model under DDP with a hook
+    with pytest.raises(ValueError, match="steps inside the backward pass"):
+        attached(layers, overlapped)
+
+
+@pytest.mark.slow
+def test_distributed_optimizers_act_once_on_every_rank():
+    on_ranks(2, on_one_of_two_ranks)
