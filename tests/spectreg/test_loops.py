@@ -457,7 +457,8 @@ def test_a_weight_tied_between_modules_counts_once_under_its_first_name():
     model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 6, bias=False), nn.Linear(4, 4)).double()
     model[2].weight = model[0].weight
     model[3].weight = model[1].weight
-    regularizer = SpectralNormRegularizer(model, 1.0)
+    assert list(SpectralNormRegularizer(model, 1.0).sigma()) == ["1.weight"]  # a table is one wherever it is tied
+    regularizer = SpectralNormRegularizer(model, 1.0, embeddings=True)
     assert list(regularizer.sigma()) == ["0.weight", "1.weight"]
     regularizer.add_gradient()
     torch.testing.assert_close(model[1].weight.grad.norm(), regularizer.sigma()["1.weight"])
