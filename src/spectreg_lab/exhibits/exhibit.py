@@ -65,13 +65,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim of the paper: where, in whose words, what came of it, and the comparisons behind that."""
+    """A claim: where, in whose words, what came of it, in short, and the comparisons behind that."""
 
     section: str
     sentence: str
     outcome: str
-    counts: str
-    table: Table
+    line: str
+    tables: Sequence[Table]
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ from spectreg_lab.figures import drawing
 from spectreg_lab.statistics.frames import POINT, select
 from spectreg_lab.storage.store import StudyRecord
 
-SHAPES = [*POINT, "weight", "largest", "frobenius", "skew"]
-
 
 def values(study: StudyRecord) -> pd.DataFrame:
     """One row for each singular value of each weight of each measured run; ``index`` 1 is the largest."""
@@ -25,21 +23,6 @@ def values(study: StudyRecord) -> pd.DataFrame:
     spectra = [spectrum for _, spectrum in found] or [np.empty(0)]
     indices = [np.arange(1, len(spectrum) + 1) for spectrum in spectra]
     return frame.assign(index=np.concatenate(indices), value=np.concatenate(spectra))
-
-
-def shapes(values: pd.DataFrame) -> pd.DataFrame:
-    """One row for each weight of each run.
-
-    Returns:
-        ``largest`` singular value; ``frobenius`` norm; ``skew``, the largest singular value over the root mean square
-        of all, which is 1 for a flat spectrum and √rank for a matrix of rank one.
-    """
-    if values.empty:
-        return pd.DataFrame(columns=SHAPES)
-    squares = values.assign(square=values.value**2).groupby([*POINT, "weight"])
-    found = pd.DataFrame({"largest": squares.value.max(), "frobenius": np.sqrt(squares.square.sum())})
-    found["skew"] = found.largest / np.sqrt(squares.square.mean())
-    return found.reset_index()
 
 
 def _panels(study: StudyRecord, here: pd.DataFrame, setting: str) -> list[Panel]:

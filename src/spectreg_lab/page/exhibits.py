@@ -2,7 +2,7 @@
 
 from spectreg_lab.exhibits.exhibit import Exhibit
 from spectreg_lab.figures import curvature, curves, jacobian, layers, perturbation, sensitivity, sigma, spectra
-from spectreg_lab.statistics import claims, frames, verdicts
+from spectreg_lab.statistics import frames, quantities, verdicts
 from spectreg_lab.storage.store import StudyRecord
 from spectreg_lab.tables import correlations, cost, fit, runs, search, table1
 
@@ -10,9 +10,9 @@ from spectreg_lab.tables import correlations, cost, fit, runs, search, table1
 def exhibits(study: StudyRecord) -> list[Exhibit]:
     """Every exhibit of a study, in the order of the page."""
     epochs, points = frames.epochs(study), frames.runs(study)
-    values, singular = table1.values(study, epochs, points), spectra.values(study)
+    values = table1.values(study, epochs, points)
     table = table1.frame(study, values)
-    numbers = claims.numbers(study.study, values, epochs, spectra.shapes(singular))
+    numbers = quantities.numbers(study, values, epochs)
     return [
         verdicts.exhibit(study, numbers, table),
         table1.exhibit(study, table, values),
@@ -21,7 +21,7 @@ def exhibits(study: StudyRecord) -> list[Exhibit]:
         sensitivity.exhibit(study, epochs, points),
         curvature.exhibit(study, epochs, points),
         correlations.exhibit(study, correlations.values(study, points)),
-        spectra.exhibit(study, singular),
+        spectra.exhibit(study, spectra.values(study)),
         sigma.exhibit(study, sigma.values(study)),
         perturbation.exhibit(study, perturbation.values(study)),
         jacobian.exhibit(study, jacobian.values(study)),

@@ -82,8 +82,8 @@ def _write_files(report: Path, exhibit: Exhibit, drawings: Drawings, colours: di
 
 def _verdicts(exhibit: Exhibit) -> list[Table]:
     """Every claim with its outcome as one table, for the Markdown file."""
-    rows = [[Cell(v.section), Cell(v.sentence), Cell(v.outcome, bold=True), Cell(v.counts)] for v in exhibit.verdicts]
-    return [Table(["section", "the paper says", "here", "comparisons"], rows)] if rows else []
+    rows = [[Cell(v.section), Cell(v.sentence), Cell(v.outcome, bold=True), Cell(v.line)] for v in exhibit.verdicts]
+    return [Table(["section", "claim", "here", "what decides"], rows)] if rows else []
 
 
 def markdown(table: Table) -> str:

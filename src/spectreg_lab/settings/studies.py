@@ -90,6 +90,9 @@ class Study(Setting):
     training: Training = Training()
     measure: Measuring | None = None
     search: Search | None = Field(None, description="makes the study one for `spectreg search`")
+    registered: str | None = Field(
+        None, description="the commit that fixed the claims, their directions and the rule before the first run"
+    )
     searched: tuple[str, ...] = Field(
         (), description="the search.csv of each search that chose the settings, seen from the study file"
     )

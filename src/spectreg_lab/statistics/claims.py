@@ -1,217 +1,235 @@
-"""The claims of Sections 4.1 to 4.4 as paired comparisons: a positive difference is what the paper says."""
+"""What a claim compares: rows of a table, each a kind of comparison with its methods, measure and direction.
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+Every comparison has two sides of a number a seed; its claim says that the first is the greater.
+"""
 
-import numpy as np
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields
+
 import pandas as pd
-from scipy import stats
 
-from spectreg_lab.statistics.frames import POINT, finished, select
-from spectreg_lab.statistics.paired import Difference, interval, paired
-
-ENOUGH = 0.95  # "all of them exceeds 95%", Section 4.1
+from spectreg_lab.statistics.paired import Unit
+from spectreg_lab.statistics.quantities import Numbers, correlations, fisher, unit
 
 BASELINES = ("vanilla", "decay", "adversarial")
 METHODS = (*BASELINES, "spectral")
 # "except for the DenseNet model on the STL-10 dataset", Section 4.1; and Appendix B names VGGNet and NIN alone where
 # the gradient norm on training data does not predict the gap.
 STL10 = "densenet22/stl10"
+ANY = (-float("inf"), float("inf"))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One instance of a claim: in which setting, of what, and the difference over seeds."""
+    """One instance of a claim: in which setting, of what, and what either side has by seed.
+
+    ``pair`` names the cell and the two methods where single comparisons are corrected together with Table 1's.
+    """
 
     setting: str
     what: str
-    difference: Difference
+    first: pd.Series
+    second: pd.Series
+    bounds: tuple[float, float] = ANY
+    unit: Unit = ""
+    pair: tuple[str, str, frozenset[str]] | None = None
+
+
+def _constant(like: pd.Series, value: float) -> pd.Series:
+    return pd.Series(value, index=like.index, dtype=float)
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """What claims are about: ``runs`` has one row a finished run, ``epochs`` one an epoch, ``regimes`` small first.
+class Above:
+    """Each of ``higher`` has more of ``measure`` than each of ``lower``; ``regimes`` are 0, the small batch, and −1."""
 
-    ``paper`` has, by setting, the row of the paper's Table 1 that it stands for, None for none.
-    """
+    measure: str
+    higher: tuple[str, ...]
+    lower: tuple[str, ...]
+    regimes: tuple[int, ...] = (0, -1)
+    margin: float = 0.0
 
-    runs: pd.DataFrame
-    epochs: pd.DataFrame
-    settings: tuple[str, ...]
-    regimes: tuple[str, ...]
-    paper: dict[str, str | None] = field(default_factory=dict)
-
-    @cached_property
-    def _by_method(self) -> dict[Any, pd.DataFrame]:
-        return {name: rows.set_index("seed") for name, rows in self.runs.groupby(["setting", "regime", "method"])}
-
-    def of(self, setting: str, regime: str, method: str, column: str) -> pd.Series:
-        """A number of every finished run, by seed."""
-        rows = self._by_method.get((setting, regime, method))
-        return pd.Series(dtype=float) if rows is None else rows[column].astype(float)
-
-    def shrinkage(self, setting: str, method: str, column: str) -> pd.Series:
-        """The number at the small batch minus that at the large one, by seed."""
-        small, large = self.regimes[0], self.regimes[-1]
-        return self.of(setting, small, method, column) - self.of(setting, large, method, column)
-
-
-Comparisons = Callable[[Numbers], Iterator[Comparison]]
-
-
-def more(column: str, higher: tuple[str, ...], lower: tuple[str, ...], regimes: slice = slice(None)) -> Comparisons:
-    """Each method of ``higher`` has more of ``column`` than each of ``lower``, in these regimes."""
-
-    def compare(numbers: Numbers) -> Iterator[Comparison]:
+    def comparisons(self, numbers: Numbers) -> Iterator[Comparison]:
+        """In every setting and regime, for every pair of methods."""
+        less = f" + {self.margin:g}" if self.margin else ""
         for setting in numbers.settings:
-            for regime in numbers.regimes[regimes]:
-                for above in higher:
-                    for below in (method for method in lower if method != above):
-                        pair = [numbers.of(setting, regime, method, column) for method in (above, below)]
-                        yield Comparison(setting, f"{above} − {below}, {regime} batch", paired(*pair))
+            for regime in dict.fromkeys(numbers.regimes[place] for place in self._places(numbers)):
+                for above in self.higher:
+                    for below in (method for method in self.lower if method != above):
+                        sides = [numbers.of(setting, regime, name, self.measure) for name in (above, below)]
+                        what = f"{above} − {below}{less}, {regime} batch"
+                        pair = None if self.margin else (regime, self.measure, frozenset((above, below)))
+                        yield Comparison(setting, what, sides[0] + self.margin, sides[1], ANY, unit(self.measure), pair)
 
-    return compare
-
-
-def but_for_stl10(comparisons: Comparisons) -> Comparisons:
-    """The same in every setting but the one that stands for the paper's DenseNet on STL-10."""
-
-    def compare(numbers: Numbers) -> Iterator[Comparison]:
-        claimed = tuple(name for name in numbers.settings if numbers.paper.get(name) != STL10)
-        return comparisons(replace(numbers, settings=claimed))
-
-    return compare
+    def _places(self, numbers: Numbers) -> tuple[int, ...]:
+        """Of a study with one regime, that is the small one."""
+        return self.regimes if len(numbers.regimes) > 1 else tuple(place for place in self.regimes if place == 0)
 
 
-def worst(comparisons: list[Comparison]) -> Comparison:
-    """The comparison that speaks most against its claim, or least for it."""
-    return min(comparisons, key=lambda found: (found.difference.evidence, found.difference.mean))
+@dataclass(frozen=True)
+class WithBatch:
+    """``measure`` changes from the small batch to the large one, for each method: it rises (1) or falls (−1)."""
+
+    measure: str
+    methods: tuple[str, ...]
+    sign: int
+
+    def comparisons(self, numbers: Numbers) -> Iterator[Comparison]:
+        """In every setting, for every method."""
+        order = numbers.regimes[:: len(numbers.regimes) - 1][:: -self.sign] if len(numbers.regimes) > 1 else ()
+        for setting in numbers.settings if order else ():
+            for method in self.methods:
+                first, second = (numbers.of(setting, regime, method, self.measure) for regime in order)
+                what = f"{method}, {order[0]} − {order[1]} batch"
+                yield Comparison(setting, what, first, second, unit=unit(self.measure))
 
 
-def best_or_smallest(numbers: Numbers) -> Iterator[Comparison]:
-    """In each setting and regime spectral has the best accuracy or the smallest gap: the better of its two worst pairs.
-
-    Its p is three times that of the pair, which is the worst of three.
-    """
-    for setting in numbers.settings:
-        for regime in numbers.regimes:
-            here = replace(numbers, settings=(setting,), regimes=(regime,))
-            accuracy = worst(list(more("test_accuracy", ("spectral",), BASELINES)(here)))
-            gap = worst(list(more("generalization_gap", BASELINES, ("spectral",))(here)))
-            what, found = max((("accuracy", accuracy), ("gap", gap)), key=lambda pair: pair[1].difference.evidence)
-            corrected = replace(found.difference, p=min(1.0, 3 * found.difference.p))
-            yield Comparison(setting, f"{what}: {found.what}", corrected)
-
-
-def batch(column: str, methods: tuple[str, ...], sign: int = 1) -> Comparisons:
-    """``column`` falls (``sign`` 1) or rises (−1) from the small batch to the large one, for each method."""
-
-    def compare(numbers: Numbers) -> Iterator[Comparison]:
-        for setting in numbers.settings if len(numbers.regimes) > 1 else ():
-            for method in methods:
-                change = sign * numbers.shrinkage(setting, method, column)
-                small, large = numbers.regimes[:: len(numbers.regimes) - 1][::sign]
-                yield Comparison(setting, f"{method}, {small} − {large} batch", interval(change))
-
-    return compare
-
-
-def batch_more(column: str, methods: tuple[str, ...], than: str, sign: int = 1) -> Comparisons:
+@dataclass(frozen=True)
+class MoreWithBatch:
     """That change is greater for each of ``methods`` than for ``than``."""
 
-    def compare(numbers: Numbers) -> Iterator[Comparison]:
+    measure: str
+    methods: tuple[str, ...]
+    than: str
+    sign: int
+
+    def comparisons(self, numbers: Numbers) -> Iterator[Comparison]:
+        """In every setting, for every method."""
         for setting in numbers.settings if len(numbers.regimes) > 1 else ():
-            for method in methods:
-                both = [sign * numbers.shrinkage(setting, name, column) for name in (method, than)]
-                yield Comparison(setting, f"change of {method} − that of {than}", paired(*both))
-
-    return compare
-
-
-def fits(numbers: Numbers) -> Iterator[Comparison]:
-    """Training accuracy exceeds 95 %."""
-    for setting in numbers.settings:
-        for regime in numbers.regimes:
-            for method in METHODS:
-                over = numbers.of(setting, regime, method, "train_accuracy") - ENOUGH
-                yield Comparison(setting, f"{method} − {ENOUGH}, {regime} batch", interval(over, (-ENOUGH, 1 - ENOUGH)))
+            for method in self.methods:
+                own, other = (self.sign * numbers.change(setting, name, self.measure) for name in (method, self.than))
+                what = f"change of {method} − that of {self.than}"
+                yield Comparison(setting, what, own, other, unit=unit(self.measure))
 
 
-def rank_correlation(rows: pd.DataFrame, column: str, other: str = "gap") -> float:
-    """Spearman's correlation of ``column`` with ``other``; NaN below three points or where either is constant."""
-    known = rows[[other, column]].astype(float).replace([np.inf, -np.inf], np.nan).dropna()
-    if len(known) < 3 or known.nunique().min() < 2:
-        return math.nan
-    return float(stats.spearmanr(known[other], known[column]).statistic)
+@dataclass(frozen=True)
+class Exceeds:
+    """``measure`` is greater than ``least`` (``sign`` −1: smaller) for each method."""
+
+    measure: str
+    methods: tuple[str, ...]
+    least: float
+    sign: int = 1
+    bounds: tuple[float, float] = ANY
+
+    def comparisons(self, numbers: Numbers) -> Iterator[Comparison]:
+        """In every setting and regime, for every method."""
+        low, high = sorted(self.sign * (bound - self.least) for bound in self.bounds)
+        for setting in numbers.settings:
+            for regime in numbers.regimes:
+                for method in self.methods:
+                    found = numbers.of(setting, regime, method, self.measure)
+                    first, second = (found, _constant(found, self.least))[:: self.sign]
+                    what = " − ".join((method, f"{self.least:g}")[:: self.sign]) if self.least else method
+                    what, of = f"{what}, {regime} batch", unit(self.measure)
+                    yield Comparison(setting, what, first, second, (low, high), of)
 
 
-def _through_training(numbers: Numbers, column: str, other: str) -> pd.Series:
-    """The rank correlation of ``column`` with ``other`` over the measured epochs of each run."""
-    curves = numbers.epochs[[*POINT, other, column]].dropna(subset=[column])
-    found = {point: rank_correlation(curve, column, other) for point, curve in curves.groupby(POINT)}
-    rows = [(*point, value) for point, value in found.items()]
-    return pd.DataFrame(rows, columns=[*POINT, "value"]).set_index(POINT).value
+@dataclass(frozen=True)
+class Correlates:
+    """Through training ``measure``, a column of Fisher's z, is positive (``sign`` −1: negative), mean over methods.
 
-
-def rises(column: str, along: str = "gap", less: str | None = None, sign: int = 1) -> Comparisons:
-    """Through training ``column`` rises (``sign`` −1: falls) with ``along``, more so than ``less`` does.
-
-    A rank correlation over the measured epochs of a run, mean over the methods of a seed.
+    With ``more_than`` it is greater than that other column is.
     """
 
-    def compare(numbers: Numbers) -> Iterator[Comparison]:
-        found, most = sign * _through_training(numbers, column, along), 1
-        if less is not None:
-            most = 2
-            found = found - _through_training(numbers, less, along)
-        known = found.dropna().reset_index()
+    measure: str
+    sign: int = 1
+    more_than: str | None = None
+
+    def comparisons(self, numbers: Numbers) -> Iterator[Comparison]:
+        """In every setting and regime."""
+        most = fisher(1.0, max((3, *numbers.measured)))
         for setting in numbers.settings:
             for regime in numbers.regimes:
-                by_seed = select(known, setting=setting, regime=regime).groupby("seed").value.mean()
-                yield Comparison(setting, f"correlation, {regime} batch", interval(by_seed, (-most, most)))
+                first = self.sign * self._mean(numbers, setting, regime, self.measure)
+                if self.more_than is None:
+                    what, second = f"correlation, {regime} batch", _constant(first, 0.0)
+                    yield Comparison(setting, what, first, second, (-most, most), "correlation")
+                else:
+                    what = f"difference of Fisher's z, {regime} batch"
+                    second = self.sign * self._mean(numbers, setting, regime, self.more_than)
+                    yield Comparison(setting, what, first, second, (-2 * most, 2 * most))
 
-    return compare
+    @staticmethod
+    def _mean(numbers: Numbers, setting: str, regime: str, column: str) -> pd.Series:
+        found = [numbers.of(setting, regime, method, column) for method in numbers.methods]
+        return pd.concat(found, axis=1).mean(axis=1) if found else pd.Series(dtype=float)
 
 
-def correlations(runs: pd.DataFrame, setting: str, column: str) -> pd.Series:
-    """By seed: the rank correlation of ``column`` with the gap over the methods and regimes of a setting."""
-    seeds = select(runs, setting=setting).groupby("seed")
-    return pd.Series({seed: rank_correlation(rows, column) for seed, rows in seeds}, dtype=float)
+@dataclass(frozen=True)
+class Nearer:
+    """Each of ``methods`` is nearer in ``measure`` to the method ``to`` than to the method ``than``."""
 
+    measure: str
+    methods: tuple[str, ...]
+    to: str
+    than: str
 
-def nearer(column: str, methods: tuple[str, ...], to: str, than: str) -> Comparisons:
-    """Each of ``methods`` is nearer in ``column`` to the method ``to`` than to the method ``than``."""
-
-    def compare(numbers: Numbers) -> Iterator[Comparison]:
+    def comparisons(self, numbers: Numbers) -> Iterator[Comparison]:
+        """In every setting and regime, for every method."""
         for setting in numbers.settings:
             for regime in numbers.regimes:
-                for method in methods:
-                    own = numbers.of(setting, regime, method, column)
-                    far, near = ((own - numbers.of(setting, regime, name, column)).abs() for name in (than, to))
-                    what = f"{method}: distance from {than} − that from {to}, {regime} batch"
-                    yield Comparison(setting, what, paired(far, near))
+                for method in self.methods:
+                    own = numbers.of(setting, regime, method, self.measure)
+                    far, near = (
+                        (own - numbers.of(setting, regime, name, self.measure)).abs() for name in (self.than, self.to)
+                    )
+                    what = f"{method}: distance from {self.than} − that from {self.to}, {regime} batch"
+                    yield Comparison(setting, what, far, near)
 
-    return compare
 
+@dataclass(frozen=True)
+class Predicts:
+    """Over the methods and regimes of a seed, ``first`` ranks the gap better than ``second`` does, up or down."""
 
-def predicts_better(first: str, second: str) -> Comparisons:
-    """Over the methods and regimes of one seed, ``first`` ranks the gap better than ``second`` does, up or down."""
+    first: str
+    second: str
 
-    def compare(numbers: Numbers) -> Iterator[Comparison]:
+    def comparisons(self, numbers: Numbers) -> Iterator[Comparison]:
+        """In every setting: Fisher's z of either correlation without its sign."""
+        points = max(3, len(numbers.methods) * len(numbers.regimes))
         for setting in numbers.settings:
-            strengths = [correlations(numbers.runs, setting, column).abs() for column in (first, second)]
-            yield Comparison(setting, "difference of |rank correlation|", paired(*strengths))
+            first, second = (
+                correlations(numbers.runs, setting, column).abs().map(lambda r: fisher(r, points), na_action="ignore")
+                for column in (self.first, self.second)
+            )
+            yield Comparison(setting, "difference of Fisher's z of |rank correlation|", first, second)
 
-    return compare
+
+Kind = Above | WithBatch | MoreWithBatch | Exceeds | Correlates | Nearer | Predicts
 
 
-def numbers(study: dict, runs: pd.DataFrame, epochs: pd.DataFrame, shapes: pd.DataFrame) -> Numbers:
-    """Collect what the claims need: the runs with their gap at α, and each run's spectra in three numbers."""
-    logs = shapes.assign(**{name: np.log(shapes[name].astype(float)) for name in ("largest", "frobenius", "skew")})
-    by_run = logs.groupby(POINT)[["largest", "frobenius", "skew"]].mean().reset_index()
-    joined = runs.merge(by_run.astype({name: runs[name].dtype for name in POINT}), on=POINT, how="left")
-    paper = {name: described.get("paper") for name, described in study["settings"].items()}
-    return Numbers(joined, finished(epochs), tuple(study["settings"]), tuple(study["regimes"]), paper)
+@dataclass(frozen=True)
+class Claim:
+    """A sentence and what it says about runs.
+
+    Attributes:
+        section: Of the paper, or "ours" for a claim that it does not make.
+        says: What must hold; with several, one of them is enough, and each is judged at its share of the level.
+        but_for_stl10: Not claimed of the setting that stands for the paper's DenseNet on STL-10.
+    """
+
+    section: str
+    sentence: str
+    says: tuple[Kind, ...]
+    but_for_stl10: bool = False
+
+    def comparisons(self, numbers: Numbers) -> list[list[Comparison]]:
+        """The comparisons of each alternative, in the settings that the claim is about."""
+        left_out = {name for name, row in numbers.paper.items() if self.but_for_stl10 and row == STL10}
+        return [[c for c in kind.comparisons(numbers) if c.setting not in left_out] for kind in self.says]
+
+
+def described(claim: Claim) -> list[str]:
+    """What the claim says, each alternative as the row that it is, without what is left at its default.
+
+    >>> described(Claim("4.1", "…", (Above("test_accuracy", ("spectral",), ("decay",), (-1,)),)))
+    ["Above('test_accuracy', ('spectral',), ('decay',), regimes=(-1,))"]
+    """
+    return [_row(kind) for kind in claim.says]
+
+
+def _row(kind: Kind) -> str:
+    given = [(f, getattr(kind, f.name)) for f in fields(kind)]
+    words = [repr(value) if f.default is MISSING else f"{f.name}={value!r}" for f, value in given if value != f.default]
+    return f"{type(kind).__name__}({', '.join(words)})"

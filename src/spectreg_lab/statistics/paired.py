@@ -3,16 +3,29 @@
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import combinations
+from typing import Literal, TypeVar
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtr, stdtrit
 
 from spectreg_lab.exhibits.exhibit import signed
 
 Name = TypeVar("Name", bound=Hashable)
+Unit = Literal["", "ratio", "correlation"]
 ROUNDING = 1e-12  # differences of accuracies below this are rounding, and would make a tiny p of nothing
+
+
+def shown(value: float, unit: Unit = "") -> str:
+    """A difference as it is printed: as it is; a difference of logarithms as a ratio; Fisher's z as the correlation.
+
+    >>> shown(0.5), shown(math.log(2), "ratio"), shown(math.atanh(0.9), "correlation")
+    ('+0.5', '×2', '+0.9')
+    """
+    if unit == "ratio":
+        return f"×{math.exp(min(value, 700)):.3g}"
+    return signed(math.tanh(value) if unit == "correlation" else value)
 
 
 @dataclass(frozen=True)
@@ -30,11 +43,15 @@ class Difference:
     n: int
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, unit: Unit = "") -> str:
+        """The mean with its interval and the number of seeds."""
         if self.n < 2:
-            return f"{signed(self.mean)} (n = {self.n})" if self.n else "no pair of seeds"
+            return f"{shown(self.mean, unit)} (n = {self.n})" if self.n else "no pair of seeds"
         if math.isnan(self.low) or self.low == self.high:
-            return f"{signed(self.mean)} in each of {self.n} seeds"
-        return f"{signed(self.mean)} [{signed(self.low)}, {signed(self.high)}], n = {self.n}"
+            return f"{shown(self.mean, unit)} in each of {self.n} seeds"
+        return f"{shown(self.mean, unit)} [{shown(self.low, unit)}, {shown(self.high, unit)}], n = {self.n}"
 
     @property
     def evidence(self) -> float:
@@ -42,15 +59,28 @@ class Difference:
         return 0.0 if math.isnan(self.p) else math.copysign(1 - self.p, self.mean)
 
 
-def interval(differences: pd.Series, bounds: tuple[float, float] = (-math.inf, math.inf)) -> Difference:
-    """Student's 95 % interval for the mean of ``differences``, one a seed; values that are not finite are left out.
+def finite(differences: pd.Series) -> np.ndarray:
+    """The values that are finite numbers, those within rounding of zero as zero."""
+    values = differences.astype(float).to_numpy()
+    values = values[np.isfinite(values)]
+    return np.where(np.abs(values) < ROUNDING, 0.0, values)
+
+
+def interval(
+    differences: pd.Series, bounds: tuple[float, float] = (-math.inf, math.inf), level: float = 0.05
+) -> Difference:
+    """Student's interval for the mean of ``differences``, one a seed; values that are not finite are left out.
 
     Args:
-        bounds: The least and the most that a value can be. Where all are at one of these, as accuracies of 1 and rank
-            correlations of 1 are, that is an outcome: the interval has no width, and ``p`` is 0.
+        bounds: The least and the most that a value can be; the interval does not leave them. Where all values are at
+            one of these, as accuracies of 1 and rank correlations of 1 are, that is an outcome: the interval has no
+            width, and ``p`` is 0.
+        level: One minus the coverage of the interval.
 
     >>> str(interval(pd.Series([0.01, 0.02, 0.03])))
     '+0.02 [−0.00484, +0.0448], n = 3'
+    >>> str(interval(pd.Series([0.01, 0.02, 0.03]), (-1, 0.04)))
+    '+0.02 [−0.00484, +0.04], n = 3'
     >>> str(interval(pd.Series([0.01])))
     '+0.01 (n = 1)'
     >>> str(interval(pd.Series([0.01, 0.01])))
@@ -58,9 +88,7 @@ def interval(differences: pd.Series, bounds: tuple[float, float] = (-math.inf, m
     >>> interval(pd.Series([1.0, 1.0])).low, interval(pd.Series([1.0, 1.0]), (-1, 1)).low
     (nan, 1.0)
     """
-    values = differences.astype(float).to_numpy()
-    values = values[np.isfinite(values)]
-    values[np.abs(values) < ROUNDING] = 0.0
+    values = finite(differences)
     n = len(values)
     mean = float(values.mean()) if n else math.nan
     if n < 2:
@@ -69,9 +97,10 @@ def interval(differences: pd.Series, bounds: tuple[float, float] = (-math.inf, m
         reached = any(math.isclose(mean, bound) for bound in bounds)
         bound, p = (mean, 0.0) if reached else (math.nan, math.nan)
         return Difference(mean, bound, bound, 1.0 if mean == 0 else p, n)
-    test = stats.ttest_rel(values, np.zeros(n))
-    found = test.confidence_interval(0.95)
-    return Difference(mean, float(found.low), float(found.high), float(test.pvalue), n)
+    error = float(values.std(ddof=1)) / math.sqrt(n)
+    half = float(stdtrit(n - 1, 1 - level / 2)) * error
+    p = 2 * float(stdtr(n - 1, -abs(mean) / error))
+    return Difference(mean, max(mean - half, bounds[0]), min(mean + half, bounds[1]), p, n)
 
 
 def paired(first: pd.Series, second: pd.Series) -> Difference:
@@ -91,3 +120,12 @@ def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
         floor = max(floor, min(1.0, (len(known) - rank) * p))
         corrected[name] = floor
     return corrected | {name: p for name, p in p_values.items() if math.isnan(p)}
+
+
+def between(by_method: Mapping[str, pd.Series]) -> dict[frozenset[str], float]:
+    """Of every pair of methods the p value of their paired difference, corrected by Holm for all pairs.
+
+    The one correction for single comparisons of methods in a setting and regime, in Table 1 and beneath verdicts alike.
+    """
+    pairs = combinations(by_method, 2)
+    return holm({frozenset(pair): paired(*(by_method[name] for name in pair)).p for pair in pairs})

@@ -1,213 +1,230 @@
-"""What became of each claim of the paper."""
+"""What became of each claim: a statement pooled over settings decides, the single comparisons stand beneath it."""
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
 from spectreg_lab.exhibits import labels
-from spectreg_lab.exhibits.exhibit import Cell, Exhibit, Table, Verdict, signed
-from spectreg_lab.statistics.claims import (
-    BASELINES,
-    METHODS,
-    Comparison,
-    Comparisons,
-    Numbers,
-    batch,
-    batch_more,
-    best_or_smallest,
-    but_for_stl10,
-    fits,
-    more,
-    nearer,
-    predicts_better,
-    rises,
-    worst,
-)
-from spectreg_lab.statistics.frames import POINT, records, regimes, select
-from spectreg_lab.statistics.paired import Difference, holm
+from spectreg_lab.exhibits.exhibit import Cell, Exhibit, Table, Verdict
+from spectreg_lab.statistics.claims import Claim, Comparison
+from spectreg_lab.statistics.frames import records, regimes, select
+from spectreg_lab.statistics.paired import Difference, Unit, holm, interval
+from spectreg_lab.statistics.pooled import POWER, Pooled, pool
+from spectreg_lab.statistics.quantities import Numbers
+from spectreg_lab.statistics.registered import CLAIMS
 from spectreg_lab.storage.store import StudyRecord
 
 HELD, NOT, OPEN = "held", "did not hold", "not decided"
 TONES = {HELD: "good", NOT: "bad", OPEN: "open"}
-SMALL, LARGE = slice(0, 1), slice(1, None)
 LEVEL = 0.05
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A sentence of the paper and what it says about pairs of runs."""
-
-    section: str
-    sentence: str
-    comparisons: Comparisons
-
-
-SIDES = {"train": "training data", "test": "test data"}
-SPECTRAL, OTHERS = ("spectral",), ("vanilla", "adversarial")
-CLAIMS = (
-    Claim(
-        "4.1",
-        "Small batch: decay and spectral have better test accuracy than vanilla and adversarial.",
-        more("test_accuracy", ("decay", "spectral"), OTHERS, SMALL),
-    ),
-    Claim("4.1", "Large batch: spectral has the best accuracy.", more("test_accuracy", SPECTRAL, BASELINES, LARGE)),
-    Claim("4.1", "Test accuracy falls as the batch grows.", batch("test_accuracy", METHODS)),
-    Claim(
-        "4.1",
-        "It falls less for spectral than for the other methods.",
-        batch_more("test_accuracy", BASELINES, "spectral"),
-    ),
-    Claim(
-        "4.1",
-        "Spectral has the smallest generalization gap at α, the DenseNet on STL-10 excepted.",
-        but_for_stl10(more("generalization_gap", BASELINES, SPECTRAL)),
-    ),
-    Claim(
-        "4.1",
-        "Decay has the next smallest, with the same exception.",
-        but_for_stl10(more("generalization_gap", OTHERS, ("decay",))),
-    ),
-    Claim("4.1", "The gap of decay after the last epoch grows with the batch.", batch("gap", ("decay",), -1)),
-    Claim("4.1", "It grows more for decay than for spectral.", batch_more("gap", ("decay",), "spectral", -1)),
-    Claim("4.1", "Every method exceeds 95 % training accuracy in both regimes.", fits),
-    Claim("4.2", "Through training, the gradient norm on test data rises.", rises("input_gradient_test", "epoch")),
-    Claim("4.2", "The gradient norm on training data falls.", rises("input_gradient_train", "epoch", sign=-1)),
-    Claim("4.2", "The gradient norm on test data rises with the gap.", rises("input_gradient_test")),
-    Claim(
-        "4.2",
-        "It does so more than the gradient norm on training data, the DenseNet on STL-10 left out.",
-        but_for_stl10(rises("input_gradient_test", less="input_gradient_train")),
-    ),
-    Claim(
-        "4.2",
-        "Spectral reduces the gradient norm on test data (against vanilla).",
-        more("input_gradient_test", ("vanilla",), SPECTRAL),
-    ),
-    Claim(
-        "4.2",
-        "It does so at any point: on training data, too.",
-        more("input_gradient_train", ("vanilla",), SPECTRAL),
-    ),
-    Claim("4.2", "Spectral fits the training data better than decay.", more("train_accuracy", SPECTRAL, ("decay",))),
-    Claim(
-        "4.3",
-        "Vanilla: the largest eigenvalue of the Hessian on training data grows with the batch.",
-        batch("hessian_train", ("vanilla",), -1),
-    ),
-    Claim("4.3", "So does that on test data.", batch("hessian_test", ("vanilla",), -1)),
-    *(
-        claim
-        for side, data in SIDES.items()
-        for claim in (
-            Claim(
-                "4.3",
-                f"Regularized models have larger eigenvalues than vanilla ({data}).",
-                more(f"hessian_{side}", ("decay", "adversarial", "spectral"), ("vanilla",)),
-            ),
-            Claim(
-                "4.3", f"Spectral has the largest eigenvalue ({data}).", more(f"hessian_{side}", SPECTRAL, BASELINES)
-            ),
-        )
-    ),
-    Claim(
-        "4.3",
-        "Over methods and regimes, the gradient norm on test data predicts the gap better than the eigenvalue does.",
-        predicts_better("input_gradient_test", "hessian_train"),
-    ),
-    Claim(
-        "4.4",
-        "The spectra of spectral are flatter than those of every other method.",
-        more("skew", BASELINES, SPECTRAL),
-    ),
-    Claim(
-        "4.4",
-        "Adversarial and decay shrink the spectra of vanilla.",
-        more("frobenius", ("vanilla",), ("decay", "adversarial")),
-    ),
-    Claim(
-        "4.4",
-        "They keep the skewed shape: nearer in skew to vanilla than to spectral.",
-        nearer("skew", ("decay", "adversarial"), to="vanilla", than="spectral"),
-    ),
-    Claim("4.4", "Spectral has the lowest largest singular values.", more("largest", BASELINES, SPECTRAL)),
-    Claim(
-        "A",
-        "In every setting, spectral has the smallest generalization gap or the best test accuracy.",
-        best_or_smallest,
-    ),
+NOTES = (
+    "A statement is a difference paired over the seeds that both sides have, and pooled: its mean over settings, "
+    "each weighing the same, with the interval of Welch and Satterthwaite for the spread of the seeds. Positive, or "
+    "a ratio over 1, is what the claim says. A claim held where the intervals of all its statements lie above zero; "
+    "it did not where one is negative with p below 5 % after Holm's correction for the statements of the claim; "
+    "otherwise, or with fewer than two seeds, it is not decided. The line of a claim has the statement with least "
+    "evidence for it. These settings are taken as they are: nothing is said of others.",
+    "P(improvement): the probability that a run of the first kind is above one of the second, mean over settings. "
+    f"Least detectable: the effect that as many seeds show in {POWER:.0%} of such studies.",
+    "Single comparisons decide nothing. Their p is corrected by Holm: between methods for all pairs of methods in that "
+    "setting and regime, as in Table 1; otherwise for the comparisons of the claim in that setting.",
+    "Appendix A needs one of two things; the better one counts, so that each is judged at half of the 5 %.",
+    "Sections 4.2 to 4.4 speak of the DenseNet on CIFAR-100; the claims are judged in every setting.",
+    "Differences of norms, eigenvalues and spectra are of logarithms, shown as ratios; of spectra mean over the "
+    "weights of a network: of the largest singular value, of the Frobenius norm, and of the largest over the root "
+    "mean square (flat is 1).",
 )
 
 
-def judge(differences: list[Difference]) -> list[str]:
-    """What became of each comparison of a claim.
+@dataclass(frozen=True)
+class Statement:
+    """What was compared, pooled over settings, and the single comparisons that it is pooled of."""
 
-    It held where its 95 % interval lies above zero; it did not where its mean is negative with p below 5 % after Holm's
-    correction for all comparisons of the claim; otherwise it is not decided. Only that side is corrected: a single
-    failure refutes a claim, so many comparisons are many chances of one by accident, whereas all must hold.
+    what: str
+    pooled: Pooled
+    unit: Unit
+    singles: tuple[Comparison, ...]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim, the statements of each of its alternatives with what became of them, and what became of the claim."""
+
+    claim: Claim
+    alternatives: tuple[tuple[Statement, ...], ...]
+    verdicts: tuple[tuple[str, ...], ...]
+    outcome: str
+
+    @property
+    def level(self) -> float:
+        """Of each alternative's intervals: the better of two is chosen, so each has half."""
+        return LEVEL / len(self.alternatives)
+
+
+def statements(comparisons: Sequence[Comparison], level: float = LEVEL) -> tuple[Statement, ...]:
+    """One for each thing compared, over the settings in which it is."""
+    groups: dict[str, list[Comparison]] = {}
+    for comparison in comparisons:
+        groups.setdefault(comparison.what, []).append(comparison)
+    return tuple(
+        Statement(what, pool([(c.first, c.second) for c in group], group[0].bounds, level), group[0].unit, tuple(group))
+        for what, group in groups.items()
+    )
+
+
+def judge(differences: Sequence[Difference], level: float = LEVEL) -> list[str]:
+    """What became of each of the statements that a claim needs.
+
+    It held where its interval lies above zero; it did not where its mean is negative with p below ``level`` after
+    Holm's correction for all of them; otherwise it is not decided. Only that side is corrected: a single failure
+    refutes a claim, so many statements are many chances of one by accident, whereas all must hold.
     """
     opposite = holm({i: found.p if found.mean < 0 else 1.0 for i, found in enumerate(differences) if found.n > 1})
     return [
-        HELD if found.low > 0 else NOT if opposite.get(i, math.nan) < LEVEL else OPEN
+        HELD if found.low > 0 else NOT if opposite.get(i, math.nan) < level else OPEN
         for i, found in enumerate(differences)
     ]
 
 
-def outcome(verdicts: list[str]) -> str:
-    """A claim held where every comparison did, did not where any did not, and is otherwise not decided."""
+def outcome(verdicts: Sequence[str]) -> str:
+    """What needs all of these held where each did, did not where any did not, and is otherwise not decided."""
     if NOT in verdicts:
         return NOT
     return HELD if verdicts and set(verdicts) == {HELD} else OPEN
 
 
-def _counts(study: StudyRecord, comparisons: list[Comparison], verdicts: list[str]) -> str:
-    known = [found for found in comparisons if found.difference.n]
-    if not known:
-        return "nothing to compare yet"
-    counted, means = Counter(verdicts), [found.difference.mean for found in known]
-    least = worst(known)
-    return " · ".join(
-        [
-            *(f"{name} {counted[name]}" for name in (HELD, OPEN, NOT) if counted[name]),
-            *([f"mean {signed(min(means))} to {signed(max(means))}"] if len(means) > 1 else []),
-            f"worst: {labels.setting(study, least.setting)}, {least.what}: {least.difference}",
-        ]
+def either(outcomes: Sequence[str]) -> str:
+    """What needs one of these held where any did, and did not where none did."""
+    if HELD in outcomes:
+        return HELD
+    return NOT if outcomes and set(outcomes) == {NOT} else OPEN
+
+
+def judged(claim: Claim, numbers: Numbers) -> Judged:
+    """The claim, decided: each alternative at its share of the level, as the best of them counts."""
+    compared = claim.comparisons(numbers)
+    level = LEVEL / len(compared)
+    alternatives = tuple(statements(comparisons, level) for comparisons in compared)
+    verdicts = tuple(tuple(judge([s.pooled for s in found], level)) for found in alternatives)
+    return Judged(claim, alternatives, verdicts, either([outcome(found) for found in verdicts]))
+
+
+def worst(found: Sequence[Statement]) -> Statement:
+    """The statement that speaks most against its claim, or least for it."""
+    return min(found, key=lambda statement: (statement.pooled.evidence, statement.pooled.mean))
+
+
+def deciding(decision: Judged) -> Statement | None:
+    """The statement that decides: the worst one of the alternative that has most for it; None without any number."""
+    known = [found for found in ([s for s in all_ if s.pooled.n] for all_ in decision.alternatives) if found]
+    return max(map(worst, known), key=lambda statement: statement.pooled.evidence, default=None)
+
+
+def singles(decision: Judged, numbers: Numbers) -> list[dict[str, Any]]:
+    """Each single comparison with its interval, and its p as Table 1 corrects it, or for the claim in that setting."""
+    compared = [single for found in decision.alternatives for statement in found for single in statement.singles]
+    differences = [interval((c.first - c.second).dropna(), c.bounds, decision.level) for c in compared]
+    by_setting: dict[str, dict[int, float]] = {}
+    for i, (single, difference) in enumerate(zip(compared, differences, strict=True)):
+        by_setting.setdefault(single.setting, {})[i] = difference.p
+    corrected = {i: p for found in by_setting.values() for i, p in holm(found).items()}
+    for i, single in enumerate(compared):
+        if single.pair is not None:
+            regime, measure, methods = single.pair
+            corrected[i] = numbers.corrected(single.setting, regime, measure).get(methods, math.nan)
+    return [
+        {
+            "comparison": single,
+            "difference": difference,
+            "p_holm": corrected[i],
+            "verdict": _single(difference, corrected[i]),
+        }
+        for i, (single, difference) in enumerate(zip(compared, differences, strict=True))
+    ]
+
+
+def _single(difference: Difference, corrected: float) -> str:
+    if difference.low > 0:
+        return HELD
+    return NOT if difference.mean < 0 and corrected < LEVEL else OPEN
+
+
+def _line(decision: Judged, singles: list[dict[str, Any]]) -> str:
+    """The visible line of a claim: the statement that decides, what would, and the count of single comparisons."""
+    statement = deciding(decision)
+    if statement is None:
+        known = [row for row in singles if row["difference"].n]
+        return f"one seed of {len(known)} comparisons: no interval" if known else "nothing to compare yet"
+    parts = [f"{statement.what}: {statement.pooled.text(statement.unit)}"]
+    if decision.outcome == OPEN:
+        parts.append(_would_decide(statement.pooled))
+    counted = Counter(row["verdict"] for row in singles)
+    parts.append(
+        "single comparisons: " + ", ".join(f"{n} {name}" for name in (NOT, OPEN, HELD) if (n := counted[name]))
     )
+    return " · ".join(parts)
 
 
-def _verdict(study: StudyRecord, claim: Claim, numbers: Numbers) -> tuple[Verdict, list[dict[str, object]]]:
-    comparisons = list(claim.comparisons(numbers))
-    judged = judge([comparison.difference for comparison in comparisons])
-    rows = [
+def _would_decide(pooled: Pooled) -> str:
+    if math.isnan(pooled.p):
+        return "all seeds alike: nothing says how another would differ"
+    if pooled.needed is None:
+        return "an effect this small would take over 1000 seeds a setting"
+    return f"an effect of this size would take {pooled.needed} seeds a setting"
+
+
+def _tables(study: StudyRecord, decision: Judged, singles: list[dict[str, Any]]) -> list[Table]:
+    share = f"{100 * (1 - decision.level):g} %"
+    pooled = [
         [
-            Cell(labels.setting(study, found.setting)),
-            Cell(found.what),
-            Cell(str(found.difference)),
+            Cell(statement.what, bold=True),
+            Cell(statement.pooled.text(statement.unit)),
+            Cell(f"{statement.pooled.needed or '> 1000'}" if statement.pooled.n else "–"),
             Cell(verdict, tone=TONES[verdict]),
         ]
-        for found, verdict in zip(comparisons, judged, strict=True)
+        for found, verdicts in zip(decision.alternatives, decision.verdicts, strict=True)
+        for statement, verdict in zip(found, verdicts, strict=True)
     ]
-    table = Table(["setting", "comparison", "mean difference [95 % interval]", "verdict"], rows)
-    data = [
-        {
-            "section": claim.section,
-            "claim": claim.sentence,
-            "setting": found.setting,
-            "comparison": found.what,
-            **vars(found.difference),
-            "verdict": verdict,
-        }
-        for found, verdict in zip(comparisons, judged, strict=True)
+    single = [
+        [
+            Cell(labels.setting(study, row["comparison"].setting)),
+            Cell(row["comparison"].what),
+            Cell(row["difference"].text(row["comparison"].unit)),
+            Cell("–" if math.isnan(row["p_holm"]) else f"{row['p_holm']:.2g}"),
+            Cell(row["verdict"], tone=TONES[row["verdict"]]),
+        ]
+        for row in singles
     ]
-    return Verdict(claim.section, claim.sentence, outcome(judged), _counts(study, comparisons, judged), table), data
+    columns = ["pooled over settings", f"mean difference [{share} interval]", "seeds a setting that would show it", ""]
+    beneath = ["setting", "comparison", f"mean difference [{share} interval]", "p, Holm", "by itself"]
+    return [Table(columns, pooled), Table(beneath, single, "Single comparisons")]
+
+
+def _frame(decision: Judged, singles: list[dict[str, Any]]) -> list[dict[str, object]]:
+    head = {"section": decision.claim.section, "claim": decision.claim.sentence, "outcome": decision.outcome}
+    rows: list[dict[str, object]] = [
+        head | {"setting": "all", "comparison": statement.what, **vars(statement.pooled), "verdict": verdict}
+        for found, verdicts in zip(decision.alternatives, decision.verdicts, strict=True)
+        for statement, verdict in zip(found, verdicts, strict=True)
+    ]
+    return rows + [
+        head
+        | {"setting": row["comparison"].setting, "comparison": row["comparison"].what}
+        | {**vars(row["difference"]), "p_holm": row["p_holm"], "verdict": row["verdict"]}
+        for row in singles
+    ]
 
 
 def _rows_won(study: StudyRecord, table: pd.DataFrame, metric: str, what: str) -> str:
     lost, rows = [], 0
     for setting, regime in regimes(study):
-        here = select(table, metric=metric, setting=setting, regime=regime)
-        best = [row["method"] for row in records(select(here, best=True))]
+        best = [
+            row["method"] for row in records(select(table, metric=metric, setting=setting, regime=regime, best=True))
+        ]
         rows += bool(best)
         if best and "spectral" not in best:
             lost.append(f"{labels.setting(study, setting)}, {regime} batch ({' and '.join(best)})")
@@ -217,37 +234,39 @@ def _rows_won(study: StudyRecord, table: pd.DataFrame, metric: str, what: str) -
     return sentence + (f" It does not win in: {'; '.join(lost)}." if lost else "")
 
 
-def _measured_epochs(numbers: Numbers) -> str:
-    counts = numbers.epochs.groupby(POINT).input_gradient_test.count()
-    return "none" if counts.empty else " to ".join(str(count) for count in dict.fromkeys([counts.min(), counts.max()]))
+def _registered(study: StudyRecord) -> str:
+    commit = study.study.get("registered")
+    if commit:
+        return f"Claims, directions and the rule were fixed before the first run, in commit {commit} (docs/claims.md)."
+    return "This study names no commit that fixed its claims and the rule before its first run."
 
 
 def exhibit(study: StudyRecord, numbers: Numbers, table: pd.DataFrame) -> Exhibit:
     """Every claim with its verdict, and where spectral does not win."""
-    found = [_verdict(study, claim, numbers) for claim in CLAIMS]
-    counted = Counter(verdict.outcome for verdict, _ in found)
-    tally = ", ".join(f"{counted[name]} {name}" for name in (HELD, OPEN, NOT))
+    found = [judged(claim, numbers) for claim in CLAIMS]
+    beneath = [singles(decision, numbers) for decision in found]
+    counted = Counter(decision.outcome for decision in found)
+    tally = ", ".join(f"{counted[name]} {name}" for name in (NOT, OPEN, HELD))
+    against = [decision.claim.sentence for decision in found if decision.outcome == NOT]
+    measured = " to ".join(map(str, numbers.measured)) or "none"
     return Exhibit(
         name="verdicts",
         title="What the paper claims, and what held",
         claim="",
-        frame=pd.DataFrame([row for _, rows in found for row in rows]),
-        verdicts=[verdict for verdict, _ in found],
+        frame=pd.DataFrame([row for pair in zip(found, beneath, strict=True) for row in _frame(*pair)]),
+        verdicts=[
+            Verdict(d.claim.section, d.claim.sentence, d.outcome, _line(d, rows), _tables(study, d, rows))
+            for d, rows in zip(found, beneath, strict=True)
+        ],
         summary=[
-            f"Of {len(found)} claims: {tally}.",
+            f"Of {len(found)} claims: {tally}. {_registered(study)}",
+            *([f"Against the paper or the method: {' '.join(against)}"] if against else []),
             _rows_won(study, table, "test_accuracy", "Test accuracy"),
             _rows_won(study, table, "generalization_gap", "Generalization gap"),
         ],
         notes=[
-            "A comparison is a difference paired over the seeds that both sides have; positive is what the paper says. "
-            "It held where Student's 95 % interval lies above zero, did not where p of the opposite is below 5 % after "
-            "Holm's correction for the comparisons of the claim, and is not decided otherwise, with fewer than two "
-            "seeds, or where all seeds differ by the very same amount short of a bound. A claim held where "
-            "all its comparisons did, and did not where any did not. The "
-            "worst comparison is the one with most evidence against the claim.",
-            "Sections 4.2 to 4.4 speak of the DenseNet on CIFAR-100; the claims are judged in every setting.",
-            f"The correlations of Section 4.2 rest on the epochs that are measured, {_measured_epochs(numbers)} a run.",
-            "Differences of spectra are of logarithms, mean over the weights of a network: of the largest singular "
-            "value, of the Frobenius norm, and of the largest over the root mean square (flat is 0).",
+            *NOTES,
+            f"The correlations of Section 4.2 rest on the epochs that are measured, {measured} a run; they are "
+            "averaged, and have their intervals, as Fisher's z.",
         ],
     )

@@ -4,8 +4,8 @@ import pandas as pd
 
 from spectreg_lab.exhibits import labels
 from spectreg_lab.exhibits.exhibit import Cell, Exhibit, Table, plus_minus
-from spectreg_lab.statistics.claims import correlations
 from spectreg_lab.statistics.frames import finished, select
+from spectreg_lab.statistics.quantities import correlations
 from spectreg_lab.storage.store import StudyRecord
 
 PREDICTORS = {

@@ -4,8 +4,8 @@ import pandas as pd
 
 from spectreg_lab.exhibits import labels
 from spectreg_lab.exhibits.exhibit import Cell, Exhibit, Table, plus_minus
-from spectreg_lab.statistics.claims import ENOUGH
 from spectreg_lab.statistics.frames import finished, regimes, select
+from spectreg_lab.statistics.registered import ENOUGH
 from spectreg_lab.storage.store import StudyRecord
 
 

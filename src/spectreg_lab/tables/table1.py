@@ -10,7 +10,7 @@ from spectreg_lab.exhibits.exhibit import Cell, Exhibit, Table, plus_minus, sign
 from spectreg_lab.figures import drawing
 from spectreg_lab.statistics import gap, paper
 from spectreg_lab.statistics.frames import POINT, finished, records, regimes, select
-from spectreg_lab.statistics.paired import Difference, holm, paired
+from spectreg_lab.statistics.paired import Difference, between, paired
 from spectreg_lab.storage.store import StudyRecord
 
 METRICS = {"test_accuracy": "Test accuracy", "generalization_gap": "Generalization gap at α"}
@@ -22,7 +22,7 @@ ABOUT = (
     "test accuracy exceeds α; α is the study's, else the largest multiple of 0.01 that every run of the row exceeds. "
     "Mean ± standard deviation over seeds; the best mean of a row is bold.",
     "Δ: spectral minus this method, paired over the seeds that both have; p: Student's paired test, corrected by Holm "
-    "within the row.",
+    "for all pairs of methods of the row, as beneath the verdicts.",
 )
 
 
@@ -42,8 +42,11 @@ def best(by_method: dict[str, pd.Series], metric: str) -> set[str]:
 def _against_spectral(by_method: dict[str, pd.Series]) -> dict[str, tuple[Difference, float]]:
     spectral = by_method.get("spectral", pd.Series(dtype=float))
     differences = {name: paired(spectral, v) for name, v in by_method.items() if name != "spectral"}
-    corrected = holm({name: difference.p for name, difference in differences.items()})
-    return {name: (difference, corrected[name]) for name, difference in differences.items()}
+    corrected = between(by_method)
+    return {
+        name: (difference, corrected.get(frozenset((name, "spectral")), math.nan))
+        for name, difference in differences.items()
+    }
 
 
 def _row(study: StudyRecord, here: pd.DataFrame, label: dict[str, str]) -> list[dict[str, Any]]:
