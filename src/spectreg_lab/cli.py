@@ -198,6 +198,7 @@ def measure(
     """Measure finished runs: spectra, sensitivity, perturbations, Jacobian, curvature. Skips what has been measured."""
     from rich.progress import track
 
+    from spectreg_lab.data import DataError
     from spectreg_lab.settings.config import Measuring
     from spectreg_lab.storage import store
     from spectreg_lab.training import runs
@@ -206,8 +207,15 @@ def measure(
     if not places:
         raise CommandError(f"{folder}: no finished run here; `spectreg reproduce` or `spectreg train` makes them")
     setting = Measuring(examples=examples) if examples else None
-    done = [place for place in track(places, "measuring", console=_console()) if runs.measure(place, setting)]
-    typer.echo(f"{len(done)} runs measured, {len(places) - len(done)} had been before")
+    done, cannot = 0, []
+    for place in track(places, "measuring", console=_console()):
+        try:
+            done += runs.measure(place, setting)
+        except (DataError, store.RunError) as error:
+            cannot.append(str(error))
+    typer.echo(f"{done} runs measured, {len(places) - done - len(cannot)} had been before")
+    if cannot:
+        raise CommandError("\n".join([f"{len(cannot)} cannot be measured:", *cannot]))
 
 
 @app.command(epilog="Example: `spectreg spectra model.safetensors --csv spectra.csv --plot spectra.svg`")

@@ -1,7 +1,12 @@
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
 from spectreg_lab.settings.config import NIN, VGG, Config, Data, DenseNet, Spectral, Vanilla
+from spectreg_lab.storage import archive
+
+RESULTS = Path(__file__).parents[2] / "results"
 
 BASE = {"model": {"name": "vgg"}, "method": {"name": "vanilla"}, "batch_size": 64, "learning_rate": 0.1, "epochs": 2}
 
@@ -32,6 +37,14 @@ def test_a_run_named_before_a_setting_was_added_keeps_its_name_and_its_record():
     assert "evaluate_every" not in config.model_dump(mode="json")
     later = Config.model_validate({**BASE, "evaluate_every": 2})
     assert Config.model_validate(later.model_dump(mode="json")) == later
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*/runs.jsonl.gz")), ids=lambda file: file.parent.name)
+def test_every_kept_run_has_the_name_that_its_setting_gives(file):
+    runs = archive.read(file).runs
+    assert runs
+    for run in runs:
+        assert run.folder.name in Config.model_validate(run.config).names
 
 
 def test_the_defaults_are_the_papers_settings():

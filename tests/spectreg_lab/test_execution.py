@@ -5,14 +5,17 @@ from pathlib import Path
 import pytest
 from test_studies import STUDY
 
-from spectreg_lab.settings.studies import Selection, StudyError, read_study
-from spectreg_lab.storage import store
+from spectreg_lab.settings.studies import Selection, Study, StudyError, read_study
+from spectreg_lab.storage import archive, store
 from spectreg_lab.studies import execution
 from spectreg_lab.studies.execution import UnwritableError, begin, check, execute
 from spectreg_lab.studies.local import LocalEngine
 from spectreg_lab.studies.plan import plan
 from spectreg_lab.studies.worker import Outcome
 from spectreg_lab.training.runs import run
+from spectreg_lab.training.train import Training
+
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 class Record:
@@ -152,6 +155,26 @@ def test_a_run_whose_process_is_killed_twice_is_recorded_as_failed_and_tried_by_
     (run,) = store.read_study(tmp_path / "out").runs
     assert (run.status, run.error) == ("failed", cause)
     assert [status for _, status, _ in carry_out(one_run, tmp_path / "out").ends] == ["finished"]
+
+
+def test_a_training_that_stops_for_whatever_cause_has_an_outcome(study, tmp_path, monkeypatch):
+    content, only = study(), Selection(regime=["small"], method=["vanilla"], seed=[0])
+    ((place, point),) = begin(content, tmp_path / "out", "", Record(), only).items()
+    monkeypatch.setattr(Training, "epoch", lambda *_: (_ for _ in ()).throw(RuntimeError("the device is gone")))
+    assert run(point.config, place) == {"status": "failed", "error": "RuntimeError: the device is gone"}
+    assert "the device is gone" in store.RunFolder(place).outcome()["error"]
+    monkeypatch.undo()
+    assert run(point.config, place) == {"status": "finished"}
+
+
+def test_a_kept_study_that_was_named_before_some_settings_existed_is_not_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda _: None)
+    archive.unpack(RESULTS / "digits" / archive.NAME, tmp_path / "out")
+    kept = store.read_study(tmp_path / "out")
+    content = Study.model_validate({key: value for key, value in kept.study.items() if key != "command"})
+    assert begin(content, tmp_path / "out", "spectreg reproduce", Record()) == {}
+    again = store.read_study(tmp_path / "out")
+    assert [run.status for run in again.runs] == ["finished"] * len(kept.runs)
 
 
 def test_a_folder_that_cannot_be_written_ends_the_study_with_its_cause(study, tmp_path):

@@ -4,11 +4,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
+from spectreg.measures import hessian
 from spectreg_lab import measures
-from spectreg_lab.cli import app
+from spectreg_lab.cli import CommandError, app
 from spectreg_lab.data import load
 from spectreg_lab.settings.config import Data, Measuring
-from spectreg_lab.storage.store import RunError, RunFolder
+from spectreg_lab.storage.store import Checkpoint, RunError, RunFolder
 from spectreg_lab.training.runs import measure, run
 from spectreg_lab.training.train import Training
 
@@ -87,6 +88,54 @@ def test_only_a_finished_run_can_be_measured(tmp_path, tiny):
     run(tiny(learning_rate=1e30), tmp_path / "failed")
     with pytest.raises(RunError, match="not a finished run"):
         measure(tmp_path / "failed")
+
+
+def test_measuring_a_run_without_its_weights_is_refused_and_changes_nothing(tmp_path, tiny):
+    run(tiny(epochs=2), tmp_path)
+    for path in tmp_path.glob("checkpoint-*"):
+        path.unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RunError, match="has no weights to measure"):
+        measure(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert RunFolder(tmp_path).finished()
+
+
+def test_weights_before_the_last_epoch_are_not_measured_in_its_place(tmp_path, tiny):
+    run(tiny(epochs=2), tmp_path)
+    place = RunFolder(tmp_path)
+    (tmp_path / "checkpoint-2.safetensors").unlink()
+    place.save(Checkpoint(1, {"model/w": torch.zeros(1)}))
+    with pytest.raises(RunError, match="has the weights of epoch 1 of 2, not the last ones"):
+        measure(tmp_path)
+
+
+def test_an_interrupt_while_measuring_passes_through_and_nothing_is_stored(tmp_path, tiny, monkeypatch):
+    run(tiny(epochs=1), tmp_path)
+    real, calls = hessian.product_with, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(hessian, "product_with", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure(tmp_path, QUICK)
+    assert RunFolder(tmp_path).measures() is None
+    monkeypatch.undo()
+    assert measure(tmp_path, QUICK)
+
+
+def test_one_run_that_cannot_be_measured_does_not_keep_the_others_from_it(tmp_path, tiny):
+    for seed in (0, 1):
+        run(tiny(epochs=1, seed=seed), tmp_path / f"run-{seed}")
+    (tmp_path / "run-0" / "checkpoint-1.safetensors").unlink()
+    result = CliRunner().invoke(app, ["measure", str(tmp_path), "--examples", "8"])
+    assert "1 runs measured" in result.output
+    assert isinstance(result.exception, CommandError)
+    assert "run-0 has no weights to measure" in str(result.exception)
 
 
 def test_the_command_measures_a_run_or_all_of_them_and_skips_what_is_there(tmp_path, tiny, monkeypatch):

@@ -1,4 +1,5 @@
 import csv
+import errno
 import io
 import json
 import math
@@ -6,8 +7,11 @@ import math
 import pandas as pd
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from spectreg_lab.storage import files, store
+from spectreg_lab.storage import checkpoints, files, store
 from spectreg_lab.storage.files import write
 from spectreg_lab.storage.store import Checkpoint, RunError, RunFolder
 
@@ -64,13 +68,128 @@ def test_a_line_cut_short_is_dropped(folder):
 
 
 @pytest.mark.parametrize("kept", [0, 7, 60, 150])
-def test_a_truncated_checkpoint_falls_back_to_the_one_before(folder, kept):
+def test_a_truncated_checkpoint_falls_back_to_the_one_before_and_says_so(folder, kept, caplog):
     advance(folder, [1, 2])
     newest = folder.path / "checkpoint-2.safetensors"
     newest.write_bytes(newest.read_bytes()[:kept])
     assert folder.resume().epoch == 1
     assert [line["epoch"] for line in folder.metrics()] == [1]
     assert not newest.exists()
+    assert "checkpoint-2.safetensors is damaged" in caplog.text
+
+
+def rewrite(path, drop=(), **metadata):
+    tensors = {name: tensor for name, tensor in load_file(path).items() if name not in drop}
+    save_file(tensors, path, metadata or None)
+
+
+BROKEN = {
+    "no metadata": rewrite,
+    "no epoch": lambda path: rewrite(path, format="1"),
+    "epoch -1": lambda path: rewrite(path, epoch="-1"),
+    "epoch of another": lambda path: rewrite(path, epoch="1"),
+    "epoch no number": lambda path: rewrite(path, epoch="²"),
+    "a tensor less, from before there were checksums": lambda path: rewrite(path, ["model/w"], epoch="2"),
+    "no file of tensors": lambda path: path.write_bytes(b"<html>not found</html>"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+def test_a_checkpoint_that_is_not_what_was_written_falls_back_to_the_one_before(folder, broken, caplog):
+    advance(folder, [1, 2])
+    broken(folder.path / "checkpoint-2.safetensors")
+    assert folder.newest().epoch == 1
+    assert folder.resume().epoch == 1
+    assert "checkpoint-2.safetensors is damaged" in caplog.text
+    advance(folder, [2])
+    assert folder.resume().epoch == 2
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_checkpoint_with_one_flipped_bit_is_the_same_or_falls_back(folder, position, bit):
+    if not folder.metrics():
+        advance(folder, [1, 2])
+    path = folder.path / "checkpoint-2.safetensors"
+    whole = path.read_bytes()
+    changed = bytearray(whole)
+    changed[int(position * len(whole))] ^= 1 << bit
+    path.write_bytes(changed)
+    found = folder.newest()
+    path.write_bytes(whole)
+    assert found.epoch == 1 or (
+        found.epoch == 2 and torch.equal(found.part("model")["w"], torch.full((2,), 2.0)) and len(found.tensors) == 2
+    )
+
+
+def test_a_checkpoint_from_before_there_were_checksums_is_gone_on_from(folder):
+    advance(folder, [1, 2])
+    rewrite(folder.path / "checkpoint-2.safetensors", format="1", epoch="2")
+    assert folder.resume().epoch == 2
+
+
+@pytest.mark.parametrize("name", ["checkpoint-x", "checkpoint--3", "checkpoint-²", "checkpoint-", "checkpoint-2.old"])
+def test_a_file_whose_name_is_no_checkpoints_is_left_alone(folder, name):
+    advance(folder, [1, 2])
+    stranger = folder.path / f"{name}.safetensors"
+    stranger.write_bytes(b"mine")
+    assert folder.resume().epoch == 2
+    advance(folder, [3])
+    folder.end("finished")
+    assert stranger.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("reading", ["resume", "newest"])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(folder, monkeypatch, reading):
+    advance(folder, [1, 2])
+    before = snapshot(folder.path)
+
+    def fail(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    for name in ("safe_open", "_checksum"):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints, name, fail)
+            with pytest.raises(OSError, match="Too many open files"):
+                getattr(folder, reading)()
+    assert snapshot(folder.path) == before
+    assert folder.resume().epoch == 2
+
+
+def test_checkpoints_that_lie_ahead_of_the_metrics_do_not_push_out_those_that_are_needed(folder):
+    advance(folder, range(1, 7))
+    lines = (folder.path / store.METRICS).read_text().splitlines(keepends=True)
+    (folder.path / store.METRICS).write_text("".join(lines[:2]))
+    assert folder.resume() is None
+    advance(folder, [1, 2])
+    assert sorted(path.name for path in folder.path.glob("checkpoint-*")) == [
+        "checkpoint-1.safetensors",
+        "checkpoint-2.safetensors",
+    ]
+
+
+def snapshot(path):
+    return {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def test_numbers_that_are_not_finite_are_json_and_come_back_as_they_were(folder):
+    folder.append({"epoch": 1, "train_loss": math.inf, "test_loss": -math.inf, "sigma": {"w": math.nan}})
+    folder.save_measures({"hessian": {"test": {"value": math.nan, "residual": math.inf}}})
+    for name in (store.METRICS, store.MEASURES):
+
+        def refuse(constant):
+            raise AssertionError(f"{constant} is not JSON")
+
+        json.loads((folder.path / name).read_text(), parse_constant=refuse)
+    (line,) = folder.metrics()
+    assert (line["train_loss"], line["test_loss"]) == (math.inf, -math.inf)
+    assert math.isnan(line["sigma"]["w"])
+    assert folder.measures()["hessian"]["test"]["residual"] == math.inf
+
+
+def test_bare_nan_of_older_files_is_read(folder):
+    (folder.path / store.METRICS).write_text('{"epoch": 1, "train_loss": NaN}\n')
+    assert math.isnan(folder.metrics()[0]["train_loss"])
 
 
 def test_with_no_readable_checkpoint_the_run_starts_anew(folder):

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 Positive: TypeAlias = Annotated[int, Field(gt=0)]
 Strength: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+JOINED = ("classes", "shrink")  # of the data: runs are named with and without them where these are unset
 
 
 class Setting(BaseModel):
@@ -192,11 +193,24 @@ class Config(Setting):
     @property
     def hash(self) -> str:
         """Eight hexadecimal digits that change with any setting."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+        return self.name.rpartition("-")[2]
 
     @property
     def name(self) -> str:
-        """The name of the run's folder: readable first, unique by the hash."""
+        """The name of the run's folder: readable first, unique by a hash of all settings."""
+        return self.names[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """``name``, and the one that the run had before there were the settings of `JOINED`."""
         data = self.data.name.rstrip("/").rsplit("/", 1)[-1]
-        return f"{self.model.name}-{data}-{self.method.name}-b{self.batch_size}-s{self.seed}-{self.hash}"
+        stem = f"{self.model.name}-{data}-{self.method.name}-b{self.batch_size}-s{self.seed}"
+        now = self.model_dump(mode="json")
+        before = now | {"data": {k: v for k, v in now["data"].items() if k not in JOINED or v is not None}}
+        return tuple(dict.fromkeys(f"{stem}-{_hash(settings)}" for settings in (now, before)))
+
+
+def _hash(settings: dict[str, Any]) -> str:
+    """Eight hexadecimal digits that change with any setting."""
+    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:8]

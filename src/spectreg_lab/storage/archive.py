@@ -11,7 +11,9 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from spectreg_lab.storage import store
+from pydantic import ValidationError
+
+from spectreg_lab.storage import numbers, records, store
 from spectreg_lab.storage.files import write
 from spectreg_lab.storage.store import RunError, RunFolder, RunRecord, StudyRecord
 
@@ -28,7 +30,7 @@ def export(folder: Path, file: Path) -> int:
     study = store.read_study(folder)
     head = {"format": store.FORMAT, "study": study.study, "search": study.search}
     lines = [head, *(_line(run, folder) for run in study.runs)]
-    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    text = "".join(numbers.dumps(line, separators=(",", ":")) + "\n" for line in lines)
     write(file, gzip.compress(text.encode(), mtime=0))
     return sum(run.status == "finished" for run in study.runs)
 
@@ -41,14 +43,16 @@ def read(path: Path) -> StudyRecord:
     """
     if path.is_dir() or not path.exists():
         return store.read_study(path)
+    packed = path.read_bytes()
     try:
-        head, *runs = (json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines())
-        if head["format"] != store.FORMAT:
+        head, *runs = (json.loads(line) for line in gzip.decompress(packed).splitlines())
+        if isinstance(head, dict) and head.get("format", store.FORMAT) != store.FORMAT:
             raise RunError(f"{path} has format {head['format']!r}; this version reads format {store.FORMAT}")
-        records = [RunRecord(**run | {"folder": Path(run["folder"])}) for run in runs]
-        return StudyRecord(path.parent, head["study"], records, head["search"])
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is not a study that `spectreg export` wrote ({error})") from None
+        records.Archive.model_validate(head)
+        return StudyRecord(path.parent, head["study"], [_run(run) for run in runs], head["search"])
+    except (EOFError, zlib.error, ValidationError, ValueError, RecursionError, gzip.BadGzipFile) as error:
+        cause = records.first(error) if isinstance(error, ValidationError) else error
+        raise RunError(f"{path} is not a study that `spectreg export` wrote ({cause})") from None
 
 
 def unpack(file: Path, folder: Path) -> int:
@@ -72,6 +76,13 @@ def unpack(file: Path, folder: Path) -> int:
     if study.search is not None:
         write(folder / store.SEARCH, study.search.encode())
     return len(finished)
+
+
+def _run(line: Any) -> RunRecord:
+    if isinstance(line, dict):
+        line |= {key: numbers.restored(line.get(key)) for key in ("metrics", "measures")}
+    records.ArchivedRun.model_validate(line)
+    return RunRecord(**line | {"folder": Path(line["folder"])})
 
 
 def _line(run: RunRecord, study: Path) -> dict[str, Any]:
@@ -102,5 +113,5 @@ def _unpack_run(run: RunRecord, path: Path) -> None:
     if run.measures:
         store.write_json(path / store.MEASURES, run.measures)
     place = RunFolder(path)
-    write(path / store.METRICS, "".join(json.dumps(line) + "\n" for line in run.metrics).encode())
+    write(path / store.METRICS, "".join(numbers.dumps(line) + "\n" for line in run.metrics).encode())
     place.end("finished")

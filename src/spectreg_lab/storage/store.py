@@ -7,64 +7,62 @@ A study folder holds ``study.json``, its runs in ``runs/``, its page in ``report
 settings, that search's table in ``search.csv``. Nothing in either executes when
 it is read. Every file but ``metrics.jsonl`` is written under a temporary name and renamed. An epoch's line comes before
 its checkpoint, and lines newer than the checkpoint are dropped on resuming: a kill costs an epoch, never consistency.
+Only `RunFolder.resume`, for a run that is to be trained, drops anything; all other reading leaves the folder as it is.
 """
 
 import json
+import logging
 import os
 import re
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
+from pydantic import BaseModel, ValidationError
 
 from spectreg_lab.settings.config import Config
+from spectreg_lab.storage import checkpoints, numbers, records
+from spectreg_lab.storage.checkpoints import FORMAT, Checkpoint, DamagedCheckpointError
 from spectreg_lab.storage.claims import Claim, claim
 from spectreg_lab.storage.errors import RunError
 from spectreg_lab.storage.files import write
 
-FORMAT = 1
 CONFIG, VERSIONS, METRICS, OUTCOME = "config.json", "versions.json", "metrics.jsonl", "outcome.json"
-CHECKPOINT = re.compile(r"checkpoint-(\d+)\.safetensors")
 MEASURES, STUDY, RUNS, REPORT, SEARCH = "measures.json", "study.json", "runs", "report", "search.csv"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Everything a run needs to go on after ``epoch``: tensors by ``part/name``."""
-
-    epoch: int
-    tensors: dict[str, Tensor]
-
-    def part(self, name: str) -> dict[str, Tensor]:
-        """The tensors below ``name/``, without that prefix."""
-        prefix = name + "/"
-        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+CHECKPOINT, DAMAGED = re.compile(r"checkpoint-([0-9]{1,18})\.safetensors"), ".damaged"
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as indented JSON."""
-    write(path, (json.dumps(content, indent=2) + "\n").encode())
+    write(path, (numbers.dumps(content, indent=2) + "\n").encode())
 
 
 RUN_AGAIN = "delete its folder and run again"
-MEASURE_AGAIN = "delete it and `spectreg measure` its run again"
+MEASURE_AGAIN = "delete it and `spectreg measure` its run again, which needs its weights"
 REWRITTEN = "give the command that made it again, which rewrites it and keeps the runs"
 
 
-def read_json(path: Path, remedy: str = RUN_AGAIN) -> dict[str, Any]:
-    """Read a JSON file that holds an object; a broken one is a `RunError` that names it and the ``remedy``."""
+def read_json(
+    path: Path,
+    kind: type[BaseModel] = records.Record,
+    remedy: str = RUN_AGAIN,
+    parse: Callable[[bytes], Any] = json.loads,
+) -> dict[str, Any]:
+    """Read a JSON file that holds a record of that ``kind``.
+
+    Raises:
+        RunError: it does not; the message names the file and the ``remedy``.
+    """
     try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
+        found = parse(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is not JSON ({error}): {remedy}") from None
     if not isinstance(found, dict):
         raise RunError(f"{path} holds no JSON object: {remedy}")
+    if fault := records.fault(kind, found):
+        raise RunError(f"{path} {fault}: {remedy}")
     return found
 
 
@@ -91,14 +89,12 @@ class RunFolder:
     def begin(self, config: Config, versions: dict[str, str]) -> None:
         """Record what this run is, or check that the folder is the same run's."""
         self._check_claim()
-        mine = config.model_dump(mode="json")
         if not (self.path / CONFIG).exists():
-            write_json(self.path / CONFIG, {"format": FORMAT, "config": mine})
+            write_json(self.path / CONFIG, {"format": FORMAT, "config": config.model_dump(mode="json")})
             write_json(self.path / VERSIONS, versions)
             return
-        found = self._setting()
-        differing = sorted(key for key in {*found, *mine} if found.get(key) != mine.get(key))
-        if differing:
+        if (found := self.config()) != config:
+            differing = sorted(name for name, value in config if getattr(found, name) != value)
             raise RunError(
                 f"{self.path} holds a run with another setting (differs in: {', '.join(differing)}): "
                 "use another folder, or delete this one"
@@ -115,20 +111,24 @@ class RunFolder:
         if first != self.versions():
             write_json(self.path / VERSIONS, first)
 
-    def _setting(self) -> dict[str, Any]:
+    def _setting(self) -> Any:
         found = read_json(self.path / CONFIG)
         if found.get("format") != FORMAT:
             raise RunError(
                 f"{self.path} has format {found.get('format')!r}; this version reads format {FORMAT}: "
                 "use the spectreg version that wrote it, or delete the folder and run again"
             )
-        return found["config"]
+        return found.get("config")
 
     def config(self) -> Config:
         """The run's setting, as it was recorded."""
         if not (self.path / CONFIG).exists():
             raise RunError(f"{self.path} is not a run folder: it has no {CONFIG}")
-        return Config.model_validate(self._setting())
+        try:
+            return Config.model_validate(self._setting())
+        except ValidationError as error:
+            place, cause = self.path / CONFIG, records.first(error)
+            raise RunError(f"{place} holds no setting of a run ({cause}): {RUN_AGAIN}") from None
 
     def versions(self) -> dict[str, Any]:
         """Versions, machine, commit and command of the process that began the run; empty if none were recorded."""
@@ -139,7 +139,7 @@ class RunFolder:
         """Add one epoch to the metrics."""
         self._check_claim()
         with (self.path / METRICS).open("ab") as file:
-            file.write((json.dumps(line) + "\n").encode())
+            file.write((numbers.dumps(line) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
 
@@ -147,62 +147,90 @@ class RunFolder:
         """The epochs recorded so far, in order; a line cut short by a kill ends the list.
 
         Raises:
-            RunError: a line that was not cut short tells no epoch.
+            RunError: a line that was not cut short is no epoch's, or not the next one's.
         """
         path = self.path / METRICS
         lines: list[dict[str, Any]] = []
-        for line in path.read_text().splitlines() if path.exists() else ():
+        for line in path.read_bytes().splitlines() if path.exists() else ():
             try:
-                found = json.loads(line)
+                found = numbers.loads(line)
             except ValueError:
                 break
-            if not isinstance(found, dict) or not isinstance(found.get("epoch"), int):
-                raise RunError(f"{path}: line {len(lines) + 1} has no epoch: {RUN_AGAIN}")
+            number = len(lines) + 1
+            if not isinstance(found, dict) or found.get("epoch") != number:
+                raise RunError(f"{path}: line {number} has no epoch {number}: {RUN_AGAIN}")
+            if fault := records.fault(records.Line, found):
+                raise RunError(f"{path}: line {number} {fault}: {RUN_AGAIN}")
             lines.append(found)
         return lines
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint and keep the one before it."""
         self._check_claim()
-        metadata = {"format": str(FORMAT), "epoch": str(checkpoint.epoch)}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
-        write(self.path / f"checkpoint-{checkpoint.epoch}.safetensors", save(tensors, metadata))
-        for old in self._checkpoints()[2:]:
-            old.unlink()
+        checkpoints.write(self.path / f"checkpoint-{checkpoint.epoch}.safetensors", checkpoint)
+        epochs = self._checkpoints()
+        kept = sorted(epoch for epoch in epochs if epoch <= checkpoint.epoch)[-2:]
+        self._delete(path for epoch, path in epochs.items() if epoch not in kept)
 
-    def _checkpoints(self) -> list[Path]:
-        found = self.path.glob("checkpoint-*.safetensors")
-        return sorted(found, key=lambda path: int(path.stem.rpartition("-")[2]), reverse=True)
+    def _checkpoints(self) -> dict[int, Path]:
+        """The checkpoints by epoch, newest first."""
+        named = [(CHECKPOINT.fullmatch(path.name), path) for path in self.path.glob("checkpoint-*")]
+        return dict(sorted(((int(name[1]), path) for name, path in named if name), reverse=True))
+
+    def _delete(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            path.unlink(missing_ok=True)
 
     def resume(self) -> Checkpoint | None:
-        """The newest checkpoint that can be read, with the metrics cut back to its epoch; None to start anew.
+        """The newest checkpoint to train on from, with the metrics cut back to its epoch; None to start anew.
 
-        A truncated checkpoint is passed over for the one before it and deleted; epochs run again give the same numbers.
+        A damaged checkpoint is set aside, which is said, and the one before it is used; epochs run again give the same
+        numbers.
+
+        Raises:
+            OSError: a checkpoint cannot be read now, whatever is in it; nothing is changed.
         """
         self._check_claim()
-        for path in self._checkpoints():
+        for epoch, path in self._checkpoints().items():
             try:
-                checkpoint = _read_checkpoint(path)
-            except (SafetensorError, struct.error, KeyError, OSError):
-                path.unlink()
+                checkpoint = self._read(epoch, path)
+            except DamagedCheckpointError as error:
+                logging.warning("%s is damaged (%s) and set aside: the run goes on from the one before it", path, error)
+                path.replace(path.with_suffix(DAMAGED))
                 continue
-            if len(self.metrics()) < checkpoint.epoch:
-                continue
-            self._keep_until(checkpoint.epoch)
-            return checkpoint
+            if len(self.metrics()) >= epoch:
+                self._keep_until(epoch)
+                return checkpoint
         self._keep_until(0)
         return None
 
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole; nothing in the folder changes.
+
+        Raises:
+            OSError: a checkpoint cannot be read now, whatever is in it.
+        """
+        for epoch, path in self._checkpoints().items():
+            with suppress(DamagedCheckpointError):
+                return self._read(epoch, path)
+        return None
+
+    def _read(self, epoch: int, path: Path) -> Checkpoint:
+        checkpoint = checkpoints.read(path, self._checkpoints().values())
+        if checkpoint.epoch != epoch or not epoch:
+            raise DamagedCheckpointError(f"it says epoch {checkpoint.epoch}")
+        return checkpoint
+
     def _keep_until(self, epoch: int) -> None:
-        lines = [json.dumps(line) + "\n" for line in self.metrics() if line["epoch"] <= epoch]
+        lines = [numbers.dumps(line) + "\n" for line in self.metrics() if line["epoch"] <= epoch]
         write(self.path / METRICS, "".join(lines).encode())
 
     def end(self, status: str, **details: Any) -> None:
         """Record the outcome: ``finished``, or ``failed`` with its cause. A finished run keeps one checkpoint."""
         self._check_claim()
         write_json(self.path / OUTCOME, {"status": status, **details})
-        for old in self._checkpoints()[1:]:
-            old.unlink()
+        if status == "finished":
+            self._delete([*list(self._checkpoints().values())[1:], *self.path.glob(f"*{DAMAGED}")])
 
     def save_measures(self, measures: dict[str, Any]) -> None:
         """Record what was measured of the finished run."""
@@ -212,17 +240,12 @@ class RunFolder:
     def measures(self) -> dict[str, Any] | None:
         """What was measured of the finished run; None before that."""
         path = self.path / MEASURES
-        return read_json(path, MEASURE_AGAIN) if path.exists() else None
+        return read_json(path, records.Measures, MEASURE_AGAIN, numbers.loads) if path.exists() else None
 
     def outcome(self) -> dict[str, Any] | None:
         """What became of the run; None while it is unfinished."""
         path = self.path / OUTCOME
-        if not path.exists():
-            return None
-        found = read_json(path)
-        if "status" not in found:
-            raise RunError(f"{path} has no status: {RUN_AGAIN}")
-        return found
+        return read_json(path, records.Outcome) if path.exists() else None
 
     def ended(self) -> int | None:
         """When the outcome was recorded, in nanoseconds of the file system's clock; None while there is none."""
@@ -238,11 +261,6 @@ class RunFolder:
     def lost(self) -> int:
         """How many of the run's epochs have no numbers on disk."""
         return max(self.config().epochs - len(self.metrics()), 0)
-
-
-def _read_checkpoint(path: Path) -> Checkpoint:
-    with safe_open(path, framework="pt") as file:
-        return Checkpoint(int(file.metadata()["epoch"]), {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
 @dataclass(frozen=True)
@@ -279,24 +297,30 @@ class StudyRecord:
     search: str | None = None
 
 
-def run_folder(study: Path, run: str) -> Path:
-    """Where the run of that name lies in a study folder."""
-    return study / RUNS / run
+def run_folder(study: Path, *names: str) -> Path:
+    """Where a run lies in a study folder: under one of the ``names`` that it has had, else under the first."""
+    places = [study / RUNS / name for name in names]
+    return next((place for place in places if (place / CONFIG).exists()), places[0])
 
 
 def finished_runs(folder: Path) -> list[Path]:
-    """The folders of all finished runs in or below ``folder``."""
-    places = sorted(path.parent for path in folder.rglob(OUTCOME))
-    return [place for place in places if (RunFolder(place).outcome() or {}).get("status") == "finished"]
+    """The folders of all runs in or below ``folder`` that have ended and have not failed."""
+    return [place for place in sorted(path.parent for path in folder.rglob(OUTCOME)) if not _failed(place)]
+
+
+def _failed(place: Path) -> bool:
+    try:
+        return (RunFolder(place).outcome() or {}).get("status") == "failed"
+    except RunError:  # said when the run is read
+        return False
 
 
 def study_name(folder: Path) -> str | None:
     """The name of the study in ``folder``; None where there is none, or none that can be read."""
     try:
-        found = read_json(folder / STUDY)
+        return str(read_json(folder / STUDY, records.StudyFile)["study"]["name"])
     except (FileNotFoundError, RunError):
         return None
-    return found["study"].get("name") if isinstance(found.get("study"), dict) else None
 
 
 def begin_study(folder: Path, study: dict[str, Any], points: list[dict[str, Any]], command: str) -> None:
@@ -309,15 +333,13 @@ def read_study(folder: Path) -> StudyRecord:
     """Read a study folder, whatever state its runs are in; needs neither the data nor the weights."""
     if not (folder / STUDY).exists():
         raise RunError(f"{folder} is not a study folder: it has no {STUDY}; `spectreg reproduce` makes one")
-    found = read_json(folder / STUDY, REWRITTEN)
-    if "format" in found and found["format"] != FORMAT:
+    found = read_json(folder / STUDY, remedy=REWRITTEN)
+    if found.get("format", FORMAT) != FORMAT:
         raise RunError(f"{folder / STUDY} has format {found['format']!r}; this version reads format {FORMAT}")
-    try:
-        runs = [_read_run(folder / RUNS, **point) for point in found["points"]]
-        search = (folder / SEARCH).read_text() if (folder / SEARCH).exists() else None
-        return StudyRecord(folder, {**found["study"], "command": found["command"]}, runs, search)
-    except (KeyError, TypeError) as error:
-        raise RunError(f"{folder / STUDY} is not the record of a study ({error}): {REWRITTEN}") from None
+    found = read_json(folder / STUDY, records.StudyFile, REWRITTEN)
+    runs = [_read_run(folder / RUNS, **point) for point in found["points"]]
+    search = (folder / SEARCH).read_text() if (folder / SEARCH).exists() else None
+    return StudyRecord(folder, {**found["study"], "command": found["command"]}, runs, search)
 
 
 def _read_run(folder: Path, *, setting: str, regime: str, method: str, seed: int, run: str) -> RunRecord:

@@ -81,17 +81,22 @@ def begin(
         StudyError: `check` finds a fault, ``only`` names what the study does not have, or the folder is
             another study's.
     """
-    chosen = {store.run_folder(folder, point.config.name): point for point in only.of(study)}
+    chosen = {store.run_folder(folder, *point.config.names): point for point in only.of(study)}
     if (other := store.study_name(folder)) not in (None, study.name):
         raise StudyError(f"{folder} holds the study {other!r}: give {study.name!r} another folder with --out")
     waiting = {place: point for place, point in chosen.items() if not _finished(place)}
     display.begin(list(waiting.values()), len(chosen) - len(waiting))
     if waiting:
         check(study, display)
-    store.begin_study(folder, study.model_dump(mode="json"), [point.label() for point in study.points()], command)
+    labels = [_label(folder, point) for point in study.points()]
+    store.begin_study(folder, study.model_dump(mode="json"), labels, command)
     keep(searched, folder)
     display.watch(folder, list(waiting.values()))
     return waiting
+
+
+def _label(folder: Path, point: Point) -> dict[str, object]:
+    return point.label() | {"run": store.run_folder(folder, *point.config.names).name}
 
 
 def execute(waiting: dict[Path, Point], engine: Engine, display: Display) -> None:

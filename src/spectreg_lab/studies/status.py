@@ -11,6 +11,7 @@ from typing import Any
 from spectreg_lab.storage.claims import Watch
 from spectreg_lab.storage.errors import RunError
 from spectreg_lab.storage.progress import Progress, progress
+from spectreg_lab.storage.records import StudyFile
 from spectreg_lab.storage.store import REWRITTEN, RUNS, STUDY, read_json
 
 
@@ -39,13 +40,10 @@ class Overview:
         if not (folder / STUDY).exists():
             raise RunError(f"{folder} is not a study folder: it has no {STUDY}; `spectreg reproduce` makes one")
         self.folder, self._watch = folder, Watch()
-        record = read_json(folder / STUDY, REWRITTEN)
-        try:
-            self.name = str(record["study"]["name"])
-            points = [point for point in record["points"] if only is None or point["run"] in only]
-            self.rows = {point["run"]: _row(record["study"], point) for point in points}
-        except (KeyError, TypeError) as error:
-            raise RunError(f"{folder / STUDY} is not the record of a study ({error}): {REWRITTEN}") from None
+        record = read_json(folder / STUDY, StudyFile, REWRITTEN)
+        self.name = str(record["study"]["name"])
+        points = [point for point in record["points"] if only is None or point["run"] in only]
+        self.rows = {point["run"]: _row(record["study"], point) for point in points}
 
     def refresh(self) -> None:
         """Read what may have changed."""

@@ -16,10 +16,10 @@ from spectreg_lab.storage.provenance import describe
 from spectreg_lab.storage.store import Checkpoint, RunError, RunFolder
 from spectreg_lab.training.devices import first_decides, one_device
 from spectreg_lab.training.memory import keep_freed_memory
-from spectreg_lab.training.train import Epoch, NonFiniteLossError, train
+from spectreg_lab.training.train import Epoch, train
 from spectreg_lab.training.writer import Writer
 
-FAILURES = (NonFiniteLossError, data.DataError, ValueError, torch.OutOfMemoryError)
+NOT_THE_RUNS = (OSError, RunError)  # of the machine or the folder: the run may go on from where it is
 
 
 def run(
@@ -85,7 +85,9 @@ def _train(
                     metrics = epoch.metrics | _measures_due(config, epoch)
                     write(partial(_store, place, metrics, epoch.tensors))
                     on_epoch(metrics)
-    except FAILURES as error:
+    except NOT_THE_RUNS:
+        raise
+    except Exception as error:  # whatever else stops a training is its outcome, and the study goes on
         outcome = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
     if first:
         if outcome["status"] == "finished" and config.measure is not None:
@@ -104,8 +106,10 @@ def _measured(
 ) -> dict[str, str]:
     """Measure a run that has just ended; what cannot be measured does not make it a failed run."""
     try:
-        _measure(place, config, images, setting, device)
-    except FAILURES as error:
+        _measure(place, config, _last(place, config), images, setting, device)
+    except NOT_THE_RUNS:
+        raise
+    except Exception as error:
         return {"measures": f"{type(error).__name__}: {error}"}
     return {}
 
@@ -134,18 +138,37 @@ def measure(folder: Path, setting: Measuring | None = None) -> bool:
         raise RunError(f"{folder} is not a finished run: finish it first")
     if place.measures() is not None:
         return False
+    checkpoint = _last(place, config)
+    images = data.load(config.data)
     with place.claimed():
-        _measure(place, config, data.load(config.data), setting or config.measure or Measuring(), torch.device("cpu"))
+        _measure(place, config, checkpoint, images, setting or config.measure or Measuring(), torch.device("cpu"))
     return True
 
 
-def _measure(place: RunFolder, config: Config, images: data.Images, setting: Measuring, device: torch.device) -> None:
-    checkpoint = place.resume()
+def _last(place: RunFolder, config: Config) -> Checkpoint:
+    """The weights after the last epoch."""
+    checkpoint = place.newest()
     if checkpoint is None:
-        raise RunError(f"{place.path} has no weights to measure: run it again")
+        raise RunError(f"{place.path} has no weights to measure: copy them here, or run it in another folder")
+    if checkpoint.epoch != config.epochs:
+        which = f"epoch {checkpoint.epoch} of {config.epochs}"
+        raise RunError(f"{place.path} has the weights of {which}, not the last ones: run it in another folder")
+    return checkpoint
+
+
+def _measure(
+    place: RunFolder,
+    config: Config,
+    checkpoint: Checkpoint,
+    images: data.Images,
+    setting: Measuring,
+    device: torch.device,
+) -> None:
     dtype = torch.float64 if config.precision == "64-true" else torch.float32
     model = models.build(config.model, images.shape, images.classes).to(dtype=dtype)
-    model.load_state_dict(checkpoint.part("model"))
+    try:
+        model.load_state_dict(checkpoint.part("model"))
+    except RuntimeError as error:
+        raise RunError(f"the weights in {place.path} are not those of its network: {error}") from None
     train, test = (split.to(device, dtype) for split in (images.train, images.test))
-    here = data.Images(train, test, images.classes)
-    place.save_measures(measures.after(model.to(device), here, setting))
+    place.save_measures(measures.after(model.to(device), data.Images(train, test, images.classes), setting))
