@@ -65,7 +65,8 @@ def test_two_exports_of_one_study_are_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"no gzip", gzip.compress(b"{"), gzip.compress(b"[]\n"), gzip.compress(b'{"format": 1}\n')],
+    [b"", b"no gzip", *(gzip.compress(text, mtime=0) for text in (b"{", b"[]\n", b'{"format": 1}\n'))],
+    ids=["empty", "no gzip", "no JSON", "no object", "no study"],
 )
 def test_a_file_that_is_no_export_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "some.jsonl.gz"
