@@ -646,7 +646,7 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=[str(i) for i in range(len(SETTINGS))])
 def test_a_default_device_other_than_the_models_changes_nothing(settings):
     def trained(device):
         model = seeded(
