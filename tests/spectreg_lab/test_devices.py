@@ -162,7 +162,9 @@ def test_a_finished_run_is_measured_on_the_device_that_trained_it(tmp_path, monk
         return {}
 
     monkeypatch.setattr(measures, "after", after)
-    runs._measure(RunFolder(tmp_path), setting, load(setting.data), Measuring(), torch.device(device))
+    place = RunFolder(tmp_path)
+    last = runs._last(place, setting)
+    runs._measure(place, setting, last, load(setting.data), Measuring(), torch.device(device))
     assert {(tensor.device.type, tensor.dtype) for tensor in seen} == {(device, dtype)}
 
 

@@ -34,7 +34,8 @@ def folder(tmp_path):
         run.append({"epoch": 1, "train_accuracy": training, "test_accuracy": validation})
         run.end("finished")
         points.append({"setting": "vgg", "regime": "small", "method": method.name, "seed": 0, "run": config.name})
-    store.begin_study(tmp_path, {"name": "search"}, points, "spectreg search")
+    study = {"name": "search", "epochs": 1, "settings": {}, "regimes": {}, "methods": {}}
+    store.begin_study(tmp_path, study, points, "spectreg search")
     return tmp_path
 
 

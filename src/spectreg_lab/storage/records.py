@@ -33,7 +33,7 @@ class Jacobian(Record):
     """The local norms, and the bound that the layers give."""
 
     norms: list[float]
-    converged: bool
+    converged: bool | None = None
     bound: Number = None
     layers: dict[str, float] | None = None
 
@@ -51,7 +51,7 @@ class Measures(Record):
     """What is measured of a network, ``None`` or absent where it was not."""
 
     input_gradient: dict[str, Number] | None = None
-    hessian: dict[str, Eigenvalue] | None = None
+    hessian: dict[str, Eigenvalue | None] | None = None
     jacobian: Jacobian | None = None
     perturbation: dict[str, list[Perturbed]] | None = None
     spectra: dict[str, list[float]] | None = None
