@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spectreg.checkpoints import read_tensors
-from spectreg.linalg.directions import gaussian_like, own_generator
+from spectreg.checkpoints.acting import acting_weights
+from spectreg.checkpoints.files import Stored
+from spectreg.linalg.directions import gaussian_like, length, own_generator
 from spectreg.linalg.lanczos import Eigenvalues, Goal, lanczos
 from spectreg.weights.kinds import map_of_a_tensor
 from spectreg.weights.patterns import Patterns
@@ -63,24 +64,28 @@ def singular_values(
     top: int | None = None,
     select: Select | None = None,
     map: Wanted = "matrix",
+    base: Mapping[str, Tensor] | str | Path | None = None,
     tolerance: float = 1e-4,
     generator: torch.Generator | None = None,
 ) -> dict[str, Spectrum]:
     """The singular values of every weight of a model, a state dict, or a checkpoint file.
 
     A model's weights are those the regularizer acts on, cut into the blocks of ``named_weights``; of a state dict or a
-    file, every floating point tensor of two or more dimensions, its first dimension against all others.
+    file, every floating point tensor of two or more dimensions, its first dimension against all others, or each matrix
+    of a stack of experts by itself. Weights in FP8 or int8 are taken times their scales, adapters (LoRA) as products.
 
     σ₁ is exact to rounding. Weights up to float32 go through WWᵀ in float64: the others are good to 1e-7·σ₁. float64
     weights take a full SVD. One weight is in memory at a time; nothing in the source changes.
 
     Args:
-        source: For files see ``spectreg.checkpoints.read_tensors``.
+        source: For files see ``spectreg.checkpoints.files.Stored``.
         top: Only so many of the largest values, for matrices too large for an SVD: by Lanczos where fewer than an
             eighth of all. A value that occurs more than once may then be found once.
         select: ``(name, tensor) -> bool``: which weights to measure.
         map: What each weight is taken for, as in ``named_weights``; of a state dict or a file ``"matrix"``,
             ``"each"`` (a stack of matrices, such as experts) or a number of parts, for all or by name patterns.
+        base: Of an adapter: the state dict or file that it adapts. Its layers are then measured as W + (α/r)BA, and
+            without it as (α/r)BA, called ``layer.lora``.
         tolerance: With ``top``: residual of each eigenvalue σ² of WWᵀ relative to it.
         generator: With ``top``: draws the first vectors; by default a private one with seed 0.
 
@@ -93,7 +98,11 @@ def singular_values(
     >>> spectra["weight"].values
     tensor([[4., 3., 0.]], dtype=torch.float64)
     """
-    spectra = each_spectrum(source, top=top, select=select, map=map, tolerance=tolerance, generator=generator)
+    if isinstance(source, str | Path):
+        source = Stored(source)
+    spectra = each_spectrum(
+        source, top=top, select=select, map=map, base=base, tolerance=tolerance, generator=generator
+    )
     return {spectrum.name: spectrum for spectrum in spectra}
 
 
@@ -103,37 +112,71 @@ def each_spectrum(
     top: int | None = None,
     select: Select | None = None,
     map: Wanted = "matrix",
+    base: Mapping[str, Tensor] | str | Path | None = None,
     tolerance: float = 1e-4,
     generator: torch.Generator | None = None,
+    skipped: dict[str, str] | None = None,
 ) -> Iterator[Spectrum]:
-    """The spectra of ``singular_values``, each as soon as it is known."""
+    """The spectra of ``singular_values``, each as soon as it is known.
+
+    Args:
+        skipped: Gets every tensor of a state dict or file that is left out, with the reason.
+    """
     if top is not None and top < 1:
         raise ValueError(f"top is {top}: ask for at least one singular value, or leave it out for all.")
     generator = own_generator(generator)
+    skipped = {} if skipped is None else skipped
+    if isinstance(source, nn.Module):
+        if base is not None:
+            raise ValueError("base is for the state dict or file of an adapter: a model has its base in itself.")
+        weights = matrices_of_a_model(source, select, map)
+    else:
+        weights = matrices_of_tensors(opened(source), select, map, base if base is None else opened(base), skipped)
     empty = True
-    for name, blocks in matrices(source, select, map):
+    for name, blocks in weights:
         empty = False
         yield spectrum_of(name, blocks, top, tolerance, generator)
+        del blocks
     if empty:
-        what = type(source).__name__ if isinstance(source, nn.Module | Mapping) else repr(str(source))
-        raise ValueError(f"{what} has no weight to measure: no selected floating point tensor with two dimensions.")
+        what = repr(str(source.files[0])) if isinstance(source, Stored) else type(source).__name__
+        why = "".join(f"; {name!r}: {reason}" for name, reason in list(skipped.items())[:3])
+        raise ValueError(f"{what} has no weight to measure: no selected tensor with two dimensions{why}.")
+
+
+def opened(source: Mapping[str, Tensor] | str | Path) -> Mapping[str, Tensor]:
+    return source if isinstance(source, Mapping) else Stored(source)
 
 
 @torch.no_grad()
-def matrices(
-    source: Source, select: Select | None, map: Wanted = "matrix"
+def matrices_of_a_model(
+    model: nn.Module, select: Select | None, map: Wanted
 ) -> Iterator[tuple[str, Float[Tensor, "blocks outputs inputs"]]]:
-    """Each weight of ``source`` as its matrix blocks."""
-    if isinstance(source, nn.Module):
-        for weight in named_weights(source, select, map):
-            yield weight.name, weight.map.matrices(weight.tensor.detach())
-        return
+    for weight in named_weights(model, select, map):
+        tensor = weight.tensor.detach()
+        if tensor.is_meta:
+            raise ValueError(
+                f"weight {weight.name!r} is on the meta device and has no values: offloaded, or never loaded. Load the "
+                "whole model, or give its checkpoint file."
+            )
+        yield weight.name, weight.map.matrices(tensor)
+
+
+@torch.no_grad()
+def matrices_of_tensors(
+    tensors: Mapping[str, Tensor],
+    select: Select | None,
+    map: Wanted,
+    base: Mapping[str, Tensor] | None,
+    skipped: dict[str, str],
+) -> Iterator[tuple[str, Float[Tensor, "blocks outputs inputs"]]]:
     wanted, names = Patterns("map", map), []
-    for name, tensor in source.items() if isinstance(source, Mapping) else read_tensors(source):
-        is_weight = tensor.is_floating_point() and tensor.ndim >= 2 and tensor.numel() > 0
-        if is_weight and (select is None or select(name, tensor)):
+    for name, tensor in acting_weights(tensors, skipped, base):
+        if select is not None and not select(name, tensor):
+            skipped[name] = "not selected"
+        else:
             names.append(name)
             yield name, map_of_a_tensor(name, tuple(tensor.shape), wanted).matrices(tensor.detach())
+        del tensor
     wanted.check_all_used(names)
 
 
@@ -153,18 +196,18 @@ def spectrum_of(
     if top is None or 8 * top >= count:
         values = torch.stack([all_values(W) for W in blocks])[:, :top].cpu()
         return Spectrum(name, shape, values, frobenius, complete=top is None or top >= count)
-    found = []
-    for W in blocks.to(torch.promote_types(blocks.dtype, torch.float32)):
-        found.append(top_eigenvalues_of_gram(W, top, tolerance, generator))
-    values = torch.tensor([e.values for e in found], dtype=torch.float64).clamp_min(0).sqrt()
-    residuals = torch.tensor([e.residuals for e in found], dtype=torch.float64) / values.clamp_min(1e-300)
+    unit = 2.0 ** math.frexp(frobenius)[1]  # W/unit has squares that neither overflow nor vanish
+    scaled = blocks.to(torch.promote_types(blocks.dtype, torch.float32)) / unit
+    found = [top_eigenvalues_of_gram(W, top, tolerance, generator) for W in scaled]
+    squares = torch.tensor([e.values for e in found], dtype=torch.float64).clamp_min(0)
+    residuals = torch.tensor([e.residuals for e in found], dtype=torch.float64) / squares.sqrt().clamp_min(1e-300)
     return Spectrum(
         name,
         shape,
-        values,
+        unit * squares.sqrt(),
         frobenius,
         complete=False,
-        residual=residuals.max().item(),
+        residual=unit * residuals.max().item(),
         products=sum(e.products for e in found),
         converged=all(e.converged for e in found),
     )
@@ -173,7 +216,10 @@ def spectrum_of(
 def frobenius_norm(blocks: Float[Tensor, "blocks outputs inputs"], chunk: int = 2**16) -> float:
     """In float64, to which the entries are converted a cacheful at a time."""
     rows = blocks.flatten(0, 1).split(max(1, chunk // blocks.shape[2]))
-    return torch.stack([torch.linalg.vector_norm(some, dtype=torch.float64) for some in rows]).norm().item()
+    norm = torch.stack([torch.linalg.vector_norm(some, dtype=torch.float64) for some in rows]).norm().item()
+    if 1e-140 < norm < math.inf:
+        return norm
+    return math.hypot(*(length(some.double()).item() for some in rows))
 
 
 def top_eigenvalues_of_gram(

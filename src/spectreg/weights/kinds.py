@@ -1,5 +1,6 @@
 """Every kind of weight: the linear maps that it can be taken for, by the module it belongs to."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -101,10 +102,15 @@ def chosen_map(name: str, maps: dict[str, LinearMap], wanted: Patterns, module: 
 
 
 def map_of_a_tensor(name: str, shape: tuple[int, ...], wanted: Patterns) -> LinearMap:
-    """What is ``wanted`` of a tensor without its module; by default its first dimension against all others."""
+    """What is ``wanted`` of a tensor without its module; by default its first dimension against all others.
+
+    Three dimensions called experts are a stack of matrices, as a model's bare ones are.
+    """
     maps: dict[str, LinearMap] = {"matrix": MatrixMap(shape), "joint": MatrixMap(shape)}
     if len(shape) > 2:
         maps["each"] = MatrixMap(shape, shape[0], norm="each", layout="stack")
+        if len(shape) == 3 and "experts" in re.split(r"[._]", name):
+            maps["matrix"] = maps["each"]
     how = wanted.get(name, "matrix")
     if isinstance(how, int) and not isinstance(how, bool):
         return _cut(name, maps["matrix"], how)

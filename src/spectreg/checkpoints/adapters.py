@@ -1,0 +1,106 @@
+"""Low-rank adapters in a checkpoint: the product of their factors, alone or on top of the weight they adapt."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from spectreg.checkpoints.quantized import NotReadableError
+
+FACTORS = (
+    ("lora_embedding_A", "lora_embedding_B"),
+    ("lora_A", "lora_B"),
+    ("lora_down", "lora_up"),
+    ("lora.down", "lora.up"),
+)
+OF_PEFT = ("lora_A", "lora_embedding_A")
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The factors of one adapted weight: names of the first (rank × inputs) and the second (outputs × rank)."""
+
+    layer: str
+    first: str
+    second: str
+    kind: str
+
+    @property
+    def stem(self) -> str:
+        """What the names of both factors begin with."""
+        return self.first.partition(f".{self.kind}")[0]
+
+    @property
+    def own_base(self) -> str:
+        """The adapted weight, where it is stored together with the factors."""
+        return f"{self.stem}.base_layer.weight"
+
+
+def adapter_of(name: str) -> Adapter | None:
+    """The adapter whose first factor is called ``name``.
+
+    >>> adapter_of("base_model.model.fc.lora_A.default.weight").layer
+    'fc'
+    """
+    for kind, other in FACTORS:
+        before, found, after = name.partition(f".{kind}")
+        if found and (not after or after.startswith(".")):
+            return Adapter(before.removeprefix(PREFIX), name, f"{before}.{other}{after}", kind)
+    return None
+
+
+def is_second_factor(name: str) -> bool:
+    return any(f".{other}." in f"{name}." for _, other in FACTORS)
+
+
+def product(adapter: Adapter, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Tensor:
+    """(α/r)·BA, outputs × inputs; of a convolution, inputs times kernel."""
+    if adapter.second not in tensors:
+        raise NotReadableError(f"the factor {adapter.second!r} is missing")
+    if any(n.startswith(f"{adapter.stem}.lora_magnitude_vector") for n in tensors):
+        raise NotReadableError("DoRA, whose magnitudes need the merged weight: merge it and save that")
+    A, B = (tensors[name].double() for name in (adapter.first, adapter.second))
+    if adapter.kind == "lora_embedding_A":
+        return scale(adapter, len(A), tensors, config) * (B @ A).T
+    if B.shape[1] != len(A) or math.prod(B.shape[2:]) != 1:
+        raise NotReadableError(f"factors of shapes {tuple(A.shape)} and {tuple(B.shape)} make no product")
+    return scale(adapter, len(A), tensors, config) * (B.flatten(1) @ A.flatten(1))
+
+
+def scale(adapter: Adapter, rank: int, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> float:
+    """α/r: from the file where it is stored, else from ``adapter_config.json``."""
+    if (stored := f"{adapter.stem}.alpha") in tensors:
+        return tensors[stored].item() / rank
+    if adapter.kind not in OF_PEFT:
+        return 1.0
+    if config is None or not isinstance(config.get("lora_alpha"), int | float):
+        raise NotReadableError("its scale lora_alpha/r is not known: keep adapter_config.json beside the file")
+    alpha = config["lora_alpha"]
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", adapter.layer):
+            alpha = value
+            break
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def merged(weight: Tensor, change: Tensor, turned: bool) -> Tensor:
+    """W + (α/r)·BA, where W is stored as inputs × outputs if it is ``turned``."""
+    change = change.T if turned else change
+    if change.shape != weight.flatten(1).shape:
+        raise NotReadableError(f"the adapter is {tuple(change.shape)}, the weight in the base {tuple(weight.shape)}")
+    return weight.double() + change.reshape(weight.shape)
+
+
+def name_in(base: Mapping[str, Tensor], layer: str) -> str:
+    """The weight of ``layer``, also where one of the two names has a prefix that the other lacks."""
+    wanted = f"{layer}.weight"
+    if wanted in base:
+        return wanted
+    similar = [name for name in base if name.endswith(f".{wanted}") or (wanted.endswith(f".{name}") and "." in name)]
+    if len(similar) != 1:
+        raise NotReadableError(f"the base has {len(similar)} weights that could be {wanted!r}")
+    return similar[0]
