@@ -54,7 +54,7 @@ $(VENV)/lab.stamp: pyproject.toml constraints.txt | $(BIN)/python
 # one torch build and which nothing here calls, so they come without their dependencies.
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[lab,dev]'
-	$(INSTALL) --no-deps curvlinops-for-pytorch backpack-for-pytorch unfoldNd einconv
+	$(INSTALL) --no-deps curvlinops-for-pytorch backpack-for-pytorch unfoldNd einconv timm
 	@touch $@ $(VENV)/lab.stamp
 
 # Peers that the benchmarks time, without what they ask for and these rows do not call.

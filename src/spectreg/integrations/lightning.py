@@ -1,5 +1,8 @@
 """The regularizer as a callback of Lightning's Trainer."""
 
+import re
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 try:
@@ -7,6 +10,7 @@ try:
 except ImportError:
     from pytorch_lightning import Callback, LightningModule, Trainer
 
+from spectreg.integrations.numbers import sigma_on_host
 from spectreg.regularizer import SpectralNormRegularizer
 
 
@@ -15,6 +19,7 @@ class SpectralNorm(Callback):
 
     ``Trainer(callbacks=[SpectralNorm(0.01)])``. Each weight's σ is logged as ``sigma/<name>`` at every
     ``log_every_n_steps`` of the trainer; the vectors are saved in the trainer's checkpoints and restored from them.
+    Several callbacks with other patterns or settings may act side by side, as on the two networks of a GAN.
 
     Args:
         strength: λ.
@@ -27,18 +32,31 @@ class SpectralNorm(Callback):
         self.regularizer: SpectralNormRegularizer | None = None
         self._restored: dict[str, Any] | None = None
 
+    @property
+    def state_key(self) -> str:
+        """Its name in checkpoints: what it acts on and how, but for λ, which a schedule may have changed."""
+        patterns = sorted(self.strength) if isinstance(self.strength, Mapping) else None
+        settings = re.sub(r" at 0x[0-9a-f]+", "", repr(sorted(self.settings.items())))
+        return self._generate_state_key(patterns=patterns, settings=settings)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build, restore and attach."""
         self.regularizer = SpectralNormRegularizer(pl_module, self.strength, **self.settings)
         if self._restored is not None:
             self.regularizer.load_state_dict(self._restored)
             self._restored = None  # it belongs to this fit
+        elif trainer.ckpt_path:
+            warnings.warn(
+                f"{trainer.ckpt_path} has no vectors of {self.state_key}: they start anew. Give the callback the "
+                "patterns and settings that it had when the checkpoint was written.",
+                stacklevel=2,
+            )
         self.regularizer.attach(*trainer.optimizers)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Log σ when it is the trainer's turn to log."""
         if self.log and self.regularizer and trainer.global_step % trainer.log_every_n_steps == 0:
-            pl_module.log_dict({f"sigma/{name}": sigma for name, sigma in self.regularizer.sigma().items()})
+            pl_module.log_dict(sigma_on_host(self.regularizer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach; the regularizer stays to be looked at."""

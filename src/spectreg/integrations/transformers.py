@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from spectreg.integrations.numbers import sigma_on_host
 from spectreg.regularizer import SpectralNormRegularizer
 
 FILE = "spectral_norm.pt"
@@ -42,7 +43,7 @@ class SpectralNorm(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Add σ to the training logs."""
         if self.log and self.regularizer and logs is not None and "loss" in logs:
-            numbers = {f"sigma/{name}": sigma.item() for name, sigma in self.regularizer.sigma().items()}
+            numbers = {name: sigma.item() for name, sigma in sigma_on_host(self.regularizer).items()}
             logs.update(numbers)
             state.log_history[-1].update(numbers)
 

@@ -130,7 +130,7 @@ class Engine:
 
     def _first(self) -> dict[str, Memory]:
         generator = torch.Generator("cpu").manual_seed(self.seed)
-        return {w.name: Memory.first(w, self.k, generator) for w in self.weights}
+        return {w.name: Memory.first(w, self.k, generator, self.keeps_start) for w in self.weights}
 
     def _regroup(self, weights: Sequence[Tensor]) -> None:
         """Bundle the weights that are alike in all that a step needs to be the same."""

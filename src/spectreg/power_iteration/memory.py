@@ -29,13 +29,19 @@ class Memory:
     warm: bool = False
 
     @classmethod
-    def first(cls, weight: Weight, k: int, generator: torch.Generator) -> "Memory":
-        """Gaussian v, made orthonormal: it almost surely has a part along the top singular vector, whatever the map."""
+    def first(cls, weight: Weight, k: int, generator: torch.Generator, keeps_start: bool = False) -> "Memory":
+        """Gaussian v, made orthonormal: it almost surely has a part along the top singular vector, whatever the map.
+
+        Its state has the names and types of any later one, as a distributed checkpoint wants to know before it loads.
+        """
         m = weight.map
         kept = min(k, m.outputs, m.inputs)
         plain: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults of the moment
         v = torch.linalg.qr(torch.randn(m.blocks, m.inputs, kept, generator=generator, **plain)).Q
-        return cls(weight, torch.zeros(m.blocks, m.outputs, kept, **plain), v, torch.zeros(m.blocks, kept, **plain), k)
+        v = v.to(torch.promote_types(weight.tensor.dtype, torch.float32))
+        sigma = v.new_zeros(m.blocks, kept)
+        start = torch.full_like(sigma, torch.nan) if keeps_start else None
+        return cls(weight, v.new_zeros(m.blocks, m.outputs, kept), v, sigma, k, start)
 
     def saved(self) -> dict[str, Any]:
         """A copy that a file can hold."""

@@ -1,0 +1,77 @@
+"""Settings from the parameter groups of an optimizer."""
+
+import re
+import weakref
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from spectreg.optimizers import acting
+from spectreg.regularizer import SpectralNormRegularizer
+from spectreg.weights.selection import named_weights
+
+
+def from_groups(model: nn.Module, *optimizers: Any, **settings: Any) -> SpectralNormRegularizer:
+    """A regularizer of the weights whose groups have a ``"spectral_strength"``, attached to ``optimizers``.
+
+    ``"num_heads"`` of a group cuts the outputs of its weights into so many equal parts. The strength is read before
+    every step, so that a schedule may change it in the group.
+
+    Args:
+        settings: Of the regularizer, but for ``strength``, ``map`` and ``select``, which the groups say.
+
+    Raises:
+        ValueError: No group has a strength, or one that is no number from 0; and what ``attach`` raises.
+
+    >>> import torch
+    >>> layer = nn.Linear(4, 4)
+    >>> groups = [{"params": [layer.weight], "spectral_strength": 0.01, "num_heads": 2}, {"params": [layer.bias]}]
+    >>> from_groups(layer, torch.optim.SGD(groups, lr=0.1)).weights[0].map.blocks
+    2
+    """
+    inner = [acting(optimizer) for optimizer in optimizers]
+    weights = {id(w.tensor): w.name for w in named_weights(model, embeddings=True)}
+    groups = _groups(inner, weights)
+    if not groups:
+        raise ValueError(
+            'no parameter group has a "spectral_strength" and a weight of the model: give {"params": …, '
+            '"spectral_strength": 0.01} to the optimizer.'
+        )
+    heads = {_as_pattern(name): group["num_heads"] for name, group in groups.items() if "num_heads" in group}
+    regularizer = SpectralNormRegularizer(
+        model,
+        _strengths(groups),
+        map=heads or "matrix",
+        select=lambda name, _: name in groups,
+        **{"embeddings": True} | settings,
+    )
+    follows = weakref.ref(regularizer)
+
+    def follow(*_: Any) -> None:
+        if (regularizer := follows()) and regularizer.strength != (now := _strengths(_groups(inner, weights))):
+            regularizer.strength = now
+
+    for optimizer in inner:
+        optimizer.register_step_pre_hook(follow)
+    return regularizer.attach(*optimizers)
+
+
+def _groups(optimizers: list[Optimizer], weights: dict[int, str]) -> dict[str, dict[str, Any]]:
+    """The group of each weight that has a strength in it, by its name."""
+    return {
+        weights[id(p)]: group
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if id(p) in weights and "spectral_strength" in group
+    }
+
+
+def _strengths(groups: dict[str, dict[str, Any]]) -> dict[str, float]:
+    return {_as_pattern(name): group["spectral_strength"] for name, group in groups.items()}
+
+
+def _as_pattern(name: str) -> str:
+    """The pattern that matches ``name`` alone."""
+    return re.sub(r"([*?[])", r"[\1]", name)
