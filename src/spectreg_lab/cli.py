@@ -275,7 +275,7 @@ def train(
     """Train one run, or go on with it; prints a line an epoch."""
     from spectreg_lab.training.runs import run
 
-    given = {"width": width, "stages": stages and [part.strip() for part in stages.split(",")], "depth": depth}
+    given = {"width": width, "stages": stages and _whole_numbers("--stages", stages), "depth": depth}
     config = _config(
         {
             "model": {"name": model, **_present(given)},
@@ -305,6 +305,13 @@ def _show_epoch(metrics: dict) -> None:
     typer.echo(f"{numbers}  largest sigma {largest:.3g}")
 
 
+def _whole_numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise CommandError(f"{option} {text!r}: give whole numbers with commas, such as 2,2,3") from None
+
+
 def _present(values: dict) -> dict:
     return {key: value for key, value in values.items() if value is not None}
 
@@ -313,7 +320,7 @@ def _config(values: dict) -> "Config":
     from pydantic import ValidationError
 
     from spectreg_lab.settings.config import Config
-    from spectreg_lab.settings.studies import explain
+    from spectreg_lab.settings.faults import explain
 
     try:
         return Config.model_validate(values)

@@ -1,5 +1,6 @@
 """The paper's networks, built from a setting: ``build(setting, image_shape, classes, seed)``."""
 
+import psutil
 import torch
 from torch import nn
 
@@ -21,13 +22,27 @@ def build(setting: Model, image_shape: tuple[int, int, int], classes: int, seed:
     1019722
 
     Raises:
-        ValueError: the image is too small for the network's poolings; the message says what fits.
+        ValueError: the image is too small for the network's poolings, or the memory for the network; the message says
+            what fits.
     """
     make = vgg if isinstance(setting, VGG) else nin if isinstance(setting, NIN) else densenet
+    with torch.device("meta"):
+        _check_memory(make(setting, image_shape, classes))  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]):
         network = make(setting, image_shape, classes)  # type: ignore[arg-type]
     initialize(network, torch.Generator().manual_seed(seed))
     return network
+
+
+def _check_memory(network: nn.Module) -> None:
+    """Refuse a network whose weights, gradients and momentum are more than all memory here."""
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    needed, there = 3 * 4 * parameters / 2**30, psutil.virtual_memory().total / 2**30
+    if needed > there:
+        raise ValueError(
+            f"the network has {parameters:.3g} parameters and needs {needed:.3g} GiB with gradients and momentum, but "
+            f"this machine has {there:.3g}: make it narrower or shallower"
+        )
 
 
 def initialize(network: nn.Module, generator: torch.Generator) -> None:

@@ -6,8 +6,19 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
-Positive: TypeAlias = Annotated[int, Field(gt=0)]
-Strength: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# No truth value and no text is a number; sizes end where no machine could hold them or come to an end.
+Number: TypeAlias = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Strength: TypeAlias = Annotated[Number, Field(ge=0, le=1e30)]
+Rate: TypeAlias = Annotated[Number, Field(gt=0, le=1e30)]
+Fraction: TypeAlias = Annotated[Number, Field(ge=0, lt=1)]
+Switch: TypeAlias = Annotated[bool, Field(strict=True)]
+Whole: TypeAlias = Annotated[int, Field(strict=True)]
+Positive: TypeAlias = Annotated[Whole, Field(gt=0, le=10**9)]
+Width: TypeAlias = Annotated[Whole, Field(gt=0, le=10**5)]
+Few: TypeAlias = Annotated[Whole, Field(gt=0, le=1000)]
+Epochs: TypeAlias = Annotated[Whole, Field(gt=0, le=10**6)]
+Seed: TypeAlias = Annotated[Whole, Field(ge=0, lt=2**53)]  # whole in every reader of JSON
+Place: TypeAlias = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]*$")]
 JOINED = ("classes", "shrink")  # of the data: runs are named with and without them where these are unset
 
 
@@ -33,30 +44,32 @@ class VGG(Setting):
     """Simonyan & Zisserman 2014, form D by default: stages of 3×3 convolutions, each ending in a 2×2 pooling."""
 
     name: Literal["vgg"] = "vgg"
-    width: Positive = Field(64, description="channels of the first stage; doubled at each stage up to eight-fold")
-    stages: tuple[Positive, ...] = Field((2, 2, 3, 3, 3), min_length=1, description="convolutions in each stage")
-    hidden: Positive = Field(512, description="units of the hidden linear layer")
-    batch_norm: bool = True
-    dropout: float = Field(0.0, ge=0, lt=1)
+    width: Width = Field(64, description="channels of the first stage; doubled at each stage up to eight-fold")
+    stages: tuple[Few, ...] = Field(
+        (2, 2, 3, 3, 3), min_length=1, max_length=30, description="convolutions in each stage"
+    )
+    hidden: Width = Field(512, description="units of the hidden linear layer")
+    batch_norm: Switch = True
+    dropout: Fraction = 0.0
 
 
 class NIN(Setting):
     """Lin et al. 2014: three blocks of a convolution and two 1×1 convolutions, then a global average."""
 
     name: Literal["nin"] = "nin"
-    width: Positive = Field(192, description="channels of the widest layers; the first block narrows to half of it")
-    batch_norm: bool = False
-    dropout: float = Field(0.5, ge=0, lt=1)
+    width: Width = Field(192, description="channels of the widest layers; the first block narrows to half of it")
+    batch_norm: Switch = False
+    dropout: Fraction = 0.5
 
 
 class DenseNet(Setting):
     """Huang et al. 2016 without bottleneck or compression: three blocks of (depth − 4)/3 layers."""
 
     name: Literal["densenet"] = "densenet"
-    depth: int = Field(40, ge=7)
-    growth: Positive = 12
-    initial: Positive = Field(16, description="channels of the first convolution")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    depth: Whole = Field(40, ge=7, le=1000)
+    growth: Width = 12
+    initial: Width = Field(16, description="channels of the first convolution")
+    dropout: Fraction = 0.0
 
     @field_validator("depth")
     @classmethod
@@ -71,8 +84,10 @@ class DenseNet(Setting):
 class Augmentation(Setting):
     """Random crops after zero padding, and mirror images, drawn anew for every example of every epoch."""
 
-    pad: int = Field(0, ge=0, description="pixels added on each side before cropping back to the image's own size")
-    flip: bool = Field(False, description="mirror left and right with probability one half")
+    pad: Whole = Field(
+        0, ge=0, le=1000, description="pixels added on each side before cropping back to the image's own size"
+    )
+    flip: Switch = Field(False, description="mirror left and right with probability one half")
 
 
 class Data(Setting):
@@ -82,15 +97,15 @@ class Data(Setting):
     setting, and the name of its run, say nothing of where one machine keeps its files.
     """
 
-    name: str = "digits"
+    name: Place = "digits"
     train_size: Positive | None = Field(None, description="use this many training images, the same ones in every run")
     test_size: Positive | None = None
-    classes: Annotated[int, Field(gt=1)] | None = Field(None, description="keep the first so many classes only")
-    shrink: Annotated[int, Field(gt=1)] | None = Field(
+    classes: Annotated[Positive, Field(gt=1)] | None = Field(None, description="keep the first so many classes only")
+    shrink: Annotated[Positive, Field(gt=1)] | None = Field(
         None, description="make images smaller by this factor: a box filter, then normalised again"
     )
-    validation: float = Field(
-        0.0, ge=0, lt=1, description="hold this fraction of the training images out and test on it: for searches"
+    validation: Fraction = Field(
+        0.0, description="hold this fraction of the training images out and test on it: for searches"
     )
     augmentation: Augmentation | None = None
 
@@ -113,7 +128,7 @@ class Adversarial(Setting):
 
     name: Literal["adversarial"] = "adversarial"
     epsilon: Strength = Field(1.0, description="length of the perturbation, in units of the normalised input")
-    alpha: float = Field(0.5, ge=0, le=1)
+    alpha: Number = Field(0.5, ge=0, le=1)
 
 
 class Spectral(Setting):
@@ -128,7 +143,7 @@ class Jacobian(Setting):
 
     name: Literal["jacobian"] = "jacobian"
     strength: Strength = 0.01
-    projections: Positive | None = Field(1, description="random directions of the output; all outputs if unset")
+    projections: Few | None = Field(1, description="random directions of the output; all outputs if unset")
 
 
 class LayerwiseJacobian(Setting):
@@ -136,7 +151,7 @@ class LayerwiseJacobian(Setting):
 
     name: Literal["layerwise-jacobian"] = "layerwise-jacobian"
     strength: Strength = 1e-4
-    projections: Positive | None = Field(1, description="random directions of each layer's output; all if unset")
+    projections: Few | None = Field(1, description="random directions of each layer's output; all if unset")
 
 
 Curve: TypeAlias = Literal["input_gradient", "hessian", "jacobian", "perturbation"]
@@ -146,12 +161,14 @@ class Measuring(Setting):
     """What is measured besides loss and accuracy, on a fixed sample of training and of test images."""
 
     every: Positive | None = Field(None, description="epochs between measures during training; only after it if unset")
-    curves: tuple[Curve, ...] = Field(get_args(Curve), description="which ones to measure during training")
+    curves: tuple[Curve, ...] = Field(
+        get_args(Curve), min_length=1, description="which ones to measure during training"
+    )
     examples: Positive = Field(256, description="images of each split")
-    radii: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = (0.5, 1.0, 2.0, 4.0)
-    perturbations: tuple[Literal["random", "gradient", "pgd"], ...] = ("random", "gradient", "pgd")
-    steps: Positive = Field(10, description="of projected gradient ascent")
-    restarts: Positive = 1
+    radii: tuple[Rate, ...] = Field((0.5, 1.0, 2.0, 4.0), min_length=1, max_length=1000)
+    perturbations: tuple[Literal["random", "gradient", "pgd"], ...] = Field(("random", "gradient", "pgd"), min_length=1)
+    steps: Few = Field(10, description="of projected gradient ascent")
+    restarts: Few = 1
 
 
 Model: TypeAlias = Annotated[VGG | NIN | DenseNet, Field(discriminator="name")]
@@ -175,10 +192,10 @@ class Config(Setting):
     data: Data = Data()
     method: Method
     batch_size: Positive
-    learning_rate: float = Field(gt=0, allow_inf_nan=False)
-    epochs: Positive
-    seed: int = Field(0, ge=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
+    learning_rate: Rate
+    epochs: Epochs
+    seed: Seed = 0
+    momentum: Fraction = 0.9
     micro_batch: Positive = Field(
         1024, description="images in memory at a time; batch normalization takes its statistics over these"
     )

@@ -1,27 +1,39 @@
 """A study file: settings × methods × regimes × seeds, each point of it a run."""
 
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from spectreg_lab.settings.config import (
     Adversarial,
     Config,
     Data,
+    Epochs,
+    Fraction,
     Measuring,
     Method,
     Model,
+    Number,
+    Place,
     Positive,
     Precision,
+    Rate,
+    Seed,
     Setting,
+    Strength,
     Vanilla,
 )
+from spectreg_lab.settings.faults import NAME, explain, line
+
+MOST = 100_000  # runs of a study
+LARGEST = 10**6  # bytes of a study file
 
 
 class StudyError(Exception):
@@ -34,30 +46,35 @@ class Regime(Setting):
     batch_size: Positive
 
 
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Name = Annotated[str, Field(max_length=100, pattern=NAME)]
+Title = Annotated[str, Field(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+Threshold = Annotated[Number, Field(ge=0, lt=1)]
+Rates = Annotated[tuple[Rate, ...], Field(min_length=1, max_length=1000)]
 
 
 class Case(Setting):
     """A network on a data set, with a learning rate for each regime."""
 
-    title: str | None = None
+    title: Title | None = None
     model: Model
     data: Data = Data()
-    learning_rate: dict[str, Rate] = Field({}, description="by regime")
-    searched_rates: dict[str, tuple[Rate, ...]] = Field(
+    learning_rate: dict[Name, Rate] = Field({}, description="by regime")
+    searched_rates: dict[Name, Rates] = Field(
         {}, description="by regime: those that a search tries here, where they are not the ones for all settings"
     )
-    batch_size: dict[str, Positive] = Field({}, description="by regime, where it differs from the study's")
-    epochs: Positive | None = Field(None, description="where they differ from the study's")
+    batch_size: dict[Name, Positive] = Field({}, description="by regime, where it differs from the study's")
+    epochs: Epochs | None = Field(None, description="where they differ from the study's")
     micro_batch: Positive | None = Field(None, description="where it differs from the study's")
-    alpha: dict[str, float] | None = Field(None, description="thresholds of the generalization gap, by regime")
-    paper: str | None = Field(None, description="the rows of the paper's Table 1 to set beside, as model/dataset")
+    alpha: dict[Name, Threshold] | None = Field(None, description="thresholds of the generalization gap, by regime")
+    paper: Literal["vgg/cifar10", "nin/cifar100", "densenet40/cifar100", "densenet22/stl10"] | None = Field(
+        None, description="the rows of the paper's Table 1 to set beside, as model/dataset"
+    )
 
 
 class Training(Setting):
     """What all runs of a study share."""
 
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: Fraction = 0.9
     micro_batch: Positive = 1024
     precision: Precision = "32-true"
     evaluate_every: Positive = 1
@@ -70,30 +87,30 @@ class Search(Setting):
     own. Runs are tested on the fraction ``validation`` of the training images, never on the test images.
     """
 
-    learning_rate: dict[str, tuple[Rate, ...]]
-    strength: dict[str, tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...]] = Field(
+    learning_rate: dict[Name, Rates]
+    strength: dict[Name, Annotated[tuple[Strength, ...], Field(min_length=1, max_length=1000)]] = Field(
         {}, description="by method"
     )
-    validation: float = Field(0.2, gt=0, lt=1)
+    validation: Fraction = Field(0.2, gt=0)
 
 
 class Study(Setting):
     """The content of a study file."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
-    title: str = ""
-    epochs: Positive
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
-    regimes: dict[str, Regime] = Field(min_length=1)
-    settings: dict[str, Case] = Field(min_length=1)
-    methods: dict[str, Method] = Field(min_length=1)
+    name: Name
+    title: Title = ""
+    epochs: Epochs
+    seeds: tuple[Seed, ...] = Field(min_length=1, max_length=10_000)
+    regimes: dict[Name, Regime] = Field(min_length=1, max_length=100)
+    settings: dict[Name, Case] = Field(min_length=1, max_length=1000)
+    methods: dict[Name, Method] = Field(min_length=1, max_length=1000)
     training: Training = Training()
     measure: Measuring | None = None
     search: Search | None = Field(None, description="makes the study one for `spectreg search`")
     registered: str | None = Field(
         None, description="the commit that fixed the claims, their directions and the rule before the first run"
     )
-    searched: tuple[str, ...] = Field(
+    searched: tuple[Place, ...] = Field(
         (), description="the search.csv of each search that chose the settings, seen from the study file"
     )
 
@@ -117,8 +134,8 @@ class Study(Setting):
             if unknown:
                 raise ValueError(f"search.strength is given for {unknown}, but the methods are {sorted(self.methods)}")
         for name, case in self.settings.items():
-            for field in ("batch_size", "searched_rates"):
-                if unknown := sorted(set(getattr(case, field)) - set(self.regimes)):
+            for field in ("batch_size", "searched_rates", "alpha"):
+                if unknown := sorted(set(getattr(case, field) or {}) - set(self.regimes)):
                     raise ValueError(
                         f"settings.{name}.{field} is given for {unknown}, but the regimes are {sorted(self.regimes)}"
                     )
@@ -131,6 +148,27 @@ class Study(Setting):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _no_run_is_there_twice(self) -> "Study":
+        if twice := [seed for seed, times in Counter(self.seeds).items() if times > 1]:
+            raise ValueError(f"seeds: {twice[0]} is there more than once")
+        for field in ("regimes", "settings", "methods"):
+            _check_alike(field, getattr(self, field))
+        runs = len(self.seeds) * self._runs_a_seed()
+        if runs > MOST:
+            raise ValueError(f"seeds × regimes × settings × methods are {runs} runs: a study has at most {MOST}")
+        seen: dict[tuple[str, Config], Point] = {}
+        for point in self.model_copy(update={"seeds": self.seeds[:1]}).points():
+            kind = point.method if self.search else ""  # a search may come across another method's strength
+            other = seen.setdefault((kind, point.config), point)
+            if other is not point:
+                raise ValueError(_same_runs(other, point))
+        return self
+
+    def _runs_a_seed(self) -> int:
+        rates = sum(len(self._rates(case, regime)) for case in self.settings.values() for regime in self.regimes)
+        return rates * sum(len(self._strengths(method)) for method in self.methods)
+
     def points(self) -> list["Point"]:
         """Every run of the study: all of the first seed first, so that an unfinished study compares all methods."""
         grid = product(self.seeds, self.settings.items(), self.regimes.items(), self.methods.items())
@@ -138,8 +176,11 @@ class Study(Setting):
             Point(setting, regime, method, seed, self._config(case, method, regime, seed, rate, strength))
             for seed, (setting, case), (regime, _), (method, _) in grid
             for rate in self._rates(case, regime)
-            for strength in (self.search.strength.get(method, (None,)) if self.search else (None,))
+            for strength in self._strengths(method)
         ]
+
+    def _strengths(self, method: str) -> tuple[float | None, ...]:
+        return self.search.strength.get(method, (None,)) if self.search else (None,)
 
     def _rates(self, case: Case, regime: str) -> tuple[float, ...]:
         if self.search is None:
@@ -162,6 +203,22 @@ class Study(Setting):
             measure=None if self.search else self.measure,
             **{**self.training.model_dump(), "micro_batch": case.micro_batch or self.training.micro_batch},
         )
+
+
+def _check_alike(field: str, named: Mapping[str, object]) -> None:
+    """Names are names of files, too, and some file systems do not tell upper from lower case."""
+    lower: dict[str, str] = {}
+    for name in named:
+        if (other := lower.setdefault(name.lower(), name)) != name:
+            raise ValueError(f"{field}.{other} and {field}.{name} differ in upper and lower case only: rename one")
+
+
+def _same_runs(one: "Point", other: "Point") -> str:
+    for kind in ("setting", "regime", "method"):
+        if getattr(one, kind) != getattr(other, kind):
+            first, second = (f"{kind}s.{getattr(point, kind)}" for point in (one, other))
+            return f"{first} and {second} are the same runs: leave one of them out"
+    return f"search: {one} is there twice with the same rate and strength: leave one of them out"
 
 
 @dataclass(frozen=True)
@@ -236,48 +293,31 @@ def read_study(path: Path, precision: str | None = None) -> Study:
     Raises:
         StudyError: there is no such file, it is not TOML, or a field is unknown or wrong; the message says which.
     """
-    try:
-        content = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        near = get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.toml")], n=1)
-        hint = f": did you mean {path.with_name(near[0] + '.toml')}?" if near else ""
-        raise StudyError(f"study file {path} does not exist{hint}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise StudyError(f"study file {path} cannot be read: {error}") from None
+    content = _toml(path)
     if precision is not None and isinstance(training := content.get("training", {}), dict):
         content["training"] = {**training, "precision": precision}
     try:
         study = Study.model_validate(content)
     except ValidationError as error:
         raise StudyError(f"study file {path}: " + "; ".join(explain(error, Study))) from None
+    except StudyError as error:
+        raise StudyError(f"study file {path}: {error}") from None
     for table in study.searched:
         if not (path.parent / table).is_file():
             raise StudyError(f"study file {path}: searched: there is no file {table}; `spectreg search` writes one")
     return study
 
 
-def explain(error: ValidationError, root: type[Setting]) -> list[str]:
-    """One line for each fault: the field, what is wrong, and the nearest known name for an unknown one."""
-    return [_fault(fault, root) for fault in error.errors(include_url=False)]
-
-
-def _fault(fault: Any, root: type[Setting]) -> str:
-    where = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown key{_nearest(str(fault['loc'][-1]), _known_keys(root))}"
-    if fault["type"] == "union_tag_invalid":
-        known = [name.strip(" '") for name in fault["ctx"]["expected_tags"].split(",")]
-        return f"{where}: unknown name {fault['ctx']['tag']!r}{_nearest(fault['ctx']['tag'], known)}"
-    given = "" if fault["type"] in ("missing", "value_error") else f", got {fault['input']!r}"
-    return f"{where}: {fault['msg'].removeprefix('Value error, ')}{given}".removeprefix(": ")
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, n=1)
-    return f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
-
-
-def _known_keys(root: type[Setting]) -> list[str]:
-    schema = TypeAdapter(root).json_schema()
-    groups = [schema, *schema.get("$defs", {}).values()]
-    return sorted({key for group in groups for key in group.get("properties", {})})
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        if not path.exists():
+            near = get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.toml")], n=1)
+            hint = f": did you mean {path.with_name(near[0] + '.toml')}?" if near else ""
+            raise StudyError(f"study file {path} does not exist{hint}")
+        if not path.is_file() or path.stat().st_size > LARGEST:
+            raise StudyError(f"study file {path} is no file of at most {LARGEST} bytes")
+        return tomllib.loads(path.read_text())
+    except RecursionError:
+        raise StudyError(f"study file {path} cannot be read: it is nested too deeply") from None
+    except (OSError, ValueError) as error:  # of TOML, of UTF-8, and of integers with thousands of digits
+        raise StudyError(f"study file {path} cannot be read: {line(str(error))}") from None

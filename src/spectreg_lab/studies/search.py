@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from spectreg_lab.settings.faults import line
 from spectreg_lab.settings.studies import Study, StudyError
 from spectreg_lab.storage.files import csv, write
 from spectreg_lab.storage.store import SEARCH, read_study
@@ -22,6 +23,7 @@ from spectreg_lab.storage.store import SEARCH, read_study
 FIT = 0.95
 CELL = ["setting", "regime"]
 KEYS = [*CELL, "method", "learning_rate", "strength"]
+NUMBERS = ["learning_rate", "strength", "training", "validation"]
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,15 @@ def read(source: Path | StringIO, path: Path) -> pd.DataFrame:
     """
     try:
         found = pd.read_csv(source)
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path} is not the table of a search ({error}): `spectreg search` writes it anew") from None
-    if missing := sorted({*KEYS, "training", "validation", "chosen"} - set(found)):
-        raise StudyError(
-            f"{path} is not the table of a search: it has no column {', '.join(missing)}; `spectreg search` writes it "
-            "anew"
-        )
+        if missing := sorted({*KEYS, *NUMBERS, "chosen"} - set(found)):
+            raise ValueError(f"it has no column {', '.join(missing)}")
+        for name in NUMBERS:
+            found[name] = pd.to_numeric(found[name])
+        if not found["chosen"].isin([True, False]).all():
+            raise ValueError("its column chosen is not True or False")
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, ValueError, OverflowError) as error:
+        cause = line(str(error))
+        raise StudyError(f"{path} is not the table of a search: {cause}; `spectreg search` writes it anew") from None
     return found
 
 
