@@ -14,7 +14,8 @@ from spectreg_lab.figures.svg import draw, sheet
 from spectreg_lab.page import provenance
 from spectreg_lab.page.exhibits import exhibits
 from spectreg_lab.statistics import paper, verdicts
-from spectreg_lab.storage import archive, store
+from spectreg_lab.storage import archive, records, store
+from spectreg_lab.storage.errors import RunError
 from spectreg_lab.storage.files import csv
 
 PAGE = "report.html"
@@ -37,6 +38,8 @@ def write(source: Path, against_paper: bool = False, out: Path | None = None) ->
         RunError: ``source`` is no study, or one of another format version.
     """
     study = archive.read(source)
+    if fault := records.fault(records.WholeStudy, study.study):
+        raise RunError(f"the record of the study in {source} {fault}: {store.REWRITTEN}")
     if against_paper:
         study = paper.beside(study)
     shown = exhibits(study)

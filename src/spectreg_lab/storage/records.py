@@ -92,11 +92,19 @@ class StudyCase(Record):
 
 
 class StudyContent(Record):
-    """A study file as data."""
+    """A study file as data, or the part of it that somebody has written."""
 
     name: str
     title: str = ""
-    epochs: int
+    epochs: int = 0
+    regimes: dict[str, dict[str, Any]] | None = None
+    settings: dict[str, StudyCase] | None = None
+    methods: dict[str, dict[str, Any]] | None = None
+
+
+class WholeStudy(StudyContent):
+    """What a report needs of it."""
+
     regimes: dict[str, dict[str, Any]]
     settings: dict[str, StudyCase]
     methods: dict[str, dict[str, Any]]

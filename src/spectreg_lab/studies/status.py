@@ -86,7 +86,8 @@ class Overview:
 
 
 def _row(study: dict[str, Any], point: dict[str, Any]) -> Row:
-    epochs = study["settings"].get(point["setting"], {}).get("epochs") or study["epochs"]
+    case = (study.get("settings") or {}).get(point["setting"]) or {}
+    epochs = case.get("epochs") or study.get("epochs", 0)
     group = f"{point['setting']} {point['regime']} {point['method']}"
     return Row(f"{group} seed {point['seed']}", group, epochs, Progress())
 
