@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test check fast slow portable docs benchmarks clean
+.PHONY: help reproduce test check fast slow portable coverage docs benchmarks clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -14,7 +14,7 @@ help: ## list the targets
 reproduce: $(VENV)/lab.stamp ## run the default study and write its report (STUDY=file for another)
 	$(BIN)/spectreg reproduce $(STUDY)
 
-test: check fast slow portable ## everything: lint, format, types, docs, then all tests
+test: check fast slow portable coverage ## everything: lint, format, types, docs, then all tests and their coverage
 
 check: $(VENV)/dev.stamp ## lint, format, types and docs only
 	$(BIN)/ruff check .
@@ -23,14 +23,18 @@ check: $(VENV)/dev.stamp ## lint, format, types and docs only
 	$(BIN)/mkdocs build --quiet --strict --site-dir $(VENV)/site
 
 fast: $(VENV)/dev.stamp ## the fast tests and the doctests
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+	$(BIN)/coverage run -m pytest -q -n 2 -m "not slow"
 
 slow: $(VENV)/dev.stamp ## the tests marked slow
-	$(BIN)/python -m pytest -q -n 2 -m slow tests
+	$(BIN)/coverage run -m pytest -q -n 2 -m slow tests
 
 portable: $(VENV)/dev.stamp ## tests of numbers again, as on a processor without wide vectors
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem \
 		NPY_DISABLE_CPU_FEATURES="X86_V3 X86_V4 AVX512_ICL" $(BIN)/python -m pytest -q -n 2 -m portable tests
+
+coverage: $(VENV)/dev.stamp ## what the fast and the slow tests covered, of those that ran since the last time
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 benchmarks: $(VENV)/bench.stamp ## measure cost beside every peer and write its pages (within 25 minutes)
 	$(BIN)/python -m benchmarks
@@ -39,7 +43,7 @@ docs: $(VENV)/dev.stamp ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
 clean: ## remove the environment and what the tools left; runs and results stay
-	rm -rf $(VENV) site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -15,6 +15,8 @@ from spectreg.regularizer import SpectralNormRegularizer
 from spectreg.weights.input_sizes import input_sizes
 from spectreg.weights.selection import named_weights
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BatchLoss",
     "SpectralNormRegularizer",
