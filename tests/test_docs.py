@@ -52,7 +52,6 @@ def test_every_study_and_result_that_a_page_names_exists(page):
 @pytest.mark.parametrize(
     ("page", "table"),
     [
-        ("README.md", "results/cpu/report/table1.md"),
         ("docs/paper.md", "results/cpu/report/verdicts.md"),
         ("docs/paper.md", "results/why/report/table1.md"),
         ("docs/paper.md", "results/why/report/fit.md"),
