@@ -1,29 +1,107 @@
-"""The spectra of a checkpoint: a table for the terminal, a CSV file, a plot."""
+"""The spectra of checkpoints: tables for the terminal, a CSV file, a plot."""
 
 import io
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
+from torch import Tensor
 
-from spectreg.measures.spectra import Spectrum, each_spectrum
+from spectreg.checkpoints.acting import weight_in
+from spectreg.checkpoints.files import ADAPTER, Stored
+from spectreg.measures.spectra import Spectrum, Wanted, each_spectrum
 from spectreg_lab.storage.files import csv, write
 
 BESIDE = ("momentum/", "method/")
+FEW = 10
 COLUMNS = ("weight", "shape", "sigma", "frobenius", "stable rank", "effective rank")
 
 
-def show(checkpoint: Path, top: int | None, console: Console) -> list[Spectrum]:
-    """Measure every weight of ``checkpoint``, telling ``console`` which one is at hand.
+@dataclass(frozen=True)
+class Checkpoint:
+    """The spectra of one checkpoint, and what was left out with the reasons."""
+
+    path: Path
+    stored: Stored
+    spectra: list[Spectrum]
+    skipped: dict[str, str]
+
+
+def measure(stored: Stored, base: Stored | None, top: int | None, map: Wanted, console: Console) -> Checkpoint:
+    """Measure every weight of a checkpoint, telling ``console`` which one is at hand.
 
     Of a run's own checkpoint only the network counts, not the momentum or the vectors beside it.
     """
-    found: list[Spectrum] = []
-    with console.status(f"reading {checkpoint}") as status:
-        for spectrum in each_spectrum(checkpoint, top=top, select=lambda name, _: not name.startswith(BESIDE)):
-            found.append(spectrum)
-            status.update(f"{len(found)} weights measured, the last one {spectrum.name}")
-    return found
+    spectra: list[Spectrum] = []
+    skipped: dict[str, str] = dict(stored.passed_over)
+    path = stored.files[0]
+
+    def select(name: str, _: Tensor) -> bool:
+        return not name.startswith(BESIDE)
+
+    with console.status(f"reading {path}") as status:
+        for spectrum in each_spectrum(stored, top=top, select=select, map=map, base=base, skipped=skipped):
+            spectra.append(spectrum)
+            status.update(f"{len(spectra)} weights measured, the last one {spectrum.name}")
+    return Checkpoint(path, stored, spectra, skipped)
+
+
+def report(checkpoint: Checkpoint, heading: bool) -> Iterator[str]:
+    """What the terminal shows of one checkpoint, section by section."""
+    if heading:
+        yield str(checkpoint.path)
+    yield table(checkpoint.spectra)
+    if len(checkpoint.spectra) > FEW:
+        yield extremes(checkpoint.spectra)
+    if checkpoint.skipped:
+        yield left_out(checkpoint.skipped)
+
+
+def patterns(given: list[str] | None) -> Wanted:
+    """``map`` as the library takes it: from one value for all, or from ``PATTERN=VALUE`` any number of times."""
+    if not given:
+        return "matrix"
+    parts = [(pattern, _map(value)) for pattern, _, value in (text.rpartition("=") for text in given)]
+    if len(parts) == 1 and not parts[0][0]:
+        return parts[0][1]
+    if not all(pattern for pattern, _ in parts):
+        raise ValueError("--map: give one value for all weights, or PATTERN=VALUE each time.")
+    return dict(parts)
+
+
+def _map(value: str) -> str | int:
+    return int(value) if value.isascii() and value.isdigit() else value
+
+
+def check_outputs(csv: Path | None, plot: Path | None, inputs: Iterable[Stored]) -> None:
+    """Raise ValueError before anything is measured if an output cannot be written, or would replace an input."""
+    files = [file for stored in inputs for file in (*stored.files, stored.files[0].parent / ADAPTER) if file.exists()]
+    for option, path in (("--csv", csv), ("--plot", plot)):
+        if path is None:
+            continue
+        if path.exists() and any(path.samefile(file) for file in files):
+            raise ValueError(f"{option} {path} is a file that is read: an output never replaces an input.")
+        if path.is_dir() or not path.parent.is_dir():
+            why = "that is a folder" if path.is_dir() else "its folder does not exist"
+            raise ValueError(f"{option} {path}: {why}.")
+    if csv and plot and os.path.abspath(csv) == os.path.abspath(plot):
+        raise ValueError(f"--csv and --plot are both {csv}: give each a file of its own.")
+    if plot and (known := _formats()) and _format(plot) not in known:
+        raise ValueError(f"--plot {plot}: its name must end in one of {', '.join(sorted(known))}.")
+
+
+def _formats() -> set[str]:
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    return set(FigureCanvasBase.get_supported_filetypes())
+
+
+def _format(path: Path) -> str:
+    return path.suffix.lstrip(".").lower() or "png"
 
 
 def table(spectra: list[Spectrum]) -> str:
@@ -38,41 +116,112 @@ def table(spectra: list[Spectrum]) -> str:
     if not all(s.complete for s in spectra):
         frame["residual"] = [s.residual for s in spectra]
         frame["converged"] = ["yes" if s.converged else "no" for s in spectra]
+    return _text(frame)
+
+
+def extremes(spectra: list[Spectrum]) -> str:
+    """The ten largest weights by σ₁, and the ten flattest: stable rank nearest to the number of singular values."""
+    rows = [(s.name, s.sigma, s.stable_rank, s.stable_rank / (s.shape[0] * min(s.shape[1:]))) for s in spectra]
+    frame = pd.DataFrame(rows, columns=["weight", "sigma", "stable rank", "share of full rank"])
+    largest, flattest = (frame.nlargest(FEW, by) for by in ("sigma", "share of full rank"))
+    return f"the {FEW} largest\n{_text(largest)}\n\nthe {FEW} flattest\n{_text(flattest)}"
+
+
+def left_out(skipped: Mapping[str, str]) -> str:
+    """What was not measured, by reason: the names, or how many where they have one dimension as all biases have."""
+    lines = []
+    for reason in dict.fromkeys(skipped.values()):
+        names = [name for name, why in skipped.items() if why == reason]
+        listed = f"{len(names)} in number" if reason == "1 dimension" else ", ".join(names)
+        lines.append(f"left out, {reason}: {listed}")
+    return "\n".join(lines)
+
+
+def comparison(before: Checkpoint, after: Checkpoint) -> str:
+    """One line a weight of both: σ₁ before and after, their ratio, stable ranks, and σ₁ of the difference."""
+    pairs = [(a, b) for a in before.spectra for b in after.spectra if a.name == b.name and a.shape == b.shape]
+    changes = {s.name: s.sigma for s in _changes(before.stored, after.stored, {a.name for a, _ in pairs})}
+    rows = [
+        (a.name, a.sigma, b.sigma, b.sigma / a.sigma if a.sigma else float("nan"), a.stable_rank, b.stable_rank,
+         changes.get(a.name, float("nan")))
+        for a, b in pairs
+    ]  # fmt: skip
+    columns = ["weight", "sigma A", "sigma B", "B/A", "stable rank A", "stable rank B", "sigma of B − A"]
+    lines = [_text(pd.DataFrame(rows, columns=columns))] if rows else ["no weight is in both with the same shape"]
+    common = {a.name for a, _ in pairs}
+    for letter, checkpoint in (("A", before), ("B", after)):
+        alone = [s.name for s in checkpoint.spectra if s.name not in common]
+        if alone:
+            lines.append(f"only in {letter}: {', '.join(alone)}")
+    return "\n".join(lines)
+
+
+class _Difference(Mapping[str, Tensor]):
+    """B − A, weight by weight."""
+
+    def __init__(self, before: Stored, after: Stored, names: list[str]) -> None:
+        self.before, self.after, self.names = before, after, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return weight_in(self.after, name).double() - weight_in(self.before, name).double()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _changes(before: Stored, after: Stored, names: set[str]) -> Iterator[Spectrum]:
+    stored = [name for name in after if name in names and name in before]  # not those of adapters
+    return each_spectrum(_Difference(before, after, stored), top=1) if stored else iter(())
+
+
+def _text(frame: pd.DataFrame) -> str:
     return frame.to_string(index=False, float_format=lambda x: f"{x:.4g}")
 
 
-def write_csv(spectra: list[Spectrum], path: Path) -> None:
-    """One line a singular value: weight, block, index (from 1, largest first), value."""
+def write_csv(checkpoints: list[Checkpoint], path: Path) -> None:
+    """One line a singular value: weight, block, index (from 1, largest first), value; of several, also the file."""
     rows = [
-        (s.name, block, index, value)
-        for s in spectra
+        (str(checkpoint.path), s.name, block, index, value)
+        for checkpoint in checkpoints
+        for s in checkpoint.spectra
         for block, values in enumerate(s.values.tolist())
         for index, value in enumerate(values, start=1)
     ]
-    frame = pd.DataFrame(rows, columns=["weight", "block", "index", "value"])
-    write(path, csv(frame, digits=9))
+    frame = pd.DataFrame(rows, columns=["checkpoint", "weight", "block", "index", "value"])
+    write(path, csv(frame if len(checkpoints) > 1 else frame.drop(columns="checkpoint"), digits=9))
 
 
-def write_plot(spectra: list[Spectrum], path: Path) -> None:
-    """The singular values of every weight against their index, in a grid of panels on one scale."""
+def write_plot(checkpoints: list[Checkpoint], path: Path) -> None:
+    """The spectra of all weights in one picture, coloured by their order; one beside the other for two checkpoints."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
 
-    columns = min(4, len(spectra))
-    rows = -(-len(spectra) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 2.2 * rows), squeeze=False, layout="constrained")
-    for axis, spectrum in zip(axes.flat, spectra, strict=False):
-        for values in spectrum.values.tolist():
-            axis.plot(range(1, len(values) + 1), values, linewidth=1.2)
-        axis.set_title(spectrum.name, fontsize=8)
-        axis.set_ylim(bottom=0)
-    for axis in axes.flat[len(spectra) :]:
-        axis.set_visible(False)
-    figure.supxlabel("index of the singular value, largest first")
-    figure.supylabel("singular value")
+    size = (5.5 * len(checkpoints) + 1, 4)
+    figure, axes = plt.subplots(1, len(checkpoints), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    colours = ScalarMappable(Normalize(1, max(2, *(len(c.spectra) for c in checkpoints))), "viridis")
+    for axis, checkpoint in zip(axes.flat, checkpoints, strict=True):
+        _draw(axis, checkpoint.spectra, colours)
+        axis.set_title(checkpoint.path.name, fontsize=9)
+        axis.set_xlabel("share of the singular values, largest first")
+    axes.flat[0].set_ylabel("singular value")
+    figure.colorbar(colours, ax=axes, label="weight, in the order of the file")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png")
+    figure.savefig(buffer, format=_format(path))
     plt.close(figure)
     write(path, buffer.getvalue())
+
+
+def _draw(axis: Any, spectra: list[Spectrum], colours: Any) -> None:
+    for order, spectrum in enumerate(spectra, start=1):
+        for values in spectrum.values.tolist():
+            x = [(i + 0.5) / min(spectrum.shape[1:]) for i in range(len(values))]
+            y = [value if value > 0 else float("nan") for value in values]
+            axis.plot(x, y, color=colours.to_rgba(order), linewidth=1, marker="." if len(y) < 3 else "")
+    axis.set_yscale("log")

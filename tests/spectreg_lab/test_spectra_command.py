@@ -1,4 +1,6 @@
 import csv
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ def test_spectra_of_a_checkpoint_are_a_table_a_csv_and_a_plot(checkpoint, tmp_pa
         np.testing.assert_allclose(found, expected, rtol=1e-6)
         assert f"{expected[0]:.4g}" in result.output
     assert "<svg" in (tmp_path / "spectra.svg").read_text()
-    assert "fc.bias" not in result.output
+    assert "left out, 1 dimension: 1 in number" in result.output
 
 
 def test_what_is_no_checkpoint_is_one_line_and_a_pickle_with_code_is_never_executed(tmp_path, capsys, monkeypatch):
@@ -74,3 +76,111 @@ def test_a_weight_that_is_not_finite_is_named_in_one_line(tmp_path, capsys, monk
     with pytest.raises(SystemExit):
         main()
     assert "weight 'b.weight' has 4 entries that are NaN or infinite" in capsys.readouterr().err
+
+
+def fails(arguments, monkeypatch, capsys) -> str:
+    """The one line that the command gives for arguments it cannot use."""
+    monkeypatch.setattr("sys.argv", ["spectreg", "spectra", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_an_output_never_replaces_an_input(checkpoint, tmp_path, monkeypatch, capsys):
+    path, weights = checkpoint
+    before = path.read_bytes()
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys([*weights, "fc.bias"], path.name)}))
+    (tmp_path / "link.csv").symlink_to(path)
+    for source, option, out in [
+        (path, "--csv", path),
+        (path, "--plot", path),
+        (path, "--csv", tmp_path / "." / "link.csv"),
+        (index, "--csv", path),
+        (index, "--csv", index),
+    ]:
+        assert "an output never replaces an input" in fails([source, option, out], monkeypatch, capsys)
+    other = tmp_path / "other.safetensors"
+    save_file(weights, other)
+    assert "an output never replaces" in fails([path, other, "--csv", other], monkeypatch, capsys)
+    assert "an output never replaces" in fails([path, "--base", other, "--csv", other], monkeypatch, capsys)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--plot", "x.foo"], r"--plot x\.foo: its name must end in one of .*png"),
+        (["--csv", "nowhere/x.csv"], "--csv nowhere/x.csv: its folder does not exist"),
+        (["--csv", "x.svg", "--plot", "x.svg"], "give each a file of its own"),
+        (["--map", "other"], "map 'other' does not fit"),
+        (["--map", "nothing*=each"], "map: no weight matches 'nothing\\*'"),
+        (["--map", "each", "--map", "fc*=2"], "--map: give one value for all weights, or PATTERN=VALUE"),
+    ],
+)
+def test_an_option_that_cannot_be_used_is_one_line_and_writes_nothing(
+    options, message, checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert re.search(message, fails([checkpoint[0], *options], monkeypatch, capsys))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+def test_a_full_disk_is_a_failure_and_a_device_stays_one(checkpoint, monkeypatch, capsys):
+    assert "No space left on device (/dev/full)" in fails([checkpoint[0], "--csv", "/dev/full"], monkeypatch, capsys)
+    assert Path("/dev/full").is_char_device()
+
+
+def test_two_checkpoints_are_compared_weight_by_weight(checkpoint, tmp_path):
+    path, weights = checkpoint
+    change = torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
+    after = {"fc.weight": weights["fc.weight"] + change, "conv.weight": weights["conv.weight"], "new": torch.eye(2)}
+    save_file(after, tmp_path / "after.safetensors")
+    out = ["--csv", str(tmp_path / "both.csv"), "--plot", str(tmp_path / "both.svg")]
+    result = CliRunner().invoke(app, ["spectra", str(path), str(tmp_path / "after.safetensors"), *out])
+    assert result.exit_code == 0, result.output
+    lines = [
+        line.split() for line in result.output.splitlines() if line.strip().startswith(("fc.weight", "conv.weight"))
+    ]
+    compared = {line[0]: [float(x) for x in line[1:]] for line in lines[-2:]}
+    truth = [np.linalg.norm(w.double().numpy(), 2) for w in (weights["fc.weight"], after["fc.weight"], change)]
+    assert compared["fc.weight"][:3] == pytest.approx([*truth[:2], truth[1] / truth[0]], rel=1e-3)
+    assert compared["fc.weight"][-1] == pytest.approx(truth[2], rel=1e-3)
+    assert compared["conv.weight"][2] == 1
+    assert compared["conv.weight"][-1] == 0
+    assert "only in B: new" in result.output
+    rows = list(csv.DictReader((tmp_path / "both.csv").open()))
+    assert {row["checkpoint"] for row in rows} == {str(path), str(tmp_path / "after.safetensors")}
+
+
+def test_the_ten_largest_and_the_ten_flattest_are_set_apart(tmp_path):
+    draws = torch.Generator().manual_seed(0)
+    weights = {f"layer{i:02}": (i + 1) * torch.randn(6, 6, generator=draws) for i in range(12)}
+    weights["flat"] = 0.01 * torch.eye(6)
+    save_file(weights, tmp_path / "model.safetensors")
+    output = CliRunner().invoke(app, ["spectra", str(tmp_path / "model.safetensors")]).output
+    largest, flattest = output.split("the 10 largest\n")[1].split("the 10 flattest\n")
+    names = [line.split()[0] for line in largest.splitlines()[1:11]]
+    assert names == sorted(weights, key=lambda name: -np.linalg.norm(weights[name].numpy(), 2))[:10]
+    assert flattest.splitlines()[1].split()[0] == "flat"
+
+
+def test_experts_and_adapters_are_read_as_they_act(tmp_path):
+    draws = torch.Generator().manual_seed(0)
+    A, B, W = (torch.randn(*shape, generator=draws) for shape in [(2, 6), (5, 2), (5, 6)])
+    stack = torch.randn(2, 3, 3, generator=draws)
+    lora = {"fc.lora_down.weight": A, "fc.lora_up.weight": B, "fc.alpha": torch.tensor(4.0), "stack": stack}
+    save_file(lora, tmp_path / "lora.safetensors")
+    save_file({"fc.weight": W}, tmp_path / "base.safetensors")
+    out = tmp_path / "spectra.csv"
+    options = ["--base", str(tmp_path / "base.safetensors"), "--map", "stack=each", "--csv", str(out)]
+    result = CliRunner().invoke(app, ["spectra", str(tmp_path / "lora.safetensors"), *options])
+    assert result.exit_code == 0, result.output
+    rows = list(csv.DictReader(out.open()))
+    largest = [float(row["value"]) for row in rows if row["index"] == "1"]
+    truth = [np.linalg.norm(w.double().numpy(), 2) for w in (W + 2 * B @ A, *stack)]
+    assert sorted(largest) == pytest.approx(sorted(truth), rel=1e-6)
+    assert "a factor of an adapter, measured as its product: fc.lora_up.weight" in result.output

@@ -11,7 +11,16 @@ FORMULA = ("=", "+", "-", "@")  # a spreadsheet computes a cell that begins so
 
 
 def write(path: Path, content: bytes) -> None:
-    """Put ``content`` at ``path`` so that a kill at any moment leaves the old file or the new one, never a part."""
+    """Put ``content`` at ``path`` so that a kill at any moment leaves the old file or the new one, never a part.
+
+    A device or a pipe is written to, not replaced.
+    """
+    if path.exists() and not path.is_file():
+        try:
+            path.write_bytes(content)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
