@@ -1,11 +1,16 @@
+import os
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from spectreg_lab.data import DataError, Split, batches, load, steps_per_epoch
 from spectreg_lab.data.batches import augmented
-from spectreg_lab.data.images import global_contrast_normalization
+from spectreg_lab.data.images import _held_out, global_contrast_normalization
+from spectreg_lab.data.pictures import pixels
 from spectreg_lab.settings.config import Augmentation, Data
 
 
@@ -13,7 +18,10 @@ def write_parquet(folder, pictures, labels, split):
     """The schema of the hub's copies: ``img`` and ``label``."""
     import datasets
 
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    known = {int: datasets.Value("int64"), str: datasets.Value("string"), float: datasets.Value("float64")}
+    known[list] = datasets.List(datasets.Value("int64"))
+    kind = type(next(label for label in labels if label is not None))
+    features = datasets.Features({"img": datasets.Image(), "label": known[kind]})
     rows = {"img": [Image.fromarray(p) for p in pictures], "label": labels}
     folder.mkdir(exist_ok=True)
     datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
@@ -100,7 +108,122 @@ def test_the_images_held_out_for_validation_are_training_images_and_disjoint_fro
     everything = load(Data(train_size=200))
     split = load(Data(train_size=200, validation=0.25))
     assert (len(split.train), len(split.test)) == (150, 50)
-    assert torch.equal(torch.cat([split.train.images, split.test.images]), everything.train.images)
+    both = [torch.cat([part.images.flatten(1), part.labels[:, None].float()], 1) for part in (split.train, split.test)]
+    whole = torch.cat([everything.train.images.flatten(1), everything.train.labels[:, None].float()], 1)
+    assert sorted(torch.cat(both).tolist()) == sorted(whole.tolist())
+    assert torch.equal(split.test.images, load(Data(train_size=200, validation=0.25)).test.images)
+
+
+@settings(max_examples=100, deadline=None)
+@given(labels=st.lists(st.integers(0, 6), min_size=2, max_size=80), share=st.floats(0.05, 0.95))
+def test_what_is_held_out_has_of_every_class_its_share(labels, share):
+    labels, count = torch.tensor(labels), round(len(labels) * share)
+    held = _held_out(labels, count)
+    assert held.sum() == count
+    sizes = labels.bincount()
+    several = int((sizes > 1).sum())
+    for label, size in enumerate(sizes.tolist()):
+        out = int(held[labels == label].sum())
+        if size > 1 and several <= count <= len(labels) - int((sizes > 0).sum()):
+            assert 0 < out < size
+            assert abs(out - size * count / len(labels)) <= 1 + several
+    permuted = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
+    assert _held_out(labels[permuted], count).sum() == count
+
+
+@pytest.mark.parametrize("size", [None, 99])
+def test_a_folder_sorted_by_class_is_judged_on_every_class(tmp_path, size):
+    folder_of_classes(tmp_path, [f"class{c}" for c in range(5)], 20)
+    held = load(Data(name=str(tmp_path), validation=0.2, train_size=size))
+    assert held.test.labels.bincount().tolist() == pytest.approx([4] * 5, abs=1)
+    assert held.train.labels.bincount().min() >= 12
+
+
+def folder_of_classes(folder, names, each, splits=("train", "test"), ending="png"):
+    for split in splits:
+        for c, name in enumerate(names):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(each):
+                Image.new("RGB", (8, 8), (50 * c, 2 * i, 0)).save(folder / split / name / f"{i}.{ending}")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_lies_under_transparent_pixels_is_not_seen(mode):
+    found = []
+    for hidden in ((0, 0, 0), (90, 240, 10)):
+        picture = Image.new("RGBA", (8, 8), (*hidden, 0))
+        picture.paste((200, 200, 200, 255), (2, 2, 6, 6))
+        if mode == "P":
+            picture = Image.new("P", (8, 8), 0)
+            picture.putpalette([*hidden, 200, 200, 200])
+            picture.paste(1, (2, 2, 6, 6))
+            picture.info["transparency"] = 0
+        found.append(pixels(picture if mode in ("RGBA", "P") else picture.convert("LA").convert(mode)))
+    assert np.array_equal(*found)
+    assert found[0].shape == (8, 8, 3)
+    assert (found[0][0, 0].tolist(), found[0][4, 4].tolist()) == ([255] * 3, [200] * 3)
+
+
+def test_sixteen_bits_keep_their_order_and_a_picture_without_a_scale_is_refused():
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040
+    deep = pixels(Image.fromarray(values))
+    np.testing.assert_allclose(deep[..., 0], values / 65535 * 255, rtol=1e-6)
+    assert np.array_equal(pixels(Image.fromarray(values > 9000))[..., 0], (values > 9000) * 255)
+    for picture in (Image.new("F", (8, 8)), Image.new("LAB", (8, 8)), Image.new("I", (8, 8), 70_000)):
+        with pytest.raises(ValueError, match=r"has no black and white|at most sixteen bits"):
+            pixels(picture)
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "Validation", "dev"])
+@pytest.mark.parametrize("kind", ["folder", "data/folder", "parquet", "data/parquet"])
+def test_a_validation_split_counts_as_test_where_there_is_none(tmp_path, pictures, kind, name):
+    place = tmp_path / "data" if kind.startswith("data/") else tmp_path
+    if kind.endswith("folder"):
+        folder_of_classes(place, ["a", "b"], 3, ("train", name))
+    else:
+        place.mkdir(exist_ok=True)
+        for split in ("train-00000-of-00001", f"{name}-00000-of-00001"):
+            write_parquet(place, pictures, [0, 1] * 3, split)
+    images = load(Data(name=str(tmp_path)))
+    assert (len(images.train), len(images.test), images.classes) == (6, 6, 2)
+
+
+@pytest.mark.parametrize("labels", [[1, 2, 3] * 2, [10, 20, 40] * 2, ["cat", "dog", "eel"] * 2])
+def test_labels_that_are_not_counted_from_zero_are_classes_in_their_order_and_that_is_said(tmp_path, pictures, labels):
+    for split in ("train", "test"):
+        write_parquet(tmp_path, pictures, labels, split)
+    said = []
+    images = load(Data(name=str(tmp_path)), said.append)
+    assert (images.classes, images.train.labels.tolist()) == (3, [0, 1, 2] * 2)
+    assert [text for text in said if "are classes 0 to 2, in this order" in text]
+
+
+@pytest.mark.parametrize(
+    ("labels", "test", "message"),
+    [
+        ([[0, 1], [1, 0]] * 3, None, "a label is a list, of zeros and ones perhaps"),
+        ([0.5, 1.0] * 3, None, "labels must be integers or names, got float"),
+        ([None, 1] * 3, None, "labels must be integers or names"),
+        ([0, 1] * 3, [0, 7] * 3, "the test images have labels that no training image has: 7"),
+    ],
+)
+def test_labels_that_name_no_class_are_refused(tmp_path, pictures, labels, test, message):
+    write_parquet(tmp_path, pictures, labels, "train")
+    write_parquet(tmp_path, pictures, test or labels, "test")
+    with pytest.raises(DataError, match=message):
+        load(Data(name=str(tmp_path)))
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "bmp", "webp", "tiff", "gif", "ppm"])
+def test_a_changed_image_of_any_type_is_read_anew(tmp_path, ending):
+    folder_of_classes(tmp_path, ["a", "b"], 2, ending=ending)
+    before = load(Data(name=str(tmp_path)))
+    changed = tmp_path / "train" / "a" / f"0.{ending}"
+    picture = Image.new("RGB", (8, 8), (0, 0, 0))
+    picture.paste((255, 255, 255), (0, 0, 3, 8))
+    picture.save(changed)
+    os.utime(changed, (1, 1))
+    assert not torch.equal(load(Data(name=str(tmp_path))).train.images, before.train.images)
 
 
 def test_the_first_classes_alone_are_all_images_of_them_and_the_same_ones_as_among_all():

@@ -13,16 +13,18 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from spectreg_lab.data.sources import DataError, decode, locate
+from spectreg_lab.data.errors import DataError
+from spectreg_lab.data.sources import decode, locate
 from spectreg_lab.settings.config import Data
 from spectreg_lab.storage.files import write
 
+DECODED = "gcn2"  # changes with what is made of a file's content
 FLOOR = 1e-6  # under the standard deviation: an image of one colour becomes zero, not infinite
 
 
@@ -91,14 +93,33 @@ def load(setting: Data, progress: Callable[[str], None] = lambda text: None) -> 
         train = _take(file, "train", setting.train_size, classes, setting.shrink)
         test = _take(file, "test", setting.test_size, classes, setting.shrink)
     if setting.validation:
-        held_out = round(len(train) * setting.validation)
-        if not 0 < held_out < len(train):
+        held = _held_out(train.labels, round(len(train) * setting.validation))
+        if not 0 < held.sum() < len(train):
             raise DataError(
                 f"validation = {setting.validation} of {len(train)} training images leaves none on one side"
             )
-        test = Split(train.images[-held_out:], train.labels[-held_out:])
-        train = Split(train.images[:-held_out], train.labels[:-held_out])
+        test = Split(train.images[held], train.labels[held])
+        train = Split(train.images[~held], train.labels[~held])
     return Images(train, test, classes)
+
+
+def _held_out(labels: Int[Tensor, " n"], count: int) -> Bool[Tensor, " n"]:
+    """``count`` images to hold out: of each class its share, the same ones every time, in whatever order they come.
+
+    A class of two images or more has at least one on either side, if ``count`` is enough for that.
+    """
+    place = torch.zeros(len(labels), dtype=torch.float64)  # of each image in its class, from 0 to 1
+    draws = torch.Generator().manual_seed(0)
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        order = torch.randperm(len(members), generator=draws)
+        place[members[order]] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
+        place[members[order[-1]]] += 1
+        if len(members) > 1:
+            place[members[order[0]]] -= 1
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    held[place.argsort(stable=True)[:count]] = True
+    return held
 
 
 def _take(file: Any, split: str, size: int | None, classes: int, shrink: int | None) -> Split:
@@ -127,7 +148,7 @@ def _cache(source: str, files: list[Path]) -> Path:
     folder = Path(os.environ.get("SPECTREG_CACHE") or Path.home() / ".cache" / "spectreg")
     folder.mkdir(parents=True, exist_ok=True)
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    key = hashlib.sha256(json.dumps([source, stamps, "gcn", FLOOR]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([source, stamps, DECODED, FLOOR]).encode()).hexdigest()[:16]
     return folder / f"{key}.safetensors"
 
 

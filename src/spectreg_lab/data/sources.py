@@ -1,6 +1,7 @@
 """Where images come from: scikit-learn's digits, the Hugging Face hub, parquet files, folders of images."""
 
 import os
+import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
@@ -8,16 +9,19 @@ from typing import Any
 
 import numpy as np
 
+from spectreg_lab.data.errors import DataError
+from spectreg_lab.data.labels import as_classes, integers
+from spectreg_lab.data.pictures import pixels
+
 ALIASES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "stl10": "tanganke/stl10"}
 IMAGES, LABELS = ("img", "image"), ("label", "fine_label")
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif")
+SPLITS = dict.fromkeys(("train", "training"), "train")
+SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
+SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 DIGITS_TEST = 397  # of scikit-learn's 1797 digits, the last ones
 
 Decoded = dict[str, tuple[np.ndarray, np.ndarray]]  # split: images (n, h, w, c) in 0 … 255, labels (n,)
-
-
-class DataError(Exception):
-    """The images asked for cannot be had or used; the message says what would do."""
 
 
 def locate(name: str) -> tuple[str, list[Path]]:
@@ -28,12 +32,13 @@ def locate(name: str) -> tuple[str, list[Path]]:
     if "$" in str(path):
         raise DataError(f"data {name!r}: set the environment variable that it names to the folder of the data")
     if path.is_dir():
-        parquet = sorted(path.glob("*.parquet"))
+        path = path.resolve()
+        parquet = sorted(path.rglob("*.parquet"))
         if parquet:
-            return f"parquet:{path.resolve()}", parquet
-        images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
+            return f"parquet:{path}", parquet
+        images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS or _describes(p))
         if images:
-            return f"folder:{path.resolve()}", images
+            return f"folder:{path}", images
         raise DataError(f"data {name!r}: the folder holds neither .parquet files nor images in train/ and test/")
     known = ["digits", *ALIASES]
     near = get_close_matches(name, known, n=1)
@@ -43,15 +48,14 @@ def locate(name: str) -> tuple[str, list[Path]]:
     raise DataError(f"data {name!r}: no such folder or name; {hint} (a folder holds train*.parquet and test*.parquet)")
 
 
+def _describes(path: Path) -> bool:
+    """Whether a file gives the labels of the images beside it."""
+    return path.name in ("metadata.csv", "metadata.jsonl")
+
+
 def decode(source: str, files: list[Path], progress: Callable[[str], None]) -> tuple[Decoded, int]:
-    """The pixels and labels of both splits as they are, and the number of classes; checked for shape and range."""
+    """The pixels of both splits as they are, their labels as classes 0 … n − 1, and n."""
     splits, classes = _digits() if source == "digits" else _from_datasets(source, files, progress)
-    for name, (_, labels) in splits.items():
-        if labels.min() < 0 or labels.max() >= classes:
-            raise DataError(
-                f"{source}: {name} labels run from {labels.min()} to {labels.max()}, but there are {classes} classes: "
-                f"labels must lie between 0 and {classes - 1}"
-            )
     train, test = (splits[name][0].shape[1:] for name in ("train", "test"))
     if train != test:
         raise DataError(f"{source}: training images are {train}, test images {test} (height, width, channels)")
@@ -75,23 +79,23 @@ def _from_datasets(source: str, files: list[Path], progress: Callable[[str], Non
     try:
         if kind == "hub":
             found = datasets.load_dataset(place)
-        elif kind == "parquet":
-            named = {s: [str(p) for p in files if p.name.startswith(s)] for s in ("train", "test", "validation")}
-            found = datasets.load_dataset("parquet", data_files={s: paths for s, paths in named.items() if paths})
         else:
-            found = datasets.load_dataset("imagefolder", data_dir=place)
+            described = any(_describes(path) for path in files)
+            where: dict[str, Any] = {"data_dir": place} if described else {"data_files": _by_split(Path(place), files)}
+            found = datasets.load_dataset("parquet" if kind == "parquet" else "imagefolder", **where)
     except Exception as error:  # whatever the reader of the format raises, the user sees one line
         raise DataError(f"{source} cannot be read: {type(error).__name__}: {_first_line(error)}") from error
     test = "test" if "test" in found else "validation"
     if "train" not in found or test not in found:
         raise DataError(f"{source} has the splits {sorted(found)}: train and test are needed")
-    splits = {
-        name: _arrays(found[split], f"{source} {split}", progress)
-        for name, split in (("train", "train"), ("test", test))
-    }
     feature = found["train"].features[_column(found["train"], LABELS, source)]
-    classes = getattr(feature, "num_classes", None) or int(max(labels.max() for _, labels in splits.values())) + 1
-    return splits, classes
+    train, other = (_labels(found[split], f"{source} {split}") for split in ("train", test))
+    train, other, classes = as_classes(train, other, source, progress)
+    if (named := getattr(feature, "names", None)) and classes < len(named):
+        progress(f"{source}: {len(named) - classes} of {len(named)} named classes have no training image")
+    labels = {"train": train, "test": other}
+    pictures = {"train": found["train"], "test": found[test]}
+    return {n: (_pictures(pictures[n], f"{source} {n}", progress), labels[n]) for n in labels}, classes
 
 
 def _column(split: Any, names: tuple[str, ...], source: str) -> str:
@@ -101,35 +105,41 @@ def _column(split: Any, names: tuple[str, ...], source: str) -> str:
     raise DataError(f"{source} has the columns {split.column_names}: one of {', '.join(names)} is needed")
 
 
-def _arrays(split: Any, source: str, progress: Callable[[str], None]) -> tuple[np.ndarray, np.ndarray]:
-    image, label = _column(split, IMAGES, source), _column(split, LABELS, source)
-    labels = np.asarray(split[label])
-    if labels.dtype.kind not in "iu":
-        raise DataError(f"{source}: labels must be integers, got {labels.dtype} in column {label!r}")
-    pictures = []
+def _labels(split: Any, where: str) -> np.ndarray:
+    if not len(split):
+        raise DataError(f"{where}: no images")
+    column = _column(split, LABELS, where)
+    return integers(split[column][:], f"{where}, column {column!r}")
+
+
+def _pictures(split: Any, source: str, progress: Callable[[str], None]) -> np.ndarray:
+    """All pictures as one array; grey ones among coloured ones become coloured."""
+    image, found = _column(split, IMAGES, source), []
     for i in range(len(split)):
-        pictures.append(_pixels(split, i, image, source))
-        if pictures[i].shape[:2] != pictures[0].shape[:2]:
+        try:
+            found.append(pixels(split[i][image]))
+        except Exception as error:  # whatever a damaged file makes its reader raise
+            raise DataError(f"{source}: image {i} cannot be decoded: {_first_line(error)}") from error
+        if found[i].shape[:2] != found[0].shape[:2]:
             raise DataError(
-                f"{source}: image {i} is {pictures[i].shape[:2]} where the first is {pictures[0].shape[:2]} "
+                f"{source}: image {i} is {found[i].shape[:2]} where the first is {found[0].shape[:2]} "
                 "(height, width): all images must have one size; resize them first"
             )
         if i % 5000 == 4999:
             progress(f"{source}: {i + 1} of {len(split)} images decoded")
-    if not pictures:
-        raise DataError(f"{source}: no images")
-    channels = max(picture.shape[2] for picture in pictures)  # grey pictures among coloured ones become coloured
-    return np.stack([np.broadcast_to(p, (*p.shape[:2], channels)) for p in pictures]), labels
+    channels = max(picture.shape[2] for picture in found)
+    return np.stack([np.broadcast_to(picture, (*picture.shape[:2], channels)) for picture in found])
 
 
-def _pixels(split: Any, i: int, column: str, source: str) -> np.ndarray:
-    """Height × width × 3, or × 1 for a grey picture; 0 … 255."""
-    try:
-        picture = split[i][column]
-        pixels = np.asarray(picture if picture.mode in ("RGB", "L") else picture.convert("RGB"))
-    except Exception as error:
-        raise DataError(f"{source}: image {i} cannot be decoded: {_first_line(error)}") from error
-    return pixels[..., None] if pixels.ndim == 2 else pixels
+def _by_split(folder: Path, files: list[Path]) -> dict[str, list[str]]:
+    """The files of each split: what the first folder or file below ``folder`` that is called so belongs to."""
+    named: dict[str, list[str]] = {}
+    for path in files:
+        parts = (re.split(r"[^a-z]", part.lower())[0] for part in path.relative_to(folder).parts)
+        split = next((SPLITS[part] for part in parts if part in SPLITS), None)
+        if split:
+            named.setdefault(split, []).append(str(path))
+    return named
 
 
 def _first_line(error: Exception) -> str:
