@@ -1,93 +1,174 @@
-"""The Lipschitz constants of the operations that networks are built of, in the ℓ2 norm: a table."""
+"""The operations that networks are built of, and the rule for the Lipschitz constant of each: a table."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from spectreg.lipschitz.rules import (
-    Call,
-    Constant,
-    adaptive_average_pool,
-    added,
-    attention,
-    attribute,
-    average_pool,
-    batch_norm,
-    concatenated,
-    convolution,
-    divided,
-    dropout,
-    elu,
-    gated,
-    instance_norm,
-    linear,
-    live_norm,
-    max_pool,
-    mean,
-    multiplied,
-    plain_index,
-    prelu,
-    slope,
-    total,
-    view,
-)
+from spectreg.lipschitz import activations, combinations, layers
+from spectreg.lipschitz.activations import refused, times
+from spectreg.lipschitz.calls import Call, Operand, Rule
+from spectreg.lipschitz.combinations import copied
 
-ISOMETRIC = (
-    nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
-    torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze,
-    torch.chunk, torch.split, operator.neg, torch.neg,
-    "flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "chunk", "split",
-    "clone", "neg", nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
-)  # fmt: skip
-NON_EXPANSIVE = (
-    nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Softshrink, nn.Tanhshrink, nn.Softmax,
-    nn.Softplus, nn.CELU, F.celu, F.relu, F.relu6, F.hardtanh, F.softsign, F.softplus, F.softmax, torch.relu,
-    torch.tanh, torch.abs, torch.relu_, torch.softmax, "relu", "relu_", "tanh", "abs", "softmax",
-)  # fmt: skip
-CONSTANTS: dict[Any, float | Constant] = {
-    **dict.fromkeys((*ISOMETRIC, *NON_EXPANSIVE), 1.0),
-    **dict.fromkeys((nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"), 0.25),
-    **dict.fromkeys((nn.GELU, F.gelu), 1.1290),  # at x = √2: Φ(x) + xφ(x) = 1.12890; the tanh form 1.12900
-    **dict.fromkeys((nn.SiLU, F.silu), 1.0999),  # at x = 2.3994: 1.09984
-    **dict.fromkeys((nn.Mish, F.mish), 1.0885),  # 1.08849
-    **dict.fromkeys((nn.SELU, F.selu), 1.7581),  # scale · alpha = 1.75810
-    **dict.fromkeys((nn.LeakyReLU, F.leaky_relu), slope),
-    **dict.fromkeys((nn.ELU, F.elu), elu),
-    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout), dropout),
-    **dict.fromkeys((F.dropout, F.dropout2d), dropout),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), batch_norm),
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), convolution),
-    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), convolution),
-    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), max_pool),
-    **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.max_pool3d), max_pool),
-    **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), average_pool),
-    **dict.fromkeys((F.avg_pool1d, F.avg_pool2d, F.avg_pool3d), average_pool),
-    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), adaptive_average_pool),
-    **dict.fromkeys((F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d), adaptive_average_pool),
-    **dict.fromkeys((torch.mean, "mean"), mean),
-    **dict.fromkeys((torch.sum, "sum"), total),
-    **dict.fromkeys((nn.LayerNorm, nn.GroupNorm, nn.RMSNorm), live_norm),
-    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), instance_norm),
-    **dict.fromkeys((nn.MultiheadAttention, F.scaled_dot_product_attention), attention),
-    **dict.fromkeys((nn.GLU, F.glu), gated),
-    **dict.fromkeys((nn.Hardsigmoid, F.hardsigmoid), 0.1667),
-    **dict.fromkeys((nn.Hardswish, F.hardswish), 1.5),  # at x = 3
-    nn.Linear: linear,
-    "view": view,
-    getattr: attribute,
-    nn.PReLU: prelu,
-    operator.getitem: plain_index,
-}
 
-Combination = Callable[[Call, Any], float]
-COMBINATIONS: dict[Any, Combination] = {
-    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate, torch.stack), concatenated),
-    **dict.fromkeys((operator.add, torch.add, "add"), added),
-    **dict.fromkeys((operator.sub, torch.sub, "sub"), added),
-    **dict.fromkeys((operator.mul, torch.mul, "mul"), multiplied),
-    **dict.fromkeys((operator.truediv, torch.div, "div"), divided),
-}
+def both(*names: str) -> Iterator[Any]:
+    """The functions of torch with these names, and the names, which are those of methods."""
+    for name in names:
+        yield from (getattr(torch, name), name)
+
+
+def every(rule: Rule, *operations: Any) -> dict[Any, Rule]:
+    return dict.fromkeys(operations, rule)
+
+
+def of(rule: Rule, *attributes: str, **constants: Any) -> Rule:
+    """The rule of a module: that of a function, given attributes of the module as its arguments."""
+
+    def rule_of_module(call: Call, input: Operand) -> float:
+        return rule(call, input, **{name: getattr(call.module, name) for name in attributes}, **constants)
+
+    return rule_of_module
+
+
+def by_dimension(rule: Rule, stem: str, home: Any, *attributes: str) -> dict[Any, Rule]:
+    """A rule for the one-, two- and three-dimensional form of an operation."""
+    rules: dict[Any, Rule] = {getattr(home, f"{stem}{d}d"): partial(rule, d=d) for d in (1, 2, 3)}
+    return {key: of(rule, *attributes) for key, rule in rules.items()} if attributes else rules
+
+
+STEEP = refused("its slope has no bound on all inputs")
+JUMPING = refused("it jumps")
+ATTENTION = refused("dot-product attention is not Lipschitz on all inputs (Kim et al., arXiv:2006.04710)")
+GATED = refused("a gate times an unbounded function of the input is not Lipschitz on all inputs")
+
+SIGMOID, SILU, MISH, SELU = times(0.25), times(1.0999), times(1.0885), times(1.7581)
+# at x = 0; 2.3994: 1.09984; 1.08849; scale · alpha = 1.75810
+HARDSIGMOID, HARDSWISH, ERF = times(0.1667), times(1.5), times(1.1284)  # 1/6; at x = 3; 2/√π = 1.12838
+CONV, TRANSPOSED = layers.convolution, layers.transposed_convolution
+
+FUNCTIONS: dict[Any, Rule] = {
+    **every(
+        times(1.0), operator.neg, operator.pos, operator.abs, F.relu, F.relu6, F.softsign, F.logsigmoid, F.tanhshrink,
+        *both("relu", "relu_", "tanh", "tanh_", "abs", "absolute", "neg", "negative", "positive", "sin", "cos",
+        "atan", "arctan", "asinh", "detach"),
+    ),
+    **every(SIGMOID, *both("sigmoid", "sigmoid_")),
+    **every(ERF, *both("erf")),
+    F.silu: SILU, F.mish: MISH, F.selu: SELU, torch.selu: SELU, F.hardsigmoid: HARDSIGMOID, F.hardswish: HARDSWISH,
+    F.gelu: activations.gelu, F.leaky_relu: activations.leaky_relu, F.rrelu: activations.rrelu,
+    **every(activations.prelu, F.prelu, *both("prelu")),
+    F.elu: activations.elu, F.celu: activations.celu, torch.celu: activations.celu, F.softplus: activations.softplus,
+    F.softshrink: activations.softshrink, F.threshold: activations.threshold, F.hardtanh: activations.hardtanh,
+    **every(activations.clamp, *both("clamp", "clamp_", "clip")),
+    **every(activations.clamp, *both("clamp_min", "clamp_max")),
+    **every(activations.dropout, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
+    **every(activations.alpha_dropout, F.alpha_dropout, F.feature_alpha_dropout),
+    **every(activations.softmax, F.softmax, F.softmin, *both("softmax")),
+    **every(activations.log_softmax, F.log_softmax, *both("log_softmax")),
+    **every(activations.logsumexp, *both("logsumexp")),
+    **every(activations.vector_norm, torch.linalg.vector_norm, *both("norm")),
+    **every(activations.extreme, *both("amax", "amin")),
+    **every(activations.extreme_or_pair, *both("max", "min")),
+    **every(activations.pair, *both("maximum", "minimum", "fmax", "fmin")),
+    **every(activations.sort, *both("sort")),
+    **every(activations.topk, *both("topk")),
+    **every(activations.where, torch.where),
+    **every(combinations.added, operator.add, operator.sub, *both("add", "sub", "subtract"), "add_", "sub_"),
+    **every(combinations.multiplied, operator.mul, *both("mul", "multiply"), "mul_"),
+    **every(combinations.divided, operator.truediv, *both("div", "divide", "true_divide"), "div_"),
+    **every(
+        combinations.concatenated, torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack,
+        torch.dstack,
+    ),
+    **every(
+        copied, F.pad, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, F.unfold, "view", "contiguous", "expand",
+        "repeat", "unfold",
+        *both("clone", "flatten", "reshape", "unflatten", "permute", "transpose", "t", "movedim", "moveaxis",
+        "swapaxes", "swapdims", "squeeze", "unsqueeze", "chunk", "split", "tensor_split", "unbind", "flip", "fliplr",
+        "flipud", "rot90", "roll", "narrow", "select", "diagonal", "diag", "diag_embed", "tril", "triu", "tile",
+        "repeat_interleave", "broadcast_to", "index_select", "gather", "take_along_dim", "take", "masked_fill",
+        "masked_select"),
+    ),
+    operator.getitem: combinations.indexed, getattr: combinations.attribute,
+    **every(combinations.cast, "to", "float", "double", "half", "bfloat16", "cpu", "cuda"),
+    **every(combinations.mean, *both("mean")),
+    **every(combinations.total, *both("sum")),
+    **every(combinations.cumulated, *both("cumsum")),
+    F.linear: layers.linear,
+    **every(layers.product, operator.matmul, *both("matmul", "mm", "bmm", "mv")),
+    **every(CONV, F.conv1d, F.conv2d, F.conv3d),
+    **every(TRANSPOSED, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+    F.batch_norm: layers.batch_norm, F.layer_norm: layers.layer_norm, F.group_norm: layers.group_norm,
+    F.rms_norm: layers.rms_norm, F.instance_norm: layers.instance_norm,
+    **by_dimension(layers.max_pool, "max_pool", F), **by_dimension(layers.max_pool, "max_pool", torch),
+    **by_dimension(layers.adaptive_max_pool, "adaptive_max_pool", F),
+    **by_dimension(layers.average_pool, "avg_pool", F),
+    **by_dimension(layers.adaptive_average_pool, "adaptive_avg_pool", F),
+    F.interpolate: layers.interpolation,
+    F.scaled_dot_product_attention: ATTENTION, F.glu: GATED,
+    **every(
+        STEEP, operator.pow, *both("sqrt", "rsqrt", "exp", "expm1", "log", "log2", "log10", "log1p", "pow", "square",
+        "reciprocal", "tan", "sinh", "cosh"),
+    ),
+    **every(
+        JUMPING, operator.floordiv, operator.mod, *both("sign", "round", "floor", "ceil", "trunc", "frac",
+        "floor_divide", "remainder", "fmod", "argmax", "argmin"),
+    ),
+}  # fmt: skip
+
+POOLING = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+AVERAGING = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+RESIZING = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
+STATISTICS = ("running_mean", "running_var", "weight", "bias", "eps")
+MODULES: dict[Any, Rule] = {
+    **every(of(times(1.0)), nn.ReLU, nn.ReLU6, nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Tanhshrink),
+    nn.Sigmoid: of(SIGMOID), nn.SiLU: of(SILU), nn.Mish: of(MISH), nn.SELU: of(SELU),
+    nn.Hardsigmoid: of(HARDSIGMOID), nn.Hardswish: of(HARDSWISH), nn.GELU: of(activations.gelu, "approximate"),
+    nn.LeakyReLU: of(activations.leaky_relu, "negative_slope"), nn.RReLU: of(activations.rrelu, "lower", "upper"),
+    nn.PReLU: of(activations.prelu, "weight"), nn.ELU: of(activations.elu, "alpha"),
+    nn.CELU: of(activations.celu, "alpha"), nn.Softplus: of(activations.softplus, "beta", "threshold"),
+    nn.Softshrink: of(activations.softshrink, "lambd"),
+    nn.Threshold: of(activations.threshold, "threshold", "value"),
+    nn.Hardtanh: of(activations.hardtanh, "min_val", "max_val"),
+    **every(of(activations.softmax), nn.Softmax, nn.Softmin, nn.Softmax2d),
+    nn.LogSoftmax: of(activations.log_softmax, "dim"),
+    **every(
+        of(times(1.0)), nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+    ),
+    **every(
+        copied, nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Unfold,
+        nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
+        nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d,
+        nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
+    ),
+    nn.Linear: of(layers.linear, "weight", "bias"),
+    **every(
+        layers.convolution_module, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,
+        nn.ConvTranspose3d,
+    ),
+    **every(of(layers.batch_norm, *STATISTICS), nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    **every(layers.instance_norm_module, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    nn.LayerNorm: of(layers.layer_norm, "normalized_shape", "weight", "bias", "eps"),
+    nn.GroupNorm: of(layers.group_norm, "num_groups", "weight", "bias", "eps"),
+    nn.RMSNorm: of(layers.rms_norm, "normalized_shape", "weight", "eps"),
+    **by_dimension(layers.max_pool, "MaxPool", nn, *POOLING),
+    **by_dimension(layers.adaptive_max_pool, "AdaptiveMaxPool", nn, "output_size", "return_indices"),
+    **by_dimension(layers.adaptive_average_pool, "AdaptiveAvgPool", nn, "output_size"),
+    nn.AvgPool1d: of(partial(layers.average_pool, d=1), *AVERAGING),
+    nn.AvgPool2d: of(partial(layers.average_pool, d=2), *AVERAGING, "divisor_override"),
+    nn.AvgPool3d: of(partial(layers.average_pool, d=3), *AVERAGING, "divisor_override"),
+    nn.Upsample: of(layers.interpolation, *RESIZING),
+    nn.MultiheadAttention: ATTENTION, nn.GLU: GATED,
+}  # fmt: skip
+
+
+def rule_of(module: nn.Module) -> tuple[type[nn.Module] | None, Rule | None]:
+    """The kind of module in the table that this one is, and its rule; a subclass is of its nearest parent's kind."""
+    for kind in type(module).__mro__:
+        if kind in MODULES:
+            return kind, MODULES[kind]
+    return None, None
