@@ -59,6 +59,7 @@ def reproduce(
     precision: Annotated[
         str | None, typer.Option(help="32-true, bf16-mixed or 64-true, instead of the study's")
     ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="compile the networks with torch.compile")] = False,
     against: Against = None,
 ) -> None:
     """Do every run of a study that is not finished yet, and write its report."""
@@ -67,16 +68,20 @@ def reproduce(
     only = Selection(setting, regime, method, seed)
     if dry_run:
         elsewhere = {"--accelerator": accelerator != "auto", "--devices": devices, "--nodes": nodes}
-        _plan(study, only, precision, elsewhere | {"--processes": processes, "--threads": threads})
+        _plan(study, only, precision, compiled, elsewhere | {"--processes": processes, "--threads": threads})
         return
-    folder, failed, first = _execute(study, out, processes, threads, only, accelerator, devices, nodes, precision)
+    folder, failed, first = _execute(
+        study, out, processes, threads, only, accelerator, devices, nodes, precision, compiled
+    )
     if first:
         _report(folder, against)
     if failed:
         raise typer.Exit(1)
 
 
-def _plan(study: Path, only: "Selection", precision: str | None, elsewhere: dict[str, int | None]) -> None:
+def _plan(
+    study: Path, only: "Selection", precision: str | None, compiled: bool, elsewhere: dict[str, int | None]
+) -> None:
     from spectreg_lab.settings.studies import read_study
     from spectreg_lab.studies.plan import plan
 
@@ -85,7 +90,7 @@ def _plan(study: Path, only: "Selection", precision: str | None, elsewhere: dict
             f"--dry-run times one process of one thread on this CPU and cannot say what {', '.join(given)} would "
             "change: leave that out"
         )
-    typer.echo(plan(read_study(study, precision), only, lambda text: typer.echo(text, err=True)))
+    typer.echo(plan(read_study(study, precision, compiled), only, lambda text: typer.echo(text, err=True)))
 
 
 @app.command(epilog="Example: `spectreg search studies/digits-search.toml`")
@@ -119,6 +124,7 @@ def _execute(
     devices: int | None = None,
     nodes: int | None = None,
     precision: str | None = None,
+    compiled: bool = False,
 ) -> tuple[Path, list[str], bool]:
     """Carry a study out; returns its folder, the runs that failed, and whether this process is the one that speaks."""
     from spectreg_lab.settings.studies import Selection, read_study
@@ -129,7 +135,7 @@ def _execute(
     from spectreg_lab.studies.search import gather
     from spectreg_lab.training.devices import first_decides, several_devices, shape
 
-    content = read_study(study, precision)
+    content = read_study(study, precision, compiled)
     folder = out or Path("runs") / content.name
     searched = gather([study.parent / table for table in content.searched])
     local, machines = shape(devices, nodes)

@@ -14,14 +14,17 @@ from spectreg_lab.settings.config import Adversarial, Config, Decay, Jacobian, L
 
 
 class Method:
-    """Plain empirical risk minimisation; each other method overrides what it does otherwise."""
+    """Plain empirical risk minimisation; each other method overrides what it does otherwise.
+
+    ``forward`` is how the network is called: ``model`` itself, or what ``torch.compile`` has made of it.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model = self.forward = model
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         """The mean loss of a batch, to be differentiated."""
-        return cross_entropy(self.model(x), y)
+        return cross_entropy(self.forward(x), y)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What the optimizer is given."""
@@ -66,7 +69,7 @@ class AdversarialTraining(Method):
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         """α L(x) + (1 − α) L(x + η)."""
-        return adversarial_loss(self.model, cross_entropy, x, y, self.epsilon, self.alpha)
+        return adversarial_loss(self.forward, cross_entropy, x, y, self.epsilon, self.alpha)
 
 
 class JacobianPenalty(Method):
@@ -78,7 +81,7 @@ class JacobianPenalty(Method):
     def __init__(self, model: nn.Module, strength: float, projections: int | None, layerwise: bool) -> None:
         super().__init__(model)
         self.strength, self.layerwise = strength, layerwise
-        self.draws: dict[str, Any] = {"projections": projections, "generator": torch.default_generator}
+        self.draws: dict[str, Any] = {"projections": projections, "generator": _global_generator(model)}
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         """L(x) + λ times the penalty."""
@@ -87,6 +90,12 @@ class JacobianPenalty(Method):
         else:
             penalty = jacobian_penalty(self.model, x, **self.draws)
         return super().loss(x, y) + self.strength * penalty
+
+
+def _global_generator(model: nn.Module) -> torch.Generator:
+    """Torch's own generator on the device of ``model``: what it draws need not be brought there."""
+    device = next(model.parameters()).device
+    return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
 
 
 def _chain(model: nn.Module) -> list[nn.Module]:

@@ -25,6 +25,7 @@ def test_equal_settings_have_equal_names_and_any_other_setting_another():
         {"data": {"name": "digits", "train_size": 5}},
         {"precision": "64-true"},
         {"evaluate_every": 2},
+        {"compile": True},
     ]
     names = [Config.model_validate({**BASE, **other}).name for other in others]
     assert Config.model_validate(BASE).name == base.name
@@ -34,8 +35,8 @@ def test_equal_settings_have_equal_names_and_any_other_setting_another():
 def test_a_run_named_before_a_setting_was_added_keeps_its_name_and_its_record():
     config = Config.model_validate(BASE)
     assert config.name == "vgg-digits-vanilla-b64-s0-627ce680"
-    assert "evaluate_every" not in config.model_dump(mode="json")
-    later = Config.model_validate({**BASE, "evaluate_every": 2})
+    assert not {"evaluate_every", "compile"} & set(config.model_dump(mode="json"))
+    later = Config.model_validate({**BASE, "evaluate_every": 2, "compile": True})
     assert Config.model_validate(later.model_dump(mode="json")) == later
 
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from spectreg_lab.data import DataError, Split, batches, load, steps_per_epoch
-from spectreg_lab.data.batches import augmented
+from spectreg_lab.data import DataError, Split, batches, generator, load, steps_per_epoch
+from spectreg_lab.data.batches import Moves, augmented
 from spectreg_lab.data.images import _held_out, global_contrast_normalization
 from spectreg_lab.data.pictures import pixels
 from spectreg_lab.settings.config import Augmentation, Data
@@ -331,9 +331,28 @@ def test_a_crop_is_a_window_of_the_padded_image_and_a_mirror_image_is_one():
         for left in range(5)
         for w in (image[:, top : top + 3, left : left + 4], image[:, top : top + 3, left : left + 4].flip(2))
     }
+    setting = Augmentation(pad=2, flip=True)
     for _ in range(20):
-        for image in augmented(images, Augmentation(pad=2, flip=True), draws):
+        for image in augmented(images, setting, Moves.draw([len(images)], setting, draws)):
             assert tuple(image.flatten().tolist()) in windows
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_each_image_of_an_epoch_is_moved_as_drawn_for_its_place_in_the_epoch_batch_by_batch(layout):
+    images = torch.rand(10, 3, 4, 5, generator=torch.Generator().manual_seed(0)).to(memory_format=layout)
+    setting, size = Augmentation(pad=1, flip=True), 4
+    draws = generator(7, 2, "augmentation")
+    order = torch.randperm(10, generator=generator(7, 2, "order")).tolist()
+    for x, y in batches(Split(images, torch.arange(10)), size, 7, 2, setting):
+        top, left = (torch.randint(3, (size,), generator=draws).tolist() for _ in range(2))
+        mirrored = (torch.rand(size, generator=draws) < 0.5).tolist()
+        for i in range(size):
+            number = order.pop(0)
+            padded = torch.nn.functional.pad(images[number], [1] * 4)
+            crop = padded[:, top[i] : top[i] + 4, left[i] : left[i] + 5]
+            assert y[i] == number
+            assert torch.equal(x[i], crop.flip(2) if mirrored[i] else crop)
+        assert x.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.photographs

@@ -141,6 +141,16 @@ def test_a_precision_replaces_the_files_and_a_training_that_is_no_table_is_refus
         read_study(study_file(("epochs = 2", "epochs = 2\ntraining = 3")), "64-true")
 
 
+def test_compiling_is_part_of_the_setting_and_refused_with_methods_that_cannot_be_compiled(study_file):
+    study = read_study(study_file(), compile=True)
+    assert {point.config.compile for point in study.points()} == {True}
+    names = [{point.config.name for point in s.points()} for s in (study, read_study(study_file()))]
+    assert not names[0] & names[1]
+    path = study_file(("[methods.vanilla]", "[methods.jacobian]\n[methods.vanilla]"))
+    with pytest.raises(StudyError, match="compile = true, but the penalty of jacobian is differentiated twice"):
+        read_study(path, compile=True)
+
+
 def test_a_strength_for_a_method_that_is_not_there_is_refused(study_file):
     with pytest.raises(StudyError, match=r"search.strength is given for \['spectral'\]"):
         read_study(study_file(("decay = [", "spectral = ["), text=STUDY + SEARCH))

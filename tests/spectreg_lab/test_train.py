@@ -3,11 +3,13 @@ import copy
 import numpy as np
 import pytest
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectreg.weights.selection import named_weights
-from spectreg_lab.data import batches, load
+from spectreg_lab.data import Images, Split, batches, load
 from spectreg_lab.settings.config import (
     NIN,
     VGG,
@@ -213,3 +215,81 @@ def test_a_weight_that_is_not_finite_ends_the_run_though_no_evaluation_is_due(ti
     config = tiny(epochs=4, evaluate_every=4)
     with pytest.raises(NonFiniteLossError, match=r"epoch 1: the spectral norm of 0\.0\.weight is nan; the learning"):
         list(train(config, load(config.data), fabric, None))
+
+
+class Reads(TorchDispatchMode):
+    """Notes every operation that a device would have to stop for: a value, or a size that depends on values."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name.startswith(self.NAMES):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS + JACOBIAN, ids=lambda method: method.name)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_no_step_of_an_epoch_reads_a_value_back(tiny, fabric, method, momentum):
+    data = Data(train_size=96, test_size=40, augmentation=Augmentation(pad=1, flip=True))
+    model = VGG(width=4, stages=(1, 1), hidden=8, dropout=0.3)
+    config = tiny(method, model=model, data=data, momentum=momentum, micro_batch=20)
+    training = Training(config, load(data), fabric)
+    with Reads() as reads:
+        total = training.epoch(1)
+    assert reads.seen == []
+    with Reads() as reads:
+        assert total.item() > 0
+    assert reads.seen == ["_local_scalar_dense"]
+
+
+@pytest.mark.parametrize("method", [Vanilla(), Spectral(strength=0.1)], ids=lambda method: method.name)
+def test_what_an_epoch_tells_is_read_from_the_device_in_one_piece(tiny, fabric, method):
+    images = load(tiny().data)
+    with Reads() as reads:
+        epochs = list(train(tiny(method, epochs=2), images, fabric, None))
+    assert len(epochs) == 2
+    assert reads.seen == ["_local_scalar_dense"] * 2  # the end of the steps, for the clock; `read` takes a whole tensor
+
+
+def noise(train, test):
+    """Images without two equal pixels: a tie in a pooling may be broken either way."""
+    draws = torch.Generator().manual_seed(0)
+    splits = (Split(torch.randn(n, 1, 8, 8, generator=draws), torch.arange(n) % 10) for n in (train, test))
+    return Images(*splits, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_a_compiled_network_is_trained_to_the_same_numbers_to_rounding(tiny, fabric, method):
+    images = noise(64, 32)
+    eager, compiled = (
+        list(train(tiny(method, compile=choice, epochs=2, precision="64-true", micro_batch=32), images, fabric, None))
+        for choice in (False, True)
+    )
+    for epoch, other in zip(eager, compiled, strict=True):
+        assert epoch.tensors.keys() == other.tensors.keys()
+        for name, tensor in epoch.tensors.items():
+            torch.testing.assert_close(other.tensors[name], tensor, rtol=1e-9, atol=1e-12)
+        for name in ("objective", "train_loss", "test_loss", "train_accuracy", "test_accuracy"):
+            assert other.metrics[name] == pytest.approx(epoch.metrics[name], rel=1e-9), name
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_mixed_precision_keeps_weights_in_float32_and_trains_to_the_same_numbers_to_its_own_rounding(tiny, method):
+    images, ends = noise(96, 32), []
+    for precision in ("32-true", "bf16-mixed"):
+        fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+        config = tiny(method, epochs=2, learning_rate=0.01, precision=precision)
+        ends.append(list(train(config, images, fabric, None))[-1])
+    full, mixed = ends
+    assert all(tensor.dtype == full.tensors[name].dtype for name, tensor in mixed.tensors.items())
+    assert mixed.metrics["train_loss"] == pytest.approx(full.metrics["train_loss"], rel=0.02)
+    assert mixed.metrics["train_loss"] != full.metrics["train_loss"]
+    for name, sigma in full.metrics["sigma"].items():
+        assert mixed.metrics["sigma"][name] == pytest.approx(sigma, rel=0.02)

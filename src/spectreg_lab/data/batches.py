@@ -5,10 +5,11 @@ nothing of it needs to be saved.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spectreg_lab.data.images import Split
@@ -26,14 +27,19 @@ def batches(
 ) -> Iterator[tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"]]]:
     """The batches of one epoch: a new order each epoch, the remainder dropped (other images each time).
 
-    A ``size`` above the number of images gives one batch of them all.
+    A ``size`` above the number of images gives one batch of them all. All random numbers go to the images' device
+    before the first batch; after that nothing passes between it and the host.
     """
-    order = torch.randperm(len(split), generator=generator(seed, epoch, "order")).to(split.labels.device)
+    device = split.labels.device
+    order = torch.randperm(len(split), generator=generator(seed, epoch, "order")).to(device)
+    chosen = order[: steps_per_epoch(len(split), size) * size].split(size)
     draws = generator(seed, epoch, "augmentation")
-    for start in range(0, max(len(split) - size, 0) + 1, size):
-        chosen = order[start : start + size]
-        images = split.images[chosen]
-        yield augmented(images, augmentation, draws) if augmentation else images, split.labels[chosen]
+    moves = Moves.draw([len(part) for part in chosen], augmentation, draws).to(device) if augmentation else None
+    for number, part in enumerate(chosen):
+        images = split.images[part]
+        if augmentation and moves:
+            images = augmented(images, augmentation, moves.part(number * size, len(part)))
+        yield images, split.labels[part]
 
 
 def steps_per_epoch(n: int, size: int) -> int:
@@ -41,23 +47,47 @@ def steps_per_epoch(n: int, size: int) -> int:
     return max(n // size, 1)
 
 
-def augmented(
-    images: Float[Tensor, "b c h w"], setting: Augmentation, draws: torch.Generator
-) -> Float[Tensor, "b c h w"]:
-    """A random crop of each zero-padded image, back at its own size, and a random mirror image."""
+@dataclass(frozen=True)
+class Moves:
+    """How each image is cropped and mirrored; None for what the setting does not ask for."""
+
+    top: Int[Tensor, " n"] | None
+    left: Int[Tensor, " n"] | None
+    mirrored: Bool[Tensor, " n"] | None
+
+    @classmethod
+    def draw(cls, sizes: list[int], setting: Augmentation, draws: torch.Generator) -> "Moves":
+        """Those of the images of batches of these ``sizes``, drawn a batch at a time."""
+        top, left, mirrored = [], [], []
+        for b in sizes:
+            if setting.pad:
+                top.append(torch.randint(2 * setting.pad + 1, (b,), generator=draws))
+                left.append(torch.randint(2 * setting.pad + 1, (b,), generator=draws))
+            if setting.flip:
+                mirrored.append(torch.rand(b, generator=draws) < 0.5)
+        return cls(*(torch.cat(parts) if parts else None for parts in (top, left, mirrored)))
+
+    def to(self, device: torch.device) -> "Moves":
+        """On ``device``."""
+        return self._each(lambda drawn: drawn.to(device))
+
+    def part(self, start: int, length: int) -> "Moves":
+        """Those of ``length`` images from the one numbered ``start`` on."""
+        return self._each(lambda drawn: drawn[start : start + length])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Moves":
+        return Moves(*(None if x is None else change(x) for x in (self.top, self.left, self.mirrored)))
+
+
+def augmented(images: Float[Tensor, "b c h w"], setting: Augmentation, moves: Moves) -> Float[Tensor, "b c h w"]:
+    """A crop of each zero-padded image, back at its own size, and the mirror image of some; channels last stay so."""
     b, _, h, w = images.shape
     device = images.device
-    if setting.pad:
-        padded = torch.nn.functional.pad(images, [setting.pad] * 4)
-        top, left = (torch.randint(2 * setting.pad + 1, (b, 1), generator=draws).to(device) for _ in range(2))
-        rows = (top + torch.arange(h, device=device))[:, None, :, None]
-        columns = (left + torch.arange(w, device=device))[:, None, None, :]
-        images = padded[torch.arange(b, device=device)[:, None, None, None], _channels(images), rows, columns]
-    if setting.flip:
-        mirrored = torch.rand(b, generator=draws).to(device) < 0.5
-        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+    if moves.top is not None and moves.left is not None:
+        padded = torch.nn.functional.pad(images, [setting.pad] * 4).permute(0, 2, 3, 1)
+        rows = (moves.top[:, None] + torch.arange(h, device=device))[:, :, None]
+        columns = (moves.left[:, None] + torch.arange(w, device=device))[:, None, :]
+        images = padded[torch.arange(b, device=device)[:, None, None], rows, columns].permute(0, 3, 1, 2)
+    if moves.mirrored is not None:
+        images = torch.where(moves.mirrored[:, None, None, None], images.flip(3), images)
     return images
-
-
-def _channels(images: Float[Tensor, "b c h w"]) -> Int[Tensor, "1 c 1 1"]:
-    return torch.arange(images.shape[1], device=images.device)[None, :, None, None]

@@ -39,8 +39,9 @@ class Split:
         return len(self.labels)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Split":
-        """On ``device``, the images as ``dtype``."""
-        return Split(self.images.to(device, dtype), self.labels.to(device))
+        """On ``device``, the images as ``dtype``; with channels last where convolutions want it, on accelerators."""
+        layout = torch.preserve_format if device.type == "cpu" else torch.channels_last
+        return Split(self.images.to(device, dtype, memory_format=layout), self.labels.to(device))
 
 
 @dataclass(frozen=True)

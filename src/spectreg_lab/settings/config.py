@@ -4,7 +4,15 @@ import hashlib
 import json
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 # No truth value and no text is a number; sizes end where no machine could hold them or come to an end.
 Number: TypeAlias = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -178,6 +186,15 @@ Method: TypeAlias = Annotated[
 Precision: TypeAlias = Literal["32-true", "bf16-mixed", "64-true"]
 
 
+def check_compiles(compile: bool, method: Method) -> None:
+    """Refuse a method that a compiled network cannot be trained with."""
+    if compile and isinstance(method, Jacobian | LayerwiseJacobian):
+        raise ValueError(
+            f"compile = true, but the penalty of {method.name} is differentiated twice, which torch.compile cannot do: "
+            "leave one of them out"
+        )
+
+
 class Config(Setting):
     """One run: everything that its numbers depend on, and nothing else.
 
@@ -205,7 +222,14 @@ class Config(Setting):
         1, description="epochs between evaluations of both whole splits; the last epoch always has one"
     )
 
-    added: ClassVar[tuple[str, ...]] = ("evaluate_every",)
+    compile: bool = Field(False, description="compile the network with torch.compile: equal to rounding")
+
+    added: ClassVar[tuple[str, ...]] = ("evaluate_every", "compile")
+
+    @model_validator(mode="after")
+    def _compiles(self) -> "Config":
+        check_compiles(self.compile, self.method)
+        return self
 
     @property
     def hash(self) -> str:

@@ -29,6 +29,7 @@ from spectreg_lab.settings.config import (
     Setting,
     Strength,
     Vanilla,
+    check_compiles,
 )
 from spectreg_lab.settings.faults import NAME, explain, line
 
@@ -78,6 +79,7 @@ class Training(Setting):
     micro_batch: Positive = 1024
     precision: Precision = "32-true"
     evaluate_every: Positive = 1
+    compile: bool = False
 
 
 class Search(Setting):
@@ -168,6 +170,12 @@ class Study(Setting):
     def _runs_a_seed(self) -> int:
         rates = sum(len(self._rates(case, regime)) for case in self.settings.values() for regime in self.regimes)
         return rates * sum(len(self._strengths(method)) for method in self.methods)
+
+    @model_validator(mode="after")
+    def _compiles(self) -> "Study":
+        for method in self.methods.values():
+            check_compiles(self.training.compile, method)
+        return self
 
     def points(self) -> list["Point"]:
         """Every run of the study: all of the first seed first, so that an unfinished study compares all methods."""
@@ -284,18 +292,21 @@ class Point:
         return f"{self.setting} {self.regime} {self.method} seed {self.seed}"
 
 
-def read_study(path: Path, precision: str | None = None) -> Study:
+def read_study(path: Path, precision: str | None = None, compile: bool = False) -> Study:
     """Read and check a study file.
 
     Args:
         precision: Instead of the one in the file.
+        compile: Compile the networks, whatever the file says.
 
     Raises:
         StudyError: there is no such file, it is not TOML, or a field is unknown or wrong; the message says which.
     """
     content = _toml(path)
-    if precision is not None and isinstance(training := content.get("training", {}), dict):
-        content["training"] = {**training, "precision": precision}
+    replaced: dict[str, str | bool] = {} if precision is None else {"precision": precision}
+    replaced |= {"compile": True} if compile else {}
+    if replaced and isinstance(training := content.get("training", {}), dict):
+        content["training"] = {**training, **replaced}
     try:
         study = Study.model_validate(content)
     except ValidationError as error:
