@@ -151,6 +151,12 @@ class Study(Setting):
         return self
 
     @model_validator(mode="after")
+    def _compiles(self) -> "Study":
+        for method in self.methods.values():
+            check_compiles(self.training.compile, method)
+        return self
+
+    @model_validator(mode="after")
     def _no_run_is_there_twice(self) -> "Study":
         if twice := [seed for seed, times in Counter(self.seeds).items() if times > 1]:
             raise ValueError(f"seeds: {twice[0]} is there more than once")
@@ -170,12 +176,6 @@ class Study(Setting):
     def _runs_a_seed(self) -> int:
         rates = sum(len(self._rates(case, regime)) for case in self.settings.values() for regime in self.regimes)
         return rates * sum(len(self._strengths(method)) for method in self.methods)
-
-    @model_validator(mode="after")
-    def _compiles(self) -> "Study":
-        for method in self.methods.values():
-            check_compiles(self.training.compile, method)
-        return self
 
     def points(self) -> list["Point"]:
         """Every run of the study: all of the first seed first, so that an unfinished study compares all methods."""
