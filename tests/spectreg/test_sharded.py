@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
-from cases import mlp, seeded
+from cases import gpt2_projection, mlp, seeded
 from ranks import on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,6 +23,10 @@ pytestmark = pytest.mark.slow
 
 def attention_and_convolution() -> nn.Module:
     return seeded(lambda: nn.Sequential(nn.MultiheadAttention(6, 2), nn.Conv2d(4, 6, 3, groups=2), nn.Linear(7, 1)))
+
+
+class Plain(nn.Linear):
+    """A subclass that adds nothing."""
 
 
 def train(model: nn.Module, regularizer: SpectralNormRegularizer, steps: int = 3) -> None:
@@ -346,6 +350,30 @@ def write_or_go_on(folder: str, write: bool) -> None:
 def test_a_distributed_checkpoint_of_some_ranks_goes_on_on_others(before, after, tmp_path):
     on_ranks(before, write_or_go_on, str(tmp_path), True)
     on_ranks(after, write_or_go_on, str(tmp_path), False)
+
+
+def layers_that_sharding_gives_another_class() -> None:
+    def build():
+        layers = nn.ModuleDict({"wide": nn.Linear(6, 1), "fused": gpt2_projection(), "sub": Plain(6, 1)})
+        return seeded(lambda: layers)
+
+    plain, sharded = build(), build()
+    for layer in sharded.values():
+        fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    assert type(sharded["fused"]) is not type(plain["fused"])
+    for model in (plain, sharded):
+        regularizer = SpectralNormRegularizer(model, 0.1, map={"fused.weight": 7}, warmup=100)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        regularizer.attach(optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            optimizer.step()
+        assert len(regularizer.sigma()) == 3
+    assert_equal_to_unsharded(plain, sharded)
+
+
+def test_layers_of_one_output_and_of_another_layout_count_alike_when_they_are_sharded():
+    on_ranks(2, layers_that_sharding_gives_another_class)
 
 
 def refusals() -> None:
