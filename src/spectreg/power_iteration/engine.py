@@ -96,7 +96,7 @@ class Engine:
             refuse_unfit(self.weights, weights)
             sharded = {w.name for w, W in zip(self.weights, weights, strict=True) if is_sharded(W)}
             self._gathered, self._sharded = sorted(self._sharded - sharded), self._sharded | sharded
-            with torch.inference_mode(False), torch.device("cpu"):  # whatever holds where σ is first asked for
+            with torch.inference_mode(False):  # validation loops may be the first to ask for σ
                 self._regroup(weights)
                 self._layout = layout
                 self._warm_up(weights)

@@ -190,11 +190,11 @@ class Segments(NamedTuple):
         """Those of ``blocks`` × ``size`` × ``k`` numbers of each map; each of the ``k`` owns its own."""
         index, first, each = [], 0, []
         for size, count in zip(sizes, blocks, strict=True):
-            values = torch.arange(first, first + count * k, dtype=torch.int32).view(count, 1, k)
+            values = torch.arange(first, first + count * k, dtype=torch.int32, device="cpu").view(count, 1, k)
             index.append(values.expand(count, size, k).flatten())
             each += [size * k] * count
             first += count * k
-        offsets = torch.tensor([0, *accumulate(each)])
+        offsets = torch.tensor([0, *accumulate(each)], device="cpu")
         return cls(torch.cat(index).to(device), offsets.to(device), each)
 
     def then(self, other: "Segments") -> "Segments":
