@@ -104,8 +104,17 @@ def shards(hook: Any) -> bool:
 
 
 @contextmanager
+def random_state_kept(module: nn.Module) -> Iterator[None]:
+    """Whatever is drawn inside, on the CPU and where ``module`` lives, the global generators are as before."""
+    devices = {t.device for t in module.parameters() if t.device.type in ("cuda", "xpu")}
+    kind = next((d.type for d in devices), "cuda")
+    with torch.random.fork_rng([d for d in devices if d.type == kind], device_type=kind):
+        yield
+
+
+@contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module's mode, attributes and buffers are as they were.
+    """Evaluation mode inside; afterwards modes, attributes, buffers and random states are as they were.
 
     A forward pass may set attributes (a weight made by a hook, a cache) and fill lists and dictionaries.
     """
@@ -117,7 +126,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     try:
         for module, _ in attributes:
             module.training = False
-        yield
+        with random_state_kept(model):
+            yield
     finally:
         for module, own in attributes:
             put_back(vars(module), own)

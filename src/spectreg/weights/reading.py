@@ -1,12 +1,11 @@
 """A weight as the forward pass of its module has it, without moving anything."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrize import is_parametrized
+
+from spectreg.maps.behaviour import random_state_kept
 
 
 def read_weight(module: nn.Module, attribute: str) -> Tensor:
@@ -29,16 +28,8 @@ def read_weight(module: nn.Module, attribute: str) -> Tensor:
         if not is_parametrized(module, attribute):
             return getattr(module, attribute)
         made_by: nn.Module = module.parametrizations[attribute]  # type: ignore[index, assignment]
-        with _random_state_kept(made_by):
+        with random_state_kept(made_by):
             weight = functional_call(made_by, {name: b.clone() for name, b in made_by.named_buffers()}, ())
         if not weight.requires_grad and any(p.requires_grad for p in made_by.parameters()):
             return weight.detach().requires_grad_()
         return weight
-
-
-@contextmanager
-def _random_state_kept(module: nn.Module) -> Iterator[None]:
-    devices = {t.device for t in module.parameters()} - {torch.device("cpu"), torch.device("meta")}
-    kind = next((d.type for d in devices), "cuda")
-    with torch.random.fork_rng([d for d in devices if d.type == kind], device_type=kind):
-        yield
