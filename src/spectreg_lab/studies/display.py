@@ -96,7 +96,7 @@ class StudyDisplay(AbstractContextManager["StudyDisplay"]):
         self._runs = len(points)
         self.note(f"{len(points)} runs to do" + (f", {done} finished before" if done else ""))
 
-    def watch(self, folder: Path, points: list[Point]) -> None:
+    def watch(self, folder: Path, runs: list[str]) -> None:
         """Show how far these runs are in the study's folder."""
         self._overview = Overview(folder, {name for point in points for name in point.config.names})
 
