@@ -137,5 +137,5 @@ def test_the_command_shows_the_study_and_refuses_what_is_none(folder):
 
 def test_a_record_that_is_no_study_is_refused_by_name(folder):
     (folder / "study.json").write_text('{"study": 3}')
-    with pytest.raises(RunError, match=r"study.json is not the record of a study"):
+    with pytest.raises(RunError, match=r"study.json "):
         Overview(folder)

@@ -98,7 +98,7 @@ class StudyDisplay(AbstractContextManager["StudyDisplay"]):
 
     def watch(self, folder: Path, runs: list[str]) -> None:
         """Show how far these runs are in the study's folder."""
-        self._overview = Overview(folder, {name for point in points for name in point.config.names})
+        self._overview = Overview(folder, set(runs))
 
     def tick(self) -> None:
         """Look at the folder again, where anybody sees the table and some time has passed."""

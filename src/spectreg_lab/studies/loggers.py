@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from spectreg_lab.settings.config import Config
+from spectreg_lab.storage.errors import RunError
 
 Log = Callable[[dict[str, Any]], None]
 
 
-class LogError(Exception):
+class LogError(RunError):
     """A logger that cannot be had or does not work; the message says which and what would do."""
 
 

@@ -87,17 +87,17 @@ def carry_out(job: Job, accelerator: str = "cpu", threads: int = 1, node: str | 
             return _claimed(job, place, accelerator)
     except (ClaimedError, ClaimLostError) as error:
         return Outcome(job, "elsewhere", str(error))
-    except RunError as error:
-        return Outcome(job, "failed", str(error))
     except LogError as error:
         return Outcome(job, "unwritable", str(error))
+    except RunError as error:
+        return Outcome(job, "failed", str(error))
     except OSError as error:
         return Outcome(job, "unwritable", f"{type(error).__name__}: {error}")
 
 
 def _claimed(job: Job, place: "RunFolder", accelerator: str) -> Outcome:
     from spectreg_lab.storage.errors import RunError
-    from spectreg_lab.studies.loggers import LogError, loggers
+    from spectreg_lab.studies.loggers import loggers
     from spectreg_lab.training.devices import one_device
     from spectreg_lab.training.runs import go_on
 
@@ -107,7 +107,7 @@ def _claimed(job: Job, place: "RunFolder", accelerator: str) -> Outcome:
     try:
         with loggers(job.log, job.config, job.folder) as on_epoch:
             outcome = go_on(job.config, place, one_device(accelerator, job.config.precision), on_epoch)
-    except (LogError, RunError, OSError):
+    except (RunError, OSError):
         raise
     except Exception as error:
         outcome = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
