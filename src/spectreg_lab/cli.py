@@ -93,9 +93,7 @@ def reproduce(
         raise typer.Exit(1)
 
 
-def _plan(
-    study: Path, only: "Selection", precision: str | None, compiled: bool, elsewhere: dict[str, Any]
-) -> None:
+def _plan(study: Path, only: "Selection", precision: str | None, compiled: bool, elsewhere: dict[str, Any]) -> None:
     from spectreg_lab.settings.studies import read_study
     from spectreg_lab.studies.plan import plan
 
