@@ -32,10 +32,10 @@ class ConvolutionMap:
         return self.A.inputs, self.A.outputs
 
     def forward(self, x: Float[Tensor, "k inputs"]) -> Float[Tensor, "k outputs"]:
-        return self.A.forward(self.W, x.T.reshape(-1), len(x)).view(-1, len(x)).T
+        return self.A.forward(self.W, x)
 
     def adjoint(self, y: Float[Tensor, "k outputs"]) -> Float[Tensor, "k inputs"]:
-        return self.A.adjoint(self.W, y.T.reshape(-1), len(y)).view(-1, len(y)).T
+        return self.A.adjoint(self.W, y)
 
 
 class OwnMap:
