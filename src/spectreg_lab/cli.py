@@ -46,14 +46,14 @@ Log = Annotated[list[str] | None, typer.Option(help="tensorboard, wandb or track
 
 @app.command(epilog="Example: `spectreg reproduce studies/digits.toml --out runs/digits`")
 def reproduce(
-    study: Annotated[Path, typer.Argument(help="study file: settings × methods × regimes × seeds")] = DEFAULT,
+    study: Annotated[Path, typer.Argument(help="study file, or the name of a study that comes with it")] = DEFAULT,
     out: Out = None,
     setting: Annotated[list[str] | None, typer.Option(help="only this setting; may be given again")] = None,
     regime: Annotated[list[str] | None, typer.Option(help="only this regime")] = None,
     method: Annotated[list[str] | None, typer.Option(help="only this method")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="only this seed")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print runs, sizes, memory and time; train nothing")
+        bool, typer.Option("--dry-run", help="print runs, steps, sizes and arithmetic; train nothing")
     ] = False,
     processes: Processes = None,
     threads: Threads = None,
@@ -72,9 +72,16 @@ def reproduce(
     cpus_per_run: CPUsPerRun = None,
     log: Log = None,
     against: Against = None,
+    listed: Annotated[bool, typer.Option("--list", help="name the studies that come with it, and do nothing")] = False,
 ) -> None:
     """Do every run of a study that is not finished yet, and write its report."""
+    from spectreg_lab.settings.shipped import find
     from spectreg_lab.settings.studies import Selection
+
+    if listed:
+        _list()
+        return
+    study = find(study)
 
     only = Selection(setting, regime, method, seed)
     if dry_run:
@@ -93,21 +100,30 @@ def reproduce(
         raise typer.Exit(1)
 
 
+def _list() -> None:
+    from spectreg_lab.settings.shipped import studies
+    from spectreg_lab.settings.studies import read_study
+
+    for name, path in studies().items():
+        study = read_study(path)
+        typer.echo(f"{name:16} {len(study.points()):5} runs  {study.title}")
+
+
 def _plan(study: Path, only: "Selection", precision: str | None, compiled: bool, elsewhere: dict[str, Any]) -> None:
     from spectreg_lab.settings.studies import read_study
     from spectreg_lab.studies.plan import plan
 
     if given := [option for option, value in elsewhere.items() if value]:
         raise CommandError(
-            f"--dry-run times one process of one thread on this CPU and cannot say what {', '.join(given)} would "
-            "change: leave that out"
+            f"--dry-run counts what is to be done, wherever that is: {', '.join(given)} would change nothing, so leave "
+            "that out"
         )
     typer.echo(plan(read_study(study, precision, compiled), only, lambda text: typer.echo(text, err=True)))
 
 
 @app.command(epilog="Example: `spectreg search studies/digits-search.toml`")
 def search(
-    study: Annotated[Path, typer.Argument(help="study file with a [search] table")],
+    study: Annotated[Path, typer.Argument(help="file or name of a study with a [search] table")],
     out: Out = None,
     processes: Processes = None,
     threads: Threads = None,
@@ -117,18 +133,22 @@ def search(
     cpus_per_run: CPUsPerRun = None,
 ) -> None:
     """Try a grid of learning rates and strengths on held-out training images, and say which to use."""
+    from spectreg_lab.settings.shipped import find
     from spectreg_lab.settings.studies import read_study
     from spectreg_lab.storage.store import SEARCH
     from spectreg_lab.studies.search import check, choose
 
+    study = find(study)
     check(read_study(study))
     means = _means(engine, address, processes, threads, per_gpu, cpus_per_run)
-    folder, *_ = _execute(study, out, means)
+    folder, failed, _ = _execute(study, out, means)
 
     choice = choose(folder)
     typer.echo(f"learning rates\n{choice.rates.to_string(index=False)}\n")
     typer.echo(f"strengths\n{choice.strengths.to_string(index=False)}\n")
     typer.echo(f"all {len(choice.tried)} combinations: {folder / SEARCH}")
+    if failed:
+        raise CommandError(f"{len(failed)} runs failed and count as having learned nothing; the first: {failed[0]}")
 
 
 def _means(engine: str, *options: Any) -> "Means":
