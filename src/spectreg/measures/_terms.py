@@ -72,7 +72,9 @@ def generic(x: Tensor, generator: torch.Generator) -> Tensor:
     """``x`` pulled a random way towards ½, so that probabilities, positive and real numbers stay what they are."""
     if not x.is_floating_point():
         return x
-    pull = 0.5 * torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype)
+    pull = 0.5 * torch.rand(x.shape, generator=generator, dtype=torch.float64, device=generator.device).to(
+        x.device, x.dtype
+    )
     return (1 - pull) * x.detach() + pull / 2
 
 
