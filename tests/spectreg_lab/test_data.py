@@ -248,7 +248,7 @@ def test_smaller_images_are_means_over_squares_normalised_again():
         (Data(shrink=9), r"shrink = 9 leaves nothing of images of \(8, 8\) pixels"),
         (Data(classes=11), "classes = 11, but digits has 10"),
         (Data(name="digit"), "did you mean 'digits'"),
-        (Data(name="nothing-like-it"), "no such folder or name; known: digits, cifar10"),
+        (Data(name="nothing-like-it"), "no such folder or name; known: digits, few-digits, cifar10"),
         (Data(name="./absent"), "no such folder"),
         (Data(name="${SPECTREG_UNSET}/x"), "set the environment variable"),
         (Data(train_size=5000), "train_size = 5000, but there are 1400"),
@@ -371,3 +371,10 @@ def test_real_photographs_are_read_whole_and_normalised(photographs, folder, sha
     assert (len(images.train), len(images.test)) == sizes
     assert images.test.images.mean((1, 2, 3)).abs().max() < 1e-4
     assert torch.bincount(images.train.labels).unique().numel() == 1  # as many of each class
+
+
+def test_a_few_digits_are_tested_on_the_last_thousand_none_of_which_is_trained_on():
+    few, all_ = load(Data(name="few-digits")), load(Data(name="digits"))
+    assert (len(few.train), len(few.test)) == (797, 1000)
+    assert torch.equal(few.train.images, all_.train.images[:797])
+    assert torch.equal(few.test.images, torch.cat([all_.train.images[797:], all_.test.images]))

@@ -19,15 +19,15 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif
 SPLITS = dict.fromkeys(("train", "training"), "train")
 SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
-DIGITS_TEST = 397  # of scikit-learn's 1797 digits, the last ones
+DIGITS = {"digits": 397, "few-digits": 1000}  # test images: the last ones of scikit-learn's 1797
 
 Decoded = dict[str, tuple[np.ndarray, np.ndarray]]  # split: images (n, h, w, c) in 0 … 255, labels (n,)
 
 
 def locate(name: str) -> tuple[str, list[Path]]:
-    """What ``name`` means: ``digits``, ``hub:…``, ``parquet:…`` or ``folder:…`` with the files that it consists of."""
-    if name == "digits":
-        return "digits", []
+    """What ``name`` means: a key of `DIGITS`, ``hub:…``, ``parquet:…`` or ``folder:…``, and its files."""
+    if name in DIGITS:
+        return name, []
     path = Path(os.path.expandvars(name)).expanduser()
     if "$" in str(path):
         raise DataError(f"data {name!r}: set the environment variable that it names to the folder of the data")
@@ -40,7 +40,7 @@ def locate(name: str) -> tuple[str, list[Path]]:
         if images:
             return f"folder:{path}", images
         raise DataError(f"data {name!r}: the folder holds neither .parquet files nor images in train/ and test/")
-    known = ["digits", *ALIASES]
+    known = [*DIGITS, *ALIASES]
     near = get_close_matches(name, known, n=1)
     if name in ALIASES or (name.count("/") == 1 and not name.startswith((".", "/", "~")) and not near):
         return f"hub:{ALIASES.get(name, name)}", []
@@ -55,19 +55,19 @@ def _describes(path: Path) -> bool:
 
 def decode(source: str, files: list[Path], progress: Callable[[str], None]) -> tuple[Decoded, int]:
     """The pixels of both splits as they are, their labels as classes 0 … n − 1, and n."""
-    splits, classes = _digits() if source == "digits" else _from_datasets(source, files, progress)
+    splits, classes = _digits(DIGITS[source]) if source in DIGITS else _from_datasets(source, files, progress)
     train, test = (splits[name][0].shape[1:] for name in ("train", "test"))
     if train != test:
         raise DataError(f"{source}: training images are {train}, test images {test} (height, width, channels)")
     return splits, classes
 
 
-def _digits() -> tuple[Decoded, int]:
+def _digits(held_back: int) -> tuple[Decoded, int]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images, labels = digits.images[..., None] * (255 / 16), digits.target
-    cut = len(labels) - DIGITS_TEST
+    cut = len(labels) - held_back
     return {"train": (images[:cut], labels[:cut]), "test": (images[cut:], labels[cut:])}, 10
 
 

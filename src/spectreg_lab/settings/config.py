@@ -99,7 +99,7 @@ class Augmentation(Setting):
 
 
 class Data(Setting):
-    """Which images: ``digits``, a name on the Hugging Face hub, a folder of images or of parquet files.
+    """Which images: ``digits``, ``few-digits``, a name on the Hugging Face hub, a folder of images or of parquet files.
 
     Environment variables in ``name`` (``${PHOTOGRAPHS}/cifar10``) are filled in when the images are read, so that a
     setting, and the name of its run, say nothing of where one machine keeps its files.
