@@ -7,7 +7,7 @@ from test_studies import STUDY
 from spectreg_lab.settings.config import VGG, Config, Decay, Spectral, Vanilla
 from spectreg_lab.settings.studies import StudyError, read_study
 from spectreg_lab.storage import store
-from spectreg_lab.studies.search import check, choose, gather, keep
+from spectreg_lab.studies.search import check, choose, gather, judge, keep, own_strengths
 from spectreg_lab.tables import search
 
 # (method, learning rate): (training, validation) accuracies
@@ -76,10 +76,25 @@ def test_the_report_shows_every_combination_with_those_chosen_in_bold(folder):
     }
     (folder / "study.json").write_text(json.dumps(study))
     record = store.read_study(folder)
-    (table,) = search.exhibit(record, search.values(record)).tables
+    own, table = search.exhibit(record, search.values(record)).tables
     shown = {(cells[0].text, cell.text) for cells in table.rows for cell in cells[1:] if cell.bold}
     assert shown == {("vanilla", "0.800"), ("decay 0.2", "0.840"), ("spectral 0.3", "0.810")}
     assert len(table.rows) == 4
+    assert [cell.text for cell in own.rows[0]] == ["vgg", "0.2: 0.840", "0.3: 0.810"]
+
+
+def test_a_networks_own_strength_is_the_best_for_it_alone_and_stands_beside_the_one_for_all():
+    accuracies = {("a", 0.1): 0.7, ("a", 0.2): 0.6, ("b", 0.1): 0.5, ("b", 0.2): 0.9}
+    tried = judge(
+        pd.DataFrame(
+            {"setting": s, "regime": "small", "method": "decay", "learning_rate": 0.1, "strength": strength}
+            | {"training": 1.0, "validation": validation}
+            for (s, strength), validation in accuracies.items()
+        )
+    ).tried
+    own = own_strengths(tried).set_index("setting")
+    assert own.strength.to_dict() == {"a": 0.1, "b": 0.2}
+    assert own.validation_shared.to_dict() == {"a": 0.6, "b": 0.9}
 
 
 def test_the_report_says_where_a_study_departs_from_its_search(folder):

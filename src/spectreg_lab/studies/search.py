@@ -65,6 +65,21 @@ def judge(tried: pd.DataFrame) -> Choice:
     return Choice(tried, rates, strengths)
 
 
+def own_strengths(tried: pd.DataFrame) -> pd.DataFrame:
+    """For each setting and method the strength that is best for that network alone, at the rates chosen for all.
+
+    By the same criterion: the highest mean validation accuracy over regimes among the strengths that fit there.
+    """
+    at_rates = tried.merge(_best_rates(tried)[[*CELL, "learning_rate"]], on=[*CELL, "learning_rate"])
+    keys = ["setting", "method"]
+    found = at_rates.groupby([*keys, "strength"], as_index=False, sort=False).agg(
+        validation=("validation", "mean"), training=("training", "min"), shared=("chosen", "any")
+    )
+    shared = found[found["shared"]][[*keys, "strength", "validation"]]
+    own = _best(found.drop(columns="shared"), keys)
+    return own.merge(shared, on=keys, how="left", suffixes=("", "_shared"))
+
+
 def gather(tables: list[Path]) -> pd.DataFrame | None:
     """The tables of the searches that chose a study's settings, as one; None where there was no search.
 
@@ -101,11 +116,8 @@ def read(source: Path | StringIO, path: Path) -> pd.DataFrame:
 
 
 def _tried(folder: Path) -> pd.DataFrame:
-    rows, runs = [], read_study(folder).runs
-    if not any(run.status == "finished" for run in runs):
-        cause = next((f"; the first failed with {run.error}" for run in runs if run.error), "")
-        raise StudyError(f"{folder}: no run of this search has finished, so there is nothing to choose from{cause}")
-    for run in runs:
+    rows = []
+    for run in read_study(folder).runs:
         method = run.config.get("method", {})
         last = run.metrics[-1] if run.metrics and run.status == "finished" else {}
         rows.append(

@@ -41,6 +41,24 @@ def _table(study: StudyRecord, tried: pd.DataFrame, setting: str, regime: str) -
     return Table(["method, strength", *(f"rate {rate:g}" for rate in rates)], rows, f"{title}, {regime} batch")
 
 
+def _own_table(study: StudyRecord, tried: pd.DataFrame) -> Table:
+    own = search.own_strengths(tried)
+    methods = [name for name in dict.fromkeys(own.method) if (select(own, method=name).strength > 0).any()]
+    rows = []
+    for setting in dict.fromkeys(own.setting):
+        title = labels.setting(study, setting) if setting in study.study["settings"] else setting
+        rows.append([Cell(title), *(_own_cell(select(own, setting=setting, method=name)) for name in methods)])
+    return Table(["network", *methods], rows, "Each network's own best strength, and the one chosen for all")
+
+
+def _own_cell(found: pd.DataFrame) -> Cell:
+    if found.empty:
+        return Cell("–", tone="muted")
+    (row,) = records(found)
+    shared = f"{row['strength_shared']:g}: {row['validation_shared']:.3f}"
+    return Cell(f"{row['strength']:g}: {row['validation']:.3f}", [f"for all, {shared}"])
+
+
 def departures(study: StudyRecord, tried: pd.DataFrame) -> list[str]:
     """Where the study's rates and strengths are not those that the search chose."""
     found = []
@@ -65,12 +83,16 @@ def exhibit(study: StudyRecord, tried: pd.DataFrame) -> Exhibit:
         title="How learning rates and strengths were chosen",
         claim="Section 4: by a grid search, one choice that does reasonably well for every network and batch size.",
         frame=tried,
-        tables=[_table(study, tried, setting, regime) for setting, regime in cells],
+        tables=[
+            *([] if tried.empty else [_own_table(study, tried)]),
+            *(_table(study, tried, setting, regime) for setting, regime in cells),
+        ],
         notes=[
             "Accuracy on training images held out for it, never on test images; bold: chosen. Of each setting and "
             "regime the learning rate with the best mean over methods, each at its best strength; of each method one "
             "strength for all settings and regimes. Those at which the network fits its training images (over 0.95) "
-            "go first.",
+            "go first. A network's own strength is the best for it alone, by the same criterion at the same "
+            "rates: mean validation accuracy over regimes.",
             *(
                 [f"The study departs from the search in: {'; '.join(departing)}. Its file says why."]
                 if departing
