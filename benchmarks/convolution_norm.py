@@ -97,12 +97,12 @@ def warm(layer: nn.Conv2d, size: int) -> Callable[[], float]:
     with torch.no_grad():
         layer.weight.add_(torch.randn_like(layer.weight), alpha=1e-3 * float(layer.weight.std()))
 
-    ((group, _),) = regularizer._state.arrange()
+    ((bundle, _, _),) = regularizer._engine.arrange()
 
     @torch.no_grad()
     def call() -> float:
-        group.vectors.advance([layer.weight.detach()], 2)
-        return float(group.vectors.sigma)
+        bundle.triplets.advance([layer.weight.detach()], 2)
+        return float(bundle.triplets.sigma)
 
     return call
 
