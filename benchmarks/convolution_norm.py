@@ -97,12 +97,12 @@ def warm(layer: nn.Conv2d, size: int) -> Callable[[], float]:
     with torch.no_grad():
         layer.weight.add_(torch.randn_like(layer.weight), alpha=1e-3 * float(layer.weight.std()))
 
-    ((bundle, _, _),) = regularizer._engine.arrange()
+    ((group, _),) = regularizer._state.arrange()
 
     @torch.no_grad()
     def call() -> float:
-        bundle.triplets.advance([layer.weight.detach()], 2)
-        return float(bundle.triplets.sigma)
+        group.vectors.advance([layer.weight.detach()], 2)
+        return float(group.vectors.sigma)
 
     return call
 

@@ -36,6 +36,7 @@ LAB = [
     ("tables",),
     ("page",),
     ("cli",),
+    ("__main__",),
 ]
 LEVEL = {
     package: {name: level for level, names in enumerate(order) for name in names}

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from spectreg.optimizers import Attachment
 from spectreg.penalties import NO_SLOPE, Penalty, penalty_of
-from spectreg.power_iteration.engine import Engine
+from spectreg.power_iteration.gradient import add_gradient, move, value
 from spectreg.power_iteration.refusals import (
     check_number,
     check_strength,
     refuse_computed,
     refuse_gradients_by_sample,
-    refuse_strangers,
 )
+from spectreg.power_iteration.state import Group, State
 from spectreg.summary import table
 from spectreg.weights.kinds import InputSize
 from spectreg.weights.patterns import Patterns
@@ -44,6 +44,8 @@ class SpectralNormRegularizer:
         embeddings: Whether embedding tables count as weights.
         steps: Power steps a call. With a half, u and v are renewed in turn: each weight is read once a call.
         k: How many of the largest singular values of each block enter the penalty.
+        tracked: How many of them are followed; ``k`` if None. One vector loses its way where the penalty has made the
+            largest values nearly equal; more find it again (docs/use.md).
         every: Act at each ``every``-th call only, with ``strength`` × ``every``.
         warmup: Power steps at the first call. 15 bring σ of a Gaussian matrix within 4 % of its true norm and cost as
             much as 15 calls; 0 is the paper.
@@ -75,6 +77,7 @@ class SpectralNormRegularizer:
         embeddings: bool = False,
         steps: float | int = 1,
         k: int = 1,
+        tracked: int | None = None,
         every: int = 1,
         warmup: int = 15,
         decoupled: bool = False,
@@ -82,6 +85,8 @@ class SpectralNormRegularizer:
     ) -> None:
         check_number("steps", steps, lambda x: x > 0 and 2 * x % 1 == 0, "a positive multiple of one half")
         check_number("k", k, lambda x: x >= 1 and x % 1 == 0, "a whole number from 1")
+        tracked = k if tracked is None else tracked
+        check_number("tracked", tracked, lambda x: x >= k and x % 1 == 0, f"a whole number from k={k}")
         check_number("every", every, lambda x: x >= 1 and x % 1 == 0, "a whole number from 1")
         check_number("warmup", warmup, lambda x: x >= 0 and x % 1 == 0, "a whole number from 0")
         check_number(
@@ -89,9 +94,10 @@ class SpectralNormRegularizer:
         )
         self.weights: list[Weight] = named_weights(model, select, map, input_size, embeddings)
         self.penalty_function, self.every, self.decoupled = penalty_of(penalty), int(every), decoupled
-        self._engine = Engine(
+        self._state = State(
             self.weights,
             k=int(k),
+            tracked=int(tracked),
             seed=int(seed),
             halves=int(2 * steps),
             every=self.every,
@@ -114,7 +120,7 @@ class SpectralNormRegularizer:
         for name, number in numbers.items():
             check_strength(name, number, self.every)
         self._strength = dict(strength) if isinstance(strength, Mapping) else strength
-        self._engine.set_strengths({name: float(number) * self.every for name, number in numbers.items()})
+        self._state.set_strengths({name: float(number) * self.every for name, number in numbers.items()})
 
     @torch.no_grad()
     def add_gradient(self) -> None:
@@ -131,8 +137,8 @@ class SpectralNormRegularizer:
         refuse_gradients_by_sample(self.weights)
         if self.decoupled:
             raise RuntimeError("decoupled=True acts on the weights with the optimizer's learning rate: use attach().")
-        for bundle, weights in self._engine.step():
-            bundle.add_gradient(self.penalty_function, weights)
+        for group, weights, acts in self._state.step():
+            add_gradient(group, weights, self.penalty_function, acts)
 
     def penalty(self) -> Float[Tensor, ""]:
         """The penalty λΣφ(σ) as a term of the loss, after a power step; its gradient is what ``add_gradient`` adds.
@@ -151,9 +157,12 @@ class SpectralNormRegularizer:
         looking = not torch.is_grad_enabled()
         if not looking:
             refuse_gradients_by_sample(self.weights)
-        bundles = self._engine.trained() if looking else self._engine.step(effective=True)
-        share = 1 / self.every if looking else 1.0
-        terms = [share * bundle.value(self.penalty_function, weights) for bundle, weights in bundles]
+        groups: list[tuple[Group, list[Tensor], float | Tensor]] = (
+            [(group, weights, 1 / self.every) for group, weights in self._state.trained()]
+            if looking
+            else self._state.step(effective=True)
+        )
+        terms = [share * value(group, weights, self.penalty_function) for group, weights, share in groups]
         if not terms:  # a call that `every` skips is a term of the loss all the same, and may be the only one
             return torch.zeros((), device=self.weights[0].tensor.device, requires_grad=not looking)
         total = torch.stack([t.to(terms[0].device) for t in terms]).sum()
@@ -180,14 +189,14 @@ class SpectralNormRegularizer:
             )
         refuse_computed(self.weights)
         self._attachment = Attachment(optimizers, self.weights, self._before_step, self.decoupled)
-        self._engine.lanes = self._attachment.lanes
+        self._state.lanes = self._attachment.lanes
         return self
 
     def detach(self) -> None:
         """Undo ``attach``; nothing happens if it is not attached."""
         if self._attachment is not None:
             self._attachment.remove()
-        self._attachment, self._engine.lanes = None, {}
+        self._attachment, self._state.lanes = None, {}
 
     def sigma(self) -> dict[str, Tensor]:
         """The spectral norm of each weight as of the last step, by name; of several blocks the largest.
@@ -196,7 +205,7 @@ class SpectralNormRegularizer:
         left out, as they are from steps.
         """
         with torch.no_grad():
-            return self._engine.look(lambda bundle, _: [m.sigma.max().clone() for m in bundle.memories])
+            return self._state.look(lambda group, _: [s.max() for s in group.vectors.sigmas])
 
     def check_ranks(self, group: Any = None) -> None:
         """Compare the vectors of all ranks of ``group`` (the default one if None); every rank has to call it.
@@ -207,7 +216,7 @@ class SpectralNormRegularizer:
         from spectreg.power_iteration.sharded import check_ranks
 
         self.sigma()
-        check_ranks({name: m.v for name, m in self._engine.memories.items()}, group)
+        check_ranks({name: saved["v"] for name, saved in self._state.save()["vectors"].items()}, group)
 
     @torch.no_grad()
     def residual(self) -> dict[str, Tensor]:
@@ -215,7 +224,7 @@ class SpectralNormRegularizer:
 
         In the units of the weight; the largest over blocks. Costs as much as a step and changes nothing.
         """
-        return self._engine.look(lambda bundle, weights: bundle.triplets.residuals(weights))
+        return self._state.look(lambda group, weights: group.vectors.residuals(weights))
 
     @torch.no_grad()
     def stable_rank(self) -> dict[str, Tensor]:
@@ -223,7 +232,7 @@ class SpectralNormRegularizer:
 
         Costs a read of every weight. NaN for ``map="operator"``, whose Frobenius norm depends on the position.
         """
-        return self._engine.look(lambda bundle, weights: bundle.triplets.stable_ranks(weights))
+        return self._state.look(lambda group, weights: group.vectors.stable_ranks(weights))
 
     def summary(self) -> str:
         """A table of what is regularized and how it stands; reads its numbers back to the host.
@@ -235,14 +244,14 @@ class SpectralNormRegularizer:
         weight  2 × 3  1 × 2 × 3  0.01      2  ...       1.25
         """
         numbers = self.sigma(), self.residual(), self.stable_rank()
-        return table(self._engine.strengths, self.every, self.weights, *numbers)
+        return table(self._state.strengths, self.every, self.weights, *numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """Its vectors by the name of the weight, alike on every rank. Safe to save; nothing of the model is in it.
 
         Of weights that were frozen all along there is only the name.
         """
-        return {"version": VERSION, **self._engine.save()}
+        return {"version": VERSION, **self._state.save()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``, exactly.
@@ -254,13 +263,13 @@ class SpectralNormRegularizer:
         version = state.get("version") if isinstance(state, Mapping) else None
         if version != VERSION:
             raise ValueError(f"this state has format version {version!r}; {VERSION} is understood.")
-        self._engine.load(state)
+        self._state.load(state)
 
     def __repr__(self) -> str:
         blocks = sum(w.map.blocks for w in self.weights)
         return (
             f"SpectralNormRegularizer({len(self.weights)} weights with {blocks} blocks, strength={self.strength}, "
-            f"penalty={self.penalty_function}, steps={self._engine.halves / 2:g}, every={self.every}"
+            f"penalty={self.penalty_function}, steps={self._state.halves / 2:g}, every={self.every}"
             f"{', decoupled' if self.decoupled else ''}{', attached' if self._attachment else ''})"
         )
 
@@ -270,9 +279,8 @@ class SpectralNormRegularizer:
     @torch.no_grad()
     def _before_step(self, lane: int, rates: Mapping[int, Any], factor: Tensor | float, keep: Tensor | float) -> None:
         """Called by the attachment: with learning rates by parameter, the gradients' scale, and 0 to skip the step."""
-        for bundle, weights in self._engine.step(lane):
-            refuse_strangers(bundle.memories, weights, rates)
+        for group, weights, acts in self._state.step(lane, held=rates):
             if self.decoupled:
-                bundle.move(self.penalty_function, weights, [rates[id(W)] for W in weights], keep)
+                move(group, weights, self.penalty_function, [rates[id(W)] for W in weights], keep * acts)
             else:
-                bundle.add_gradient(self.penalty_function, weights, factor * keep)
+                add_gradient(group, weights, self.penalty_function, factor * keep * acts)

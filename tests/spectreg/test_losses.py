@@ -238,6 +238,48 @@ def test_a_loss_that_is_no_mean_and_no_sum_is_refused(measure, loss_fn):
         measure(linear(), loss_fn, list(zip(x.split(5), y.split(5), strict=True)))
 
 
+class Own(nn.Module):
+    """Gives its loss itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = linear()
+
+    def forward(self, x):
+        return self.inner(x).square().mean()
+
+
+def test_a_model_that_gives_its_loss_is_right_on_one_batch_and_refused_on_several():
+    def given(output, y):
+        return output
+
+    x, y = randn(12, 4), classes(12)
+    truth = largest_eigenvalue(Own(), given, x, y)
+    assert hessian_top_eigenvalues(Own(), given, [(x, y)], tolerance=1e-8).values[0] == pytest.approx(truth, rel=1e-9)
+    with pytest.raises(ValueError, match=r"no outputs with rows, so that batches cannot be weighed: .*BatchLoss"):
+        hessian_top_eigenvalues(Own(), given, [(x[:5], y[:5]), (x[5:], y[5:])])
+
+
+class Auxiliary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = linear()
+
+    def forward(self, x):
+        output = self.inner(x)
+        return output, 2 * output, output.sum()
+
+
+def test_outputs_of_several_shapes_are_weighed_by_those_with_rows():
+    def loss(output, y):
+        return F.cross_entropy(output[0], y) + 0.4 * F.cross_entropy(output[1], y)
+
+    x, y = randn(12, 4), classes(12)
+    truth = largest_eigenvalue(Auxiliary(), loss, x, y)
+    measured = hessian_top_eigenvalues(Auxiliary(), loss, [(x[:5], y[:5]), (x[5:], y[5:])], tolerance=1e-8)
+    assert measured.values[0] == pytest.approx(truth, rel=1e-9)
+
+
 @pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
 def test_data_in_which_no_target_counts_is_refused(measure):
     with pytest.raises(ValueError, match="no target counts in it"):

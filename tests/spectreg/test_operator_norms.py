@@ -368,3 +368,11 @@ def test_a_chain_of_linear_modules_is_measured_as_the_map_it_is():
     truth = singular_values(chain.eval(), (2, 6, 6))[0]
     assert operator_norm(chain.train(), (2, 6, 6)).value == pytest.approx(truth, rel=1e-9)
     assert chain.training
+
+
+def test_in_inference_mode_the_norms_are_the_same():
+    layers = [hooked(nn.Linear(4, 3)), nn.Linear(4, 3)]
+    expected = [operator_norm(layer, (4,)).value for layer in layers]
+    with torch.inference_mode():
+        assert [operator_norm(layer, (4,)).value for layer in layers] == expected
+        assert operator_norm(nn.Conv2d(2, 2, 3), (2, 5, 5)).value > 0

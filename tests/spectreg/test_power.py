@@ -2,7 +2,7 @@ import torch
 from truth import printed_algorithm
 
 from spectreg.maps.matrix import MatrixMap
-from spectreg.power_iteration.step import Triplets
+from spectreg.power_iteration.step import Vectors
 
 
 def gaussian() -> tuple[torch.Tensor, torch.Tensor]:
@@ -11,18 +11,18 @@ def gaussian() -> tuple[torch.Tensor, torch.Tensor]:
     return W, torch.randn(576, generator=generator, dtype=torch.float64)
 
 
-def triplets_of(W: torch.Tensor, v: torch.Tensor) -> Triplets:
+def vectors_of(W: torch.Tensor, v: torch.Tensor) -> Vectors:
     shape = tuple(W.shape)
-    return Triplets([MatrixMap(shape)], [W.new_zeros(1, shape[0], 1)], [v.view(1, -1, 1)], [W.new_zeros(1, 1)])
+    return Vectors([MatrixMap(shape)], [W.new_zeros(1, shape[0], 1)], [v.view(1, -1, 1)], [W.new_zeros(1, 1)])
 
 
 def test_algorithm_1_as_printed_tends_to_one_over_sigma_and_its_vector_overflows_while_ours_finds_sigma():
     W, v = gaussian()
     truth = torch.linalg.matrix_norm(W, 2)
     printed, grown = printed_algorithm(W, v, steps=200)
-    ours = triplets_of(W, v)
+    ours = vectors_of(W, v)
     ours.advance([W], halves=2000)
     torch.testing.assert_close(printed, 1 / truth, rtol=1e-3, atol=0)
     assert grown.norm() > 1e38
-    torch.testing.assert_close(ours.sigma[0], truth, rtol=1e-6, atol=0)
-    torch.testing.assert_close(ours.v.norm(), torch.tensor(1.0, dtype=torch.float64))
+    torch.testing.assert_close(ours.sigma[0, 0], truth, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.V.norm(), torch.tensor(1.0, dtype=torch.float64))

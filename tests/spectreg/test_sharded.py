@@ -313,7 +313,7 @@ def data_parallel_training() -> None:
         torch.testing.assert_close(p, q)
     ours.check_ranks()
     if dist.get_rank() == 1:
-        ours._engine.memories["2.weight"].v[0, 0, 0] += 1e-12
+        ours._state.arrange()[0][0].vectors.vs[1][0, 0] += 1e-12
     with pytest.raises(RuntimeError, match=r"rank 1 differs from rank 0 in 2.weight. Build the model alike"):
         ours.check_ranks()
 

@@ -1,23 +1,34 @@
+from pathlib import Path
+
 import pytest
 from test_studies import STUDY
 
-from spectreg_lab.settings.studies import Selection, read_study
+from spectreg_lab import data
+from spectreg_lab.settings.shipped import find
+from spectreg_lab.settings.studies import Selection, StudyError, read_study
 from spectreg_lab.studies.plan import plan
 
 
-def test_a_plan_counts_runs_parameters_and_steps_and_trains_nothing(tmp_path):
+def rows(text):
+    head, *lines = text.split("\n\n")[0].splitlines()
+    assert head.split() == ["setting", "regime", "method", "runs", "parameters", "steps", "an", "epoch", "GiB", "PFLOP"]
+    return [line.split() for line in lines]
+
+
+def test_a_plan_counts_runs_parameters_steps_and_arithmetic(tmp_path):
     path = tmp_path / "small.toml"
-    path.write_text(STUDY)
-    said = []
-    text = plan(read_study(path), Selection(method=["vanilla"]), said.append)
+    path.write_text(STUDY.replace("epochs = 2", "epochs = 200000"))
+    text = plan(read_study(path), Selection(method=["vanilla"]), print)
     assert "4 runs of small" in text
-    assert said == ["timing vgg small vanilla", "timing vgg large vanilla"]
-    head, small, large = text.splitlines()[:3]
-    assert head.split() == ["setting", "regime", "method", "runs", "parameters", "steps", "an", "epoch", "GiB", "hours"]
+    small, large = rows(text)
     # two convolutions with their normalization, a hidden layer and ten classes, counted by hand
     parameters = (9 * 4 + 2 * 4) + (9 * 4 * 8 + 2 * 8) + (8 * 2 * 2 * 8 + 8) + (8 * 10 + 10)
-    assert small.split()[:6] == ["vgg", "small", "vanilla", "2", str(parameters), "6"]
-    assert large.split()[5] == "1"
+    assert small[:6] == ["vgg", "small", "vanilla", "2", str(parameters), "6"]
+    assert large[5] == "1"
+    forward = 2 * (64 * 9 * 4 + 16 * 9 * 4 * 8 + 32 * 8 + 80)
+    first = 2 * 64 * 9 * 4  # nobody asks for the gradient by the images
+    expected = 2 * 200_000 * 96 * (3 * forward - first) / 1e15
+    assert float(small[7]) == pytest.approx(expected, rel=0.1)
 
 
 def test_a_plan_counts_the_images_on_the_device_and_says_what_it_leaves_out(tmp_path):
@@ -25,21 +36,29 @@ def test_a_plan_counts_the_images_on_the_device_and_says_what_it_leaves_out(tmp_
     small = ("width = 4, stages = [1, 1]", "width = 1, stages = [1]")
     path.write_text(STUDY.replace(*small).replace(", train_size = 96, test_size = 40", "") + "[measure]\n")
     only = Selection(regime=["small"], method=["vanilla"])
-    text = plan(read_study(path), only, lambda _: None)
-    assert "what [measure] asks for comes on top" in text
+    assert "What [measure] asks for comes on top" in plan(read_study(path), only, print)
     path.write_text(path.read_text().replace('"digits"', '"cifar10"'))
-    sizes = [
-        float(plan(read_study(path, precision), only, lambda _: None).splitlines()[1].split()[-2])
-        for precision in ("32-true", "64-true")
-    ]
+    sizes = [float(rows(plan(read_study(path, precision), only, print))[0][6]) for precision in ("32-true", "64-true")]
     assert sizes == pytest.approx([60_000 * 3 * 32 * 32 * size / 2**30 for size in (4, 8)], abs=0.02)
 
 
-@pytest.mark.slow
-def test_the_papers_study_is_planned_without_its_data(tmp_path):
-    from pathlib import Path
-
-    study = read_study(Path(__file__).parents[2] / "studies" / "paper.toml")
-    text = plan(study, Selection(setting=["densenet40"], regime=["large"], method=["spectral"]), lambda _: None)
+def test_the_papers_study_is_planned_whole_without_its_data(monkeypatch):
+    monkeypatch.setattr(data, "load", None)
+    text = plan(read_study(find(Path("paper"))), Selection(), print)
     assert "1060132" in text
-    assert "5 runs of paper" in text
+    assert "160 runs of paper" in text
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("stages = [1, 1]", "stages = [1, 1, 1, 1]"),
+        ("width = 4", "width = 90000"),
+        ('"digits"', '"digitz"'),
+    ],
+)
+def test_a_plan_of_what_cannot_be_is_refused_with_the_setting(tmp_path, old, new):
+    path = tmp_path / "small.toml"
+    path.write_text(STUDY.replace(old, new))
+    with pytest.raises(StudyError, match=r"settings.vgg: (an image of 8×8 is too small|the network has|data 'digitz')"):
+        plan(read_study(path), Selection(), print)

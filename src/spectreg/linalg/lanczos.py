@@ -104,8 +104,8 @@ def lanczos_largest(A: Operator, start: Float[Tensor, " n"], goal: Goal) -> Eige
         w = w.sub_(v, alpha=alphas[-1])
         beta = finite_length(w)
         if product <= 50 or product % 10 == 0 or product == goal.max_products:
-            T = torch.diag(torch.tensor(alphas, dtype=torch.float64))
-            T += torch.diag(torch.tensor(betas, dtype=torch.float64), -1)
+            T = torch.diag(torch.tensor(alphas, dtype=torch.float64, device="cpu"))
+            T += torch.diag(torch.tensor(betas, dtype=torch.float64, device="cpu"), -1)
             theta, S = torch.linalg.eigh(T, UPLO="L")
             best = ritz_values(theta, beta * S[-1].abs(), goal, product, eps)
             if best.converged:
@@ -128,7 +128,7 @@ class ThickRestart:
         self.size = min(len(start), basis_size or max(2 * goal.k + 2, 32))
         self.Q = start.new_empty(self.size + 1, len(start))
         self.Q[0] = normalised(start)
-        self.T = torch.zeros(self.size, self.size, dtype=torch.float64)
+        self.T = torch.zeros(self.size, self.size, dtype=torch.float64, device="cpu")
         self.goal, self.generator = goal, generator
         self.eps = torch.finfo(start.dtype).eps
 

@@ -104,10 +104,12 @@ def fourier_bound(W: Float[Tensor, "groups outputs inputs *taps"], circle: tuple
 
 def symbols(W: Float[Tensor, "groups outputs inputs *taps"], points: list[int]) -> Iterator[Complex[Tensor, "..."]]:
     """K(ω) on the grid, some frequencies at a time; of each pair ±ω one."""
-    frequencies = [torch.fft.fftfreq(N, dtype=torch.float64) for N in points]
+    frequencies = [torch.fft.fftfreq(N, dtype=torch.float64, device="cpu") for N in points]
     frequencies[-1] = frequencies[-1][: points[-1] // 2 + 1]
     omega = 2 * math.pi * torch.cartesian_prod(*frequencies).reshape(-1, len(points))
-    t = torch.cartesian_prod(*[torch.arange(k, dtype=torch.float64) for k in W.shape[3:]]).reshape(-1, len(points))
+    t = torch.cartesian_prod(*[torch.arange(k, dtype=torch.float64, device="cpu") for k in W.shape[3:]]).reshape(
+        -1, len(points)
+    )
     W = W.flatten(3)
     for some in omega.split(max(1, CHUNK // math.prod(W.shape[:3]))):
         angle = some @ t.T
@@ -153,7 +155,7 @@ def padding_growth(layer: _ConvNd, input_size: tuple[int, ...]) -> float:
     if layer.padding_mode == "zeros" or wraps(layer):
         return 1.0
     with torch.enable_grad():
-        x = torch.zeros(1, 1, *input_size, dtype=torch.float64, requires_grad=True)
+        x = torch.zeros(1, 1, *input_size, dtype=torch.float64, requires_grad=True, device="cpu")
         border = layer._reversed_padding_repeated_twice
         (repeats,) = torch.autograd.grad(F.pad(x, border, mode=layer.padding_mode).sum(), x)
     return math.sqrt(repeats.max().item())

@@ -32,10 +32,10 @@ class ConvolutionMap:
         return self.A.inputs, self.A.outputs
 
     def forward(self, x: Float[Tensor, "k inputs"]) -> Float[Tensor, "k outputs"]:
-        return self.A.forward(self.W, x.T.reshape(-1), len(x)).view(-1, len(x)).T
+        return self.A.forward(self.W, x)
 
     def adjoint(self, y: Float[Tensor, "k outputs"]) -> Float[Tensor, "k inputs"]:
-        return self.A.adjoint(self.W, y.T.reshape(-1), len(y)).view(-1, len(y)).T
+        return self.A.adjoint(self.W, y)
 
 
 class OwnMap:
@@ -50,7 +50,7 @@ class OwnMap:
 
     def __init__(self, layer: nn.Module, shape: tuple[int, ...]) -> None:
         self.layer, self.shape, self.name = layer, tuple(shape), type(layer).__name__
-        self.like = next((p for p in layer.parameters() if p.is_floating_point()), torch.zeros(()))
+        self.like = next((p for p in layer.parameters() if p.is_floating_point()), torch.zeros((), device="cpu"))
         if self.like.element_size() < 4:
             raise ValueError(
                 f"{self.name} has a forward of its own, and its weights are {self.like.dtype}: measure "
@@ -107,7 +107,9 @@ class OwnMap:
 
     def _gaussian(self, k: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(k, prod(self.shape), generator=generator, dtype=torch.float64).to(self.like)
+        return torch.randn(k, prod(self.shape), generator=generator, dtype=torch.float64, device=generator.device).to(
+            self.like
+        )
 
     def _require_linear(self) -> None:
         """The outputs of random inputs, small and large, and the gradients there, are those of the map."""

@@ -147,7 +147,9 @@ def max_pool(
     s = per_dimension(stride or kernel_size, sizes)
     overlaps = 1.0
     for i, (n, size) in enumerate(zip(sizes, input.shape[-d:], strict=True)):
-        windows = F.conv_transpose1d(torch.ones(1, 1, n), torch.ones(1, 1, k[i]), stride=s[i], dilation=gaps[i])
+        windows = F.conv_transpose1d(
+            torch.ones(1, 1, n, device="cpu"), torch.ones(1, 1, k[i], device="cpu"), stride=s[i], dilation=gaps[i]
+        )
         overlaps *= windows[..., p[i] : p[i] + size].max().item()
     return math.sqrt(overlaps) * input.bound
 
@@ -158,7 +160,7 @@ def adaptive_max_pool(call: Call, input: Operand, output_size: Any, return_indic
         raise UnknownConstantError("it returns indices")
     overlaps = 1
     for o, n in zip(call.output.shape[-d:], input.shape[-d:], strict=True):
-        hit = torch.zeros(n)
+        hit = torch.zeros(n, device="cpu")
         for i in range(o):
             hit[i * n // o : -(-(i + 1) * n // o)] += 1
         overlaps *= int(hit.max())
@@ -205,7 +207,7 @@ def interpolation(
 
 def separable(input: Operand, d: int, along: Callable[[int, Tensor], Tensor]) -> float:
     """The product of the norms of a linear operation along each of the last ``d`` dimensions, given on unit vectors."""
-    eyes = [torch.eye(n, dtype=torch.float64)[:, None] for n in input.shape[-d:]]
+    eyes = [torch.eye(n, dtype=torch.float64, device="cpu")[:, None] for n in input.shape[-d:]]
     return math.prod(largest(along(i, eye)[:, 0]) for i, eye in enumerate(eyes)) * ROUNDING * input.bound
 
 

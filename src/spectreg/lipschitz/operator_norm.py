@@ -85,7 +85,7 @@ def operator_norm(
             f"tolerance is {tolerance}, max_products {max_products}: use 0 < tolerance < 1 and at least 1."
         )
     goal, generator = Goal(1, tolerance, max_products), own_generator(generator)
-    with undisturbed(layer), torch.inference_mode(False):
+    with undisturbed(layer), torch.inference_mode(False), torch.no_grad():
         require_finite(layer)
         if isinstance(layer, nn.Linear) and acts_as(layer, matrix_of(layer), (layer.in_features,)):
             require(layer, input_shape, input_shape[-1:] == (layer.in_features,), f"(…, {layer.in_features})")

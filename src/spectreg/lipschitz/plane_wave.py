@@ -135,7 +135,7 @@ def refined(
 
 def grid(ranges: list[range], like: Tensor) -> Float[Tensor, "points dimensions"]:
     """All points whose coordinates lie in ``ranges``, in the type of ``like``."""
-    return torch.cartesian_prod(*[torch.tensor(r) for r in ranges]).view(-1, len(ranges)).to(like)
+    return torch.cartesian_prod(*[torch.tensor(r, device="cpu") for r in ranges]).view(-1, len(ranges)).to(like)
 
 
 def product(A: Float[Tensor, "g m n"], z: Complex[Tensor, "g n c"]) -> Complex[Tensor, "g m c"]:
@@ -147,6 +147,6 @@ def product(A: Float[Tensor, "g m n"], z: Complex[Tensor, "g n c"]) -> Complex[T
 def windowed(omega: Float[Tensor, " dimensions"], u: Complex[Tensor, " channels"], size: tuple[int, ...]) -> Tensor:
     """The real part of ``e^{iω·p} u`` under a half sine in each dimension."""
     for n, frequency in zip(size, omega, strict=True):
-        p = torch.arange(n).to(omega)
+        p = torch.arange(n, device="cpu").to(omega)
         u = u[..., None] * torch.polar(torch.sin(math.pi * (p + 1) / (n + 1)), frequency * p)
     return u.real

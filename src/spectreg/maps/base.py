@@ -10,10 +10,10 @@ Norm = Literal["max", "each"]
 
 @runtime_checkable
 class LinearMap(Protocol):
-    """What the power iteration needs of a weight: products with it, and the gradient that a pair (u, v) stands for.
+    """What the power iteration needs of a weight: products with it, and the gradient that pairs (u, v) stand for.
 
-    Vectors come and go flat: ``blocks`` × ``inputs`` (or ``outputs``) × ``k`` numbers, for ``k`` pairs at once. Their
-    precision may be higher than the weight's.
+    Vectors are rows, one or ``m`` of them at once, each with the ``inputs`` (or ``outputs``) of all blocks side by
+    side. Their precision may be higher than the weight's.
     """
 
     @property
@@ -28,22 +28,16 @@ class LinearMap(Protocol):
     @property
     def inputs(self) -> int: ...
 
-    def forward(self, W: Tensor, v: Float[Tensor, " v"], k: int = 1) -> Float[Tensor, " u"]:
-        """Wv."""
+    def forward(self, W: Tensor, v: Float[Tensor, "*m v"]) -> Float[Tensor, "*m u"]:
+        """Wv of each row."""
         ...
 
-    def adjoint(self, W: Tensor, u: Float[Tensor, " u"], k: int = 1) -> Float[Tensor, " v"]:
-        """Wᵀu."""
+    def adjoint(self, W: Tensor, u: Float[Tensor, "*m u"]) -> Float[Tensor, "*m v"]:
+        """Wᵀu of each row."""
         ...
 
-    def round_trip(self, W: Tensor, v: Float[Tensor, " v"], u: Float[Tensor, " u"], w: Float[Tensor, " v"]) -> None:
-        """Write Wv to ``u`` and Wᵀu to ``w``."""
-        ...
-
-    def add_outer_(
-        self, G: Tensor, u: Float[Tensor, " u"], v: Float[Tensor, " v"], k: int = 1, alpha: float = 1.0
-    ) -> None:
-        """G += alpha·∂(uᵀWv)/∂W, in place."""
+    def add_outer_(self, G: Tensor, u: Float[Tensor, "k u"], v: Float[Tensor, "k v"], alpha: float = 1.0) -> None:
+        """G += alpha·Σ ∂(uᵀWv)/∂W, in place; the sum is over the rows."""
         ...
 
     def matrices(self, W: Tensor) -> Float[Tensor, "blocks outputs inputs"]:

@@ -83,7 +83,7 @@ def agree(layer: nn.Module, A: LinearMap, W: Tensor, x: Tensor) -> bool:
 
 
 def gaussian(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(1, *shape, generator=generator, dtype=torch.float64).to(like)
+    return torch.randn(1, *shape, generator=generator, dtype=torch.float64, device=generator.device).to(like)
 
 
 def is_sharded(W: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
@@ -12,7 +13,6 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from spectreg.maps.base import Norm
-from spectreg.maps.products import converted, runs
 
 PIECE = 1 << 20  # elements of a kernel that are in memory a second time; as fast as all at once, or faster
 
@@ -74,35 +74,28 @@ class OperatorMap:
         """Numbers in an input."""
         return prod(self.input_shape)
 
-    def forward(self, W: Tensor, v: Float[Tensor, " v"], k: int = 1) -> Float[Tensor, " u"]:
-        """The convolution of ``v``, in its precision."""
-        W = converted(W, v, PIECE)
-        if W.dtype == v.dtype:
-            x = _bordered(self._images(v, self.input_shape, k), self.border)
-            return self._flat(torch.ops.aten.convolution(x, W, None, *self.arguments), k)
-        u = v.new_zeros(self.outputs, k)
-        for p in self._parts(W):
-            u[p.rows] += p.map.forward(W[p.kernel].to(v.dtype), _taken(v, p.columns, k), k).view(-1, k)
-        return u.flatten()
+    def forward(self, W: Tensor, v: Float[Tensor, "*m v"]) -> Float[Tensor, "*m u"]:
+        """The convolution of each row of ``v``, in its precision."""
+        u = v.new_zeros(v[..., :1].numel(), self.outputs)
+        for p in self._parts(W, whole=W.dtype == v.dtype):
+            x = _bordered(v[..., p.columns].reshape(-1, *p.map.input_shape), self.border)
+            y = torch.ops.aten.convolution(x, W[p.kernel].to(v.dtype), None, *p.map.arguments)
+            u[:, p.rows] += y.flatten(1)
+        return u.view(*v.shape[:-1], -1)
 
-    def adjoint(self, W: Tensor, u: Float[Tensor, " u"], k: int = 1) -> Float[Tensor, " v"]:
-        """The transpose of the convolution, applied to ``u``, in its precision."""
-        W = converted(W, u, PIECE)
-        if W.dtype == u.dtype:
-            return self._transposed(W, u, k)
-        v = u.new_zeros(self.inputs, k)
-        for p in self._parts(W):
-            v[p.columns] += p.map.adjoint(W[p.kernel].to(u.dtype), _taken(u, p.rows, k), k).view(-1, k)
-        return v.flatten()
+    def adjoint(self, W: Tensor, u: Float[Tensor, "*m u"]) -> Float[Tensor, "*m v"]:
+        """The transpose of the convolution, applied to each row of ``u``, in its precision."""
+        v = u.new_zeros(u[..., :1].numel(), self.inputs)
+        for p in self._parts(W, whole=W.dtype == u.dtype):
+            v[:, p.columns] += p.map._transposed(W[p.kernel].to(u.dtype), u[..., p.rows].reshape(len(v), -1))
+        return v.view(*u.shape[:-1], -1)
 
-    def add_outer_(
-        self, G: Tensor, u: Float[Tensor, " u"], v: Float[Tensor, " v"], k: int = 1, alpha: float = 1.0
-    ) -> None:
-        """G += alpha times the gradient of ⟨u, conv(v)⟩ by the kernel."""
+    def add_outer_(self, G: Tensor, u: Float[Tensor, "k u"], v: Float[Tensor, "k v"], alpha: float = 1.0) -> None:
+        """G += alpha times the gradient of Σ⟨u, conv(v)⟩ by the kernel."""
         for p in self._parts(G):
             W = torch.empty_like(G[p.kernel], dtype=u.dtype)
-            x = _bordered(self._images(_taken(v, p.columns, k), p.map.input_shape, k), self.border)
-            G[p.kernel].add_(p.map._backward(_taken(u, p.rows, k), x, W, k, by=1), alpha=alpha)
+            x = _bordered(v[:, p.columns].reshape(-1, *p.map.input_shape), self.border)
+            G[p.kernel].add_(p.map._backward(u[:, p.rows], x, W, by=1), alpha=alpha)
 
     def part(self, groups: slice, outputs: slice, inputs: slice) -> "Part":
         """The convolution of some input channels of each of these groups to some of its output channels.
@@ -118,50 +111,37 @@ class OperatorMap:
         m = replace(self, input_shape=input_shape, output_shape=output_shape, arguments=arguments)
         return Part(kernel, rows, columns, m)
 
-    def _parts(self, W: Tensor) -> Iterator["Part"]:
-        """Pieces with about ``PIECE`` elements of the kernel: some groups, or some channels of one."""
-        count = self.arguments[-1]
-        for groups, first in runs(count, W.shape[0] // count, max(1, PIECE // W[0].numel())):
-            sides = first, slice(0, W.shape[1])
+    def _parts(self, W: Tensor, whole: bool = False) -> Iterator["Part"]:
+        """All of it if ``whole``, or about ``PIECE`` elements of the kernel each: some groups, or some channels."""
+        count, most = self.arguments[-1], max(1, PIECE // W[0].numel())
+        channels = W.shape[0] // count
+        groups, some = (count, channels) if whole else (max(1, most // channels), min(channels, most))
+        for g, c in product(range(0, count, groups), range(0, channels, some)):
+            sides = slice(c, min(c + some, channels)), slice(0, W.shape[1])
             outputs, inputs = sides[::-1] if self.arguments[3] else sides
-            yield self.part(groups, outputs, inputs)
+            yield self.part(slice(g, min(g + groups, count)), outputs, inputs)
 
     def matrices(self, W: Tensor) -> Float[Tensor, "1 outputs inputs"]:
         """The operator as a dense matrix, column by column: for small sizes only."""
-        basis = torch.eye(self.inputs, dtype=W.dtype, device=W.device)
-        return self.forward(W, basis.flatten(), self.inputs).view(1, self.outputs, self.inputs)
-
-    def round_trip(self, W: Tensor, v: Float[Tensor, " v"], u: Float[Tensor, " u"], w: Float[Tensor, " v"]) -> None:
-        """Write the convolution of ``v`` to ``u``, and its transpose applied to that to ``w``."""
-        W = converted(W, v, PIECE)
-        u.copy_(self.forward(W, v))
-        w.copy_(self.adjoint(W, u))
+        return self.forward(W, torch.eye(self.inputs, dtype=W.dtype, device=W.device)).t()[None]
 
     def squares(self, W: Tensor) -> Float[Tensor, " blocks"]:
         """Not known without the dense operator: NaN."""
         return W.new_full((1,), float("nan"), dtype=torch.float64)
 
-    def _transposed(self, W: Tensor, u: Tensor, k: int) -> Float[Tensor, " v"]:
+    def _transposed(self, W: Tensor, u: Float[Tensor, "m u"]) -> Float[Tensor, "m v"]:
         if self.border is None:
-            return self._flat(self._backward(u, u.new_empty(k, *self.input_shape), W, k, by=0), k)
+            return self._backward(u, u.new_empty(len(u), *self.input_shape), W, by=0).flatten(1)
         with torch.enable_grad():
-            x = u.new_zeros(k, *self.input_shape, requires_grad=True)
+            x = u.new_zeros(len(u), *self.input_shape, requires_grad=True)
             framed = _bordered(x, self.border)
-        inner = self._backward(u, framed.detach(), W, k, by=0)
-        return self._flat(torch.autograd.grad(framed, x, inner)[0], k)
+        inner = self._backward(u, framed.detach(), W, by=0)
+        return torch.autograd.grad(framed, x, inner)[0].flatten(1)
 
-    def _backward(self, u: Tensor, x: Tensor, W: Tensor, k: int, by: int) -> Tensor:
-        """The gradient of ⟨u, conv(x)⟩ by the input (0) or by the kernel (1)."""
-        images, mask = self._images(u, self.output_shape, k), [by == 0, by == 1, False]
+    def _backward(self, u: Float[Tensor, "m u"], x: Tensor, W: Tensor, by: int) -> Tensor:
+        """The gradient of Σ⟨u, conv(x)⟩ by the input (0) or by the kernel (1)."""
+        images, mask = u.reshape(-1, *self.output_shape), [by == 0, by == 1, False]
         return torch.ops.aten.convolution_backward(images, x, W, None, *self.arguments, mask)[by]
-
-    @staticmethod
-    def _images(x: Tensor, shape: tuple[int, ...], k: int) -> Tensor:
-        return x.view(*shape, k).movedim(-1, 0) if k > 1 else x.view(1, *shape)
-
-    @staticmethod
-    def _flat(images: Tensor, k: int) -> Float[Tensor, " x"]:
-        return images.movedim(0, -1).reshape(-1) if k > 1 else images.reshape(-1)
 
 
 class Part(NamedTuple):
@@ -178,11 +158,6 @@ def _channels(shape: tuple[int, ...], count: int, groups: slice, part: slice) ->
     each, unit = shape[0] // count, prod(shape[1:])
     start, stop = groups.start * each + part.start, (groups.stop - 1) * each + part.stop
     return slice(start * unit, stop * unit), (stop - start, *shape[1:])
-
-
-def _taken(x: Float[Tensor, " x"], where: slice, k: int) -> Float[Tensor, " part"]:
-    """Of k vectors, each the entries ``where``."""
-    return x.view(-1, k)[where].flatten()
 
 
 def _kernel_shape(module: _ConvNd) -> tuple[int, ...]:

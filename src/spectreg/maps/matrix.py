@@ -1,6 +1,8 @@
 """A weight as the linear map it is: one or more matrix blocks, seen in the weight's own memory."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from typing import Literal
 
@@ -9,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spectreg.maps.base import Norm
-from spectreg.maps.products import converted, fetching_is_slow, flat, is_whole, products, tile_on, tiles
 
-CACHED = 1 << 17  # elements of a weight that stay in a processor's own cache from one product to the next
-SMALL = 1 << 18  # elements of a weight that is read twice sooner than it is looked after
+CACHED = 1 << 21  # elements of a matrix that stay in the cache from one product to the next
+# Elements of a weight of lower precision that are held in float32 at a time, and of a block that is multiplied alone.
+PIECE_ON = {"cpu": (1 << 18, 1 << 12)}
+PIECE_ELSEWHERE = (1 << 22, 1 << 62)  # each piece costs a dozen launches
 
 
 @dataclass(frozen=True)
@@ -81,108 +84,84 @@ class MatrixMap:
         norms = torch.linalg.vector_norm(parts, dim=(2, 3), dtype=torch.promote_types(W.dtype, torch.float32))
         return norms.double().square().sum(1)
 
-    def forward(self, W: Tensor, v: Float[Tensor, " v"], k: int = 1) -> Float[Tensor, " u"]:
-        """Wv, in the precision of ``v``."""
-        W = converted(W, v, tile_on(W.device))
-        if self._is_plain(W, v, k):
-            return torch.mv(self._plain(W), self._to_memory(W, v))
-        W4, v4 = self._stored(W), self._inputs_as_stored(W, v, k)
-        if is_whole(W4, v):
-            return products(W4, v4).flatten()
-        u = v.new_zeros(self.blocks, self.outputs, k)
-        for b, p, r in tiles(W4, v):
-            u[b, r] += products(W4[b, p, r].to(v.dtype), v4[b, p]).sum(1)
-        return u.flatten()
+    def forward(self, W: Tensor, v: Float[Tensor, "*m v"]) -> Float[Tensor, "*m u"]:
+        """Wv of each row of ``v``, in its precision."""
+        if v.ndim == 1:
+            return self.forward(W, v[None])[0]
+        v, A = self._to_memory(W, v), self._matrix(W, v.dtype)
+        if A is not None:
+            return times(v, A.t())
+        S, x = self._stored(W), v.view(len(v), self.blocks, self._parts, self._columns)
+        u = v.new_zeros(len(v), self.blocks, self.outputs)
+        for b, p, r in pieces(S, whole=W.dtype == v.dtype and self._parts == 1):
+            u[:, b, r] += times_each(x[:, b, p].flatten(2), _dense(S[b, p, r], v.dtype).mT)
+        return u.flatten(1)
 
-    def adjoint(self, W: Tensor, u: Float[Tensor, " u"], k: int = 1) -> Float[Tensor, " v"]:
-        """Wᵀu, in the precision of ``u``."""
-        W = converted(W, u, tile_on(W.device))
-        if self._is_plain(W, u, k):
-            return self._from_memory(W, torch.mv(self._plain(W).t(), u))
-        W4, u4 = self._stored(W), u.view(self.blocks, 1, self.outputs, k)
-        if is_whole(W4, u):
-            v4 = products(W4.mT, u4)
-        else:
-            v4 = u.new_zeros(self.blocks, self._parts, self._columns, k)
-            for b, p, r in tiles(W4, u):
-                v4[b, p] += products(W4[b, p, r].to(u.dtype).mT, u4[b, :, r])
-        if self._kernel_first(W):
-            return v4.view(self.blocks, -1, self.shape[1], k).transpose(1, 2).flatten()
-        return v4.flatten()
+    def adjoint(self, W: Tensor, u: Float[Tensor, "*m u"]) -> Float[Tensor, "*m v"]:
+        """Wᵀu of each row of ``u``, in its precision."""
+        if u.ndim == 1:
+            return self.adjoint(W, u[None])[0]
+        A = self._matrix(W, u.dtype)
+        if A is not None:
+            return self._from_memory(W, times(u, A))
+        S, x = self._stored(W), u.view(len(u), self.blocks, self.outputs)
+        v = u.new_zeros(len(u), self.blocks, self._parts, self._columns)
+        for b, p, r in pieces(S, whole=W.dtype == u.dtype and self._parts == 1):
+            part = times_each(x[:, b, r], _dense(S[b, p, r], u.dtype))
+            v[:, b, p] += part.unflatten(2, (-1, self._columns))
+        return self._from_memory(W, v.flatten(1))
 
-    def round_trip(self, W: Tensor, v: Float[Tensor, " v"], u: Float[Tensor, " u"], w: Float[Tensor, " v"]) -> None:
-        """Write Wv to ``u`` and Wᵀu to ``w``; on a CPU in one pass over a ``W`` that is not small."""
-        W = converted(W, v, tile_on(W.device))
-        large = W.device.type == "cpu" and W.numel() >= SMALL
-        if large and self.blocks == 1 and self.layout == "rows" and (W.is_contiguous() or self._kernel_first(W)):
-            self._in_one_pass(W, v, u, w)
-        elif W.ndim == 2 and self._is_plain(W, v, 1):
-            A = self._plain(W)
-            torch.mv(A, v, out=u)
-            torch.mv(A.t(), u, out=w)
-        else:
-            u.copy_(self.forward(W, v))
-            w.copy_(self.adjoint(W, u))
-
-    def _in_one_pass(self, W: Tensor, v: Tensor, u: Tensor, w: Tensor) -> None:
-        """Some rows after the others, both products while they are in the cache."""
-        A, x, rows = self._plain(W), self._to_memory(W, v), max(1, CACHED // self.inputs)
-        y = w.zero_() if x is v else torch.zeros_like(x)
-        touch = not torch.compiler.is_compiling() and fetching_is_slow()
-        for some, across, of_u in zip(A.split(rows), A.t().split(rows, 1), u.split(rows), strict=True):
-            if W.dtype != v.dtype:
-                some = some.to(v.dtype)
-                across = some.t()
-            elif touch:
-                some.sum()
-            torch.mv(some, x, out=of_u)
-            y.addmv_(across, of_u)
-        if y is not w:
-            w.copy_(self._from_memory(W, y))
-
-    def add_outer_(
-        self, G: Tensor, u: Float[Tensor, " u"], v: Float[Tensor, " v"], k: int = 1, alpha: float = 1.0
-    ) -> None:
-        """G += alpha·uvᵀ, rounded once to the precision of ``G``."""
-        if self._is_plain(G, u, k):
-            self._plain(G).addcmul_(u[:, None], self._to_memory(G, v), value=alpha)  # a quarter faster than addr_
-        elif not (G.is_contiguous() or G.ndim == 2 or self._kernel_first(G)):
+    def add_outer_(self, G: Tensor, u: Float[Tensor, "k u"], v: Float[Tensor, "k v"], alpha: float = 1.0) -> None:
+        """G += alpha·Σ uvᵀ over the rows, rounded once to the precision of ``G``."""
+        if not (G.is_contiguous() or G.ndim == 2 or self._kernel_first(G)):
             dense = torch.zeros(self.shape, dtype=u.dtype, device=u.device)
-            self.add_outer_(dense, u, v, k)
+            self.add_outer_(dense, u, v)
             G.add_(dense, alpha=alpha)
+            return
+        v, A = self._to_memory(G, v), self._matrix(G, u.dtype)
+        if A is not None and len(u) == 1:
+            A.addcmul_(u.t(), v, value=alpha)  # a quarter faster than addr_
+        elif A is not None:
+            A.addmm_(u.t(), v, alpha=alpha)
         else:
-            G4, u4, v4 = self._stored(G), u.view(self.blocks, 1, self.outputs, k), self._inputs_as_stored(G, v, k)
-            for b, p, r in tiles(G4, u):
-                tile, left, right = G4[b, p, r], u4[b, :, r], v4[b, p].mT
-                if G.dtype == u.dtype and k == 1:
-                    tile.addcmul_(left, right, value=alpha)
-                elif G.dtype == u.dtype:
-                    flat(tile).baddbmm_(flat(left.expand(*tile.shape[:3], k)), flat(right), alpha=alpha)
-                else:
-                    tile.add_(left * right if k == 1 else left @ right, alpha=alpha)
+            self._add_pieces(G, u, v, alpha)
 
-    def _is_plain(self, W: Tensor, x: Tensor, k: int) -> bool:
-        """Whether one BLAS call on a matrix does it."""
-        one = k == 1 and self.blocks == 1 and self.layout in ("rows", "columns") and W.dtype == x.dtype
-        return one and (W.ndim == 2 or W.is_contiguous() or self._kernel_first(W))
+    def _add_pieces(self, G: Tensor, u: Tensor, v: Tensor, alpha: float) -> None:
+        S, k, fused = self._stored(G), len(u), G.dtype == u.dtype and len(u) == 1
+        left = u.view(k, self.blocks, 1, self.outputs).movedim(0, 3)
+        right = v.view(k, self.blocks, self._parts, self._columns).movedim(0, 2)
+        for b, p, r in pieces(S, whole=fused):
+            if fused:
+                S[b, p, r].addcmul_(left[b, :, r], right[b, p], value=alpha)
+            else:
+                S[b, p, r].add_(left[b, :, r] @ right[b, p], alpha=alpha)
 
-    def _plain(self, W: Tensor) -> Float[Tensor, "outputs inputs"]:
+    def _matrix(self, W: Tensor, dtype: torch.dtype) -> Float[Tensor, "outputs inputs"] | None:
+        """The map as one matrix in the weight's own memory and of this precision, if it is one."""
+        if W.dtype != dtype or self.blocks > 1 or self.layout in ("transposed", "stack"):
+            return None
         if self.layout == "columns":
             return W.t()
         if W.ndim == 2:
             return W
-        return (W if W.is_contiguous() else W.movedim(1, -1)).view(self.shape[0], -1)
-
-    def _to_memory(self, W: Tensor, v: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-        """The inputs of a plain matrix, in the order in which its columns lie in memory."""
-        return v if W.ndim == 2 or W.is_contiguous() else v.view(self.shape[1], -1).t().reshape(-1)
-
-    def _from_memory(self, W: Tensor, v: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-        return v if W.ndim == 2 or W.is_contiguous() else v.view(-1, self.shape[1]).t().reshape(-1)
+        if W.is_contiguous():
+            return W.flatten(1)
+        return W.movedim(1, -1).flatten(1) if self._kernel_first(W) else None
 
     def _kernel_first(self, W: Tensor) -> bool:
         """Whether ``W`` is a kernel in the channels-last memory format, whose columns are kw·kh·a in memory."""
-        return self.layout == "rows" and not W.is_contiguous() and W.ndim > 2 and W.movedim(1, -1).is_contiguous()
+        return self.layout == "rows" and W.ndim > 2 and not W.is_contiguous() and W.movedim(1, -1).is_contiguous()
+
+    def _to_memory(self, W: Tensor, v: Float[Tensor, "m v"]) -> Float[Tensor, "m v"]:
+        """The inputs in the order in which the columns lie in memory."""
+        if not self._kernel_first(W):
+            return v
+        return v.view(len(v), self.blocks, self.shape[1], -1).transpose(2, 3).reshape(len(v), -1)
+
+    def _from_memory(self, W: Tensor, v: Float[Tensor, "m v"]) -> Float[Tensor, "m v"]:
+        if not self._kernel_first(W):
+            return v
+        return v.view(len(v), self.blocks, -1, self.shape[1]).transpose(2, 3).reshape(len(v), -1)
 
     def _stored(self, W: Tensor) -> Float[Tensor, "blocks parts outputs columns"]:
         """The blocks and their parts, in memory order; a view unless the strides are odd."""
@@ -195,7 +174,52 @@ class MatrixMap:
         stored = W.movedim(1, -1) if self._kernel_first(W) else W
         return stored.reshape(self.blocks, 1, self.outputs, -1)
 
-    def _inputs_as_stored(self, W: Tensor, v: Tensor, k: int) -> Float[Tensor, "blocks parts columns k"]:
-        if self._kernel_first(W):
-            v = v.view(self.blocks, self.shape[1], -1, k).transpose(1, 2).reshape(-1)
-        return v.view(self.blocks, self._parts, self._columns, k)
+
+def times(x: Float[Tensor, "m n"], A: Float[Tensor, "n o"]) -> Float[Tensor, "m o"]:
+    """x·A for few rows ``x``, at the price of reading ``A`` once.
+
+    A CPU's matrix product copies a large ``A`` before it multiplies it with a few rows. Products with one row after
+    the other, of a part of ``A`` that stays in the cache, take two thirds of the time.
+    """
+    if len(x) == 1:
+        return torch.mv(A.t(), x[0])[None]
+    if A.device.type != "cpu" or A.numel() <= CACHED or torch.compiler.is_compiling():
+        return x @ A
+    if A.stride(0) == 1:  # the transpose of a matrix of rows: each part gives some of the outputs
+        some = max(1, CACHED // len(A))
+        return torch.cat([torch.stack([torch.mv(part.t(), row) for row in x]) for part in A.split(some, 1)], 1)
+    y, some = x.new_zeros(len(x), A.shape[1]), max(1, CACHED // A.shape[1])
+    for part, inputs in zip(A.split(some), x.split(some, 1), strict=True):
+        for row, out in zip(inputs, y, strict=True):
+            out.addmv_(part.t(), row)
+    return y
+
+
+def times_each(x: Float[Tensor, "m blocks n"], A: Float[Tensor, "blocks n o"]) -> Float[Tensor, "m blocks o"]:
+    """x·A, block by block."""
+    if len(A) == 1:
+        return times(x[:, 0], A[0])[:, None]
+    return torch.bmm(x.transpose(0, 1), A).transpose(0, 1)
+
+
+def pieces(S: Float[Tensor, "blocks parts outputs columns"], whole: bool) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut blocks, parts and rows for one product each, and so that a copy of a piece is small unless ``whole``.
+
+    A CPU multiplies large blocks faster one at a time.
+
+    >>> W = torch.empty(1, 1, 4096, 4096, dtype=torch.bfloat16)
+    >>> len(list(pieces(W, whole=False))), len(list(pieces(W.to("meta"), whole=False)))
+    (64, 4)
+    """
+    blocks, parts, rows, columns = S.shape
+    of_block, (most, single) = parts * rows * columns, PIECE_ON.get(S.device.type, PIECE_ELSEWHERE)
+    b = 1 if of_block > single else max(1, (blocks * of_block if whole else most) // max(1, of_block))
+    p = parts if whole else max(1, min(parts, most // max(1, rows * columns)))
+    r = rows if whole else max(1, min(rows, most // max(1, columns)))
+    for i, j, k in product(range(0, blocks, b), range(0, parts, p), range(0, rows, r)):
+        yield slice(i, i + b), slice(j, j + p), slice(k, k + r)
+
+
+def _dense(piece: Float[Tensor, "blocks parts rows columns"], dtype: torch.dtype) -> Float[Tensor, "blocks rows _"]:
+    """A piece as matrices in this precision; a copy, unless it is of one part and of this precision already."""
+    return piece.to(dtype).transpose(1, 2).flatten(2)

@@ -42,7 +42,7 @@ class Examples:
         y, n = self.batch[1], len(self.clean)
         if isinstance(y, Tensor) and y.is_floating_point() and y.numel() == n and is_binary(y):
             return y.reshape(n)
-        return torch.full((n,), math.nan)
+        return torch.full((n,), math.nan, device="cpu")
 
     def losses_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of each example, and its unit gradient by the input; zero for those that do not count."""
@@ -64,7 +64,7 @@ class Examples:
                     return output.argmax(1) == y.argmax(1)
             elif output.numel() == y.numel() == n and is_binary(y):
                 return each_loss(self.loss.of, output, y) < each_loss(self.loss.of, output, 1 - y.to(torch.int8).to(y))
-        return torch.full((n,), math.nan, dtype=torch.float64)
+        return torch.full((n,), math.nan, dtype=torch.float64, device="cpu")
 
 
 class WholeExamples(Examples):
@@ -87,11 +87,11 @@ class WholeExamples(Examples):
     @property
     def zero_or_one(self) -> Tensor:
         """NaN: what the targets are only the function knows."""
-        return torch.full((len(self.clean),), math.nan)
+        return torch.full((len(self.clean),), math.nan, device="cpu")
 
     def correct(self, output: Any) -> Tensor:
         """NaN, for the same reason."""
-        return torch.full((len(self.clean),), math.nan, dtype=torch.float64)
+        return torch.full((len(self.clean),), math.nan, dtype=torch.float64, device="cpu")
 
 
 def examples_of(model: nn.Module, loss: PairLoss | WholeLoss, batch: Any, x: Tensor) -> Examples:
@@ -112,7 +112,7 @@ def examples_of(model: nn.Module, loss: PairLoss | WholeLoss, batch: Any, x: Ten
     if not are_rows(n, output, batch[1]):
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors(batch[1]))
         raise ValueError(f"the targets have shape {shapes} for {n} examples: they need one row for each example.")
-    weights = torch.zeros(n, dtype=torch.float64)
+    weights = torch.zeros(n, dtype=torch.float64, device="cpu")
     if value.factor:
         is_mean = loss.known_terms.is_mean
         weights = example_weights(loss.of, output, batch[1], is_mean) * (value.count if is_mean else 1.0)
@@ -125,11 +125,11 @@ def whole_examples(model: nn.Module, loss: WholeLoss, batch: Any, clean: Tensor,
     if not are_rows(n, batch):
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors(batch))
         raise ValueError(f"the batch has tensors of shapes {shapes}: one row for each of its {n} examples is needed.")
-    examples = WholeExamples(model, loss, batch, clean, torch.ones(n))
+    examples = WholeExamples(model, loss, batch, clean, torch.ones(n, device="cpu"))
     with torch.no_grad():
         alone = examples.values(batch)
-    examples.weights = weights = torch.tensor([v.count for v in alone], dtype=torch.float64)
-    losses = torch.tensor([v.loss.item() for v in alone], dtype=torch.float64)
+    examples.weights = weights = torch.tensor([v.count for v in alone], dtype=torch.float64, device="cpu")
+    losses = torch.tensor([v.loss.item() for v in alone], dtype=torch.float64, device="cpu")
     expected = (weights * losses)[weights > 0].sum().item() / weights.sum().item() if weights.any() else 0.0
     if value.factor and not math.isclose(value.loss.item(), expected, rel_tol=1e-3, abs_tol=1e-9):
         raise ValueError(

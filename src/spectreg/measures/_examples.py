@@ -71,7 +71,7 @@ def example_weights(loss_fn: LossFunction, output: Any, y: Any, is_mean: bool) -
     outputs = differentiable(part.output)
     n = len(outputs[0])
     if not is_mean:
-        return torch.ones(n, dtype=torch.float64)
+        return torch.ones(n, dtype=torch.float64, device="cpu")
     with torch.enable_grad():
         losses = each_loss(loss_fn, with_tensors(part.output, outputs), y)
         leaves = [x for x in outputs if x.requires_grad]
@@ -87,7 +87,7 @@ def example_weights(loss_fn: LossFunction, output: Any, y: Any, is_mean: bool) -
     squares = own.square().sum(1)
     known = squares.isfinite() & (squares > 0)
     if not known.any():  # flat everywhere: nothing tells one from another
-        return torch.full((n,), 1 / n, dtype=torch.float64)
+        return torch.full((n,), 1 / n, dtype=torch.float64, device="cpu")
     weights = torch.where(known, (own * joined).sum(1) / squares, 0.0)
     off = torch.where(known[:, None], joined - weights[:, None] * own, joined).abs().max()
     if not off <= part.tolerance * max(1 / n, weights.max().item()) * own[known].abs().max():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spectreg.measures._model import examples_in
 from spectreg.measures._nested import rows_of, tensors
-from spectreg.measures._terms import LossFunction, Part, Terms, scalar
+from spectreg.measures._terms import WAY_OUT, LossFunction, Part, Terms, scalar
 from spectreg.measures.losses import BatchLoss
 
 
@@ -59,27 +59,30 @@ class PairLoss:
 
     def begin(self, model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, each read once, after the first of them have shown what kind of loss it is."""
-        read, following = [], iter(batches)
+        following, output = iter(batches), None
+        read: list[Any] = []
         while self.terms is None:
             batch = next(following, None)
             if batch is None:
                 self.terms = Terms(None)
+                refuse_unseen(len(read), output)
                 break
             check_pair(batch)
             read.append(batch)
-            self.terms = self._terms_of(model, batch)
+            with torch.no_grad():
+                output = call(model, batch[0])
+            self.terms = self._terms_of(output, batch[1])
         for batch in chain(read, following):
             check_pair(batch)
             yield batch
 
-    def _terms_of(self, model: nn.Module, batch: Any) -> Terms | None:
+    def _terms_of(self, output: Any, y: Any) -> Terms | None:
         """What the loss weighs batches by, if this one tells."""
         with torch.no_grad():
-            output = call(model, batch[0])
-            self.of(output, batch[1])
+            self.of(output, y)
         if not any(x.is_floating_point() for x in tensors(output)):
             return None
-        part = Part.of(self.of, output, batch[1])
+        part = Part.of(self.of, output, y)
         return Terms(part) if part.tells else None
 
     def place(self, batch: Any) -> Any:
@@ -157,6 +160,12 @@ class WholeLoss:
 def loss_of(loss_fn: LossFunction | BatchLoss) -> PairLoss | WholeLoss:
     """Either form of a loss as something to call with model and batch."""
     return WholeLoss(loss_fn) if isinstance(loss_fn, BatchLoss) else PairLoss(loss_fn)
+
+
+def refuse_unseen(batches: int, output: Any) -> None:
+    """Raise where several batches have one number each as their output, which hides what it is the mean of."""
+    if batches > 1 and not any(x.ndim for x in tensors(output)):
+        raise ValueError(f"the model gives no outputs with rows, so that batches cannot be weighed: {WAY_OUT}.")
 
 
 def check_pair(batch: Any) -> None:

@@ -45,11 +45,11 @@ class Part:
 
     @cached_property
     def loss_and_gradients(self) -> tuple[float, list[Tensor]]:
-        """The loss, and its gradient by every floating point output, in float64; none where there is no slope."""
+        """The loss, and its gradient by every floating point output that has rows, in float64."""
         with torch.enable_grad():
             outputs = differentiable(self.output)
             loss = scalar(self.loss_fn(with_tensors(self.output, outputs), self.y))
-            leaves = [x for x in outputs if x.requires_grad]
+            leaves = [x for x in outputs if x.requires_grad and x.ndim]
             slopes: tuple[Tensor | None, ...] = (None,) * len(leaves)
             if loss.requires_grad and leaves:
                 slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -72,7 +72,9 @@ def generic(x: Tensor, generator: torch.Generator) -> Tensor:
     """``x`` pulled a random way towards ½, so that probabilities, positive and real numbers stay what they are."""
     if not x.is_floating_point():
         return x
-    pull = 0.5 * torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype)
+    pull = 0.5 * torch.rand(x.shape, generator=generator, dtype=torch.float64, device=generator.device).to(
+        x.device, x.dtype
+    )
     return (1 - pull) * x.detach() + pull / 2
 
 
@@ -104,7 +106,7 @@ def shares(a: Part, b: Part) -> tuple[float, float]:
     y = with_tensors(a.y, targets)
     both = Part(a.loss_fn, with_tensors(a.output, [x for x, _ in outputs]), y)
     loss, joined = both.loss_and_gradients
-    dims = [d for x, d in outputs if x.is_floating_point()]
+    dims = [d for x, d in outputs if x.is_floating_point() and x.ndim]
     own, other = a.loss_and_gradients[1], b.loss_and_gradients[1]
     firsts = [g.narrow(d, 0, x.shape[d]) for g, x, d in zip(joined, own, dims, strict=True)]
     lasts = [g.narrow(d, x.shape[d], z.shape[d]) for g, x, z, d in zip(joined, own, other, dims, strict=True)]

@@ -75,7 +75,7 @@ def counted(loss: PairLoss | WholeLoss, terms: float, output: Any, batch: Any, n
     if terms and isinstance(loss, PairLoss) and are_rows(n, output, batch[1]):
         is_mean = loss.known_terms.is_mean
         return example_weights(loss.of, output, batch[1], is_mean) * (terms if is_mean else terms / n)
-    return torch.full((n,), terms / n, dtype=torch.float64)
+    return torch.full((n,), terms / n, dtype=torch.float64, device="cpu")
 
 
 def mean_of(norms: Tensor, weights: Tensor, terms: float) -> InputGradientNorm:

@@ -199,8 +199,10 @@ def spectrum_of(
     unit = 2.0 ** math.frexp(frobenius)[1]  # W/unit has squares that neither overflow nor vanish
     scaled = blocks.to(torch.promote_types(blocks.dtype, torch.float32)) / unit
     found = [top_eigenvalues_of_gram(W, top, tolerance, generator) for W in scaled]
-    squares = torch.tensor([e.values for e in found], dtype=torch.float64).clamp_min(0)
-    residuals = torch.tensor([e.residuals for e in found], dtype=torch.float64) / squares.sqrt().clamp_min(1e-300)
+    squares = torch.tensor([e.values for e in found], dtype=torch.float64, device="cpu").clamp_min(0)
+    residuals = torch.tensor(
+        [e.residuals for e in found], dtype=torch.float64, device="cpu"
+    ) / squares.sqrt().clamp_min(1e-300)
     return Spectrum(
         name,
         shape,

@@ -1,6 +1,6 @@
 """What the regularizer cannot act on, and what to do then: one clear error each."""
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
 from numbers import Real
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectreg.power_iteration.memory import Memory
 from spectreg.weights.selection import Weight
 
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -88,14 +87,34 @@ def refuse_gathered(names: Sequence[str]) -> None:
         )
 
 
-def refuse_strangers(memories: Sequence[Memory], weights: Sequence[Tensor], held: Container[int]) -> None:
+def refuse_strangers(members: Sequence[Weight], weights: Sequence[Tensor], held: Container[int]) -> None:
     """Refuse weights that are not among the parameters (by id) that the optimizer holds."""
-    for m, W in zip(memories, weights, strict=True):
+    for w, W in zip(members, weights, strict=True):
         if id(W) not in held:
             raise RuntimeError(
-                f"weight {m.weight.name!r} is not a parameter of the optimizer that held it at attach(): it was "
+                f"weight {w.name!r} is not a parameter of the optimizer that held it at attach(): it was "
                 "replaced or thawed since. Let its optimizer hold it, then detach() and attach() again."
             )
+
+
+def refuse_other_weights(own: Mapping[str, Mapping[str, Any]], vectors: Mapping[str, Any]) -> None:
+    """Refuse ``vectors`` that were saved of weights of other names or shapes than one's ``own``."""
+    torn = [name for name, saved in vectors.items() if not {"u", "v", "sigma", "calls"} <= set(saved)]
+    if torn:
+        raise ValueError(f"this state is torn: of {', '.join(torn)} it lacks u, v, sigma or calls.")
+    missing = [name for name in own if name not in vectors]
+    unexpected = [name for name in vectors if name not in own]
+    different = [
+        f"{name} {tuple(vectors[name][x].shape)} instead of {tuple(own[name][x].shape)}"
+        for name in own
+        for x in ("u", "v", "sigma")
+        if name in vectors and vectors[name][x].shape != own[name][x].shape
+    ]
+    if missing or unexpected or different:
+        raise ValueError(
+            f"this state is of another model or map, or of other vectors (k or tracked): missing {missing}, unexpected "
+            f"{unexpected}, shapes that differ {different}. Build the regularizer as it was when the state was saved."
+        )
 
 
 @contextmanager

@@ -6,16 +6,17 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from spectreg.maps.base import LinearMap
 from spectreg.power_iteration.shards import is_sharded_by_columns, pieces_of
-from spectreg.power_iteration.step import Triplets
+from spectreg.power_iteration.step import Vectors
 
 
-class ShardedTriplets(Triplets):
-    """`Triplets` of weights that are sharded over one device mesh, or over meshes of which one contains the others.
+class ShardedVectors(Vectors):
+    """`Vectors` of weights that are sharded over one device mesh, or over meshes of which one contains the others.
 
     Every rank holds the whole (short) vectors, so that its state is that of an unsharded run; no weight is gathered.
 
@@ -24,8 +25,8 @@ class ShardedTriplets(Triplets):
     columns are sharded (row-wise parallel layers; transposed convolutions under ``fully_shard``) it takes two, and one
     cannot do: Wᵀu needs the sum over the ranks of their shares of u, and |Wᵀu|, which is σ, the sum over the ranks of
     what each then makes of that; a message sent before the first sum is known cannot hold the second. (It could wait
-    for the next step's message, but then a look at σ or the state would have to talk to all ranks.) For k > 1 it also
-    takes two, since u is made orthonormal in between.
+    for the next step's message, but then a look at σ or the state would have to talk to all ranks.) For several
+    vectors it also takes two, since u is made orthonormal in between.
     """
 
     def __init__(
@@ -34,64 +35,62 @@ class ShardedTriplets(Triplets):
         u: Sequence[Tensor],
         v: Sequence[Tensor],
         sigma: Sequence[Tensor],
+        k: int,
         weights: Sequence[Any],
     ) -> None:
-        super().__init__(maps, u, v, sigma)
-        self.pieces = [pieces_of(m, W) for m, W in zip(maps, weights, strict=True)]
-        self.by_columns = [is_sharded_by_columns(m, W) for m, W in zip(maps, weights, strict=True)]
+        super().__init__(maps, u, v, sigma, k)
         self.meeting = Meeting.of(weights)
+        self.pieces = [pieces_of(m, W) for m, W in zip(maps, weights, strict=True)]
         self.counts = [self.meeting.counts(W) for W in weights]
+        self.by_columns = any(is_sharded_by_columns(m, W) for m, W in zip(maps, weights, strict=True))
+
+    def products(self, weights: Sequence[Tensor], from_u: bool) -> list[Tensor]:
+        share, given = (self.adjoint_share, self.us) if from_u else (self.forward_share, self.vs)
+        return self.summed([share(i, W, x) for i, (W, x) in enumerate(zip(weights, given, strict=True))])
+
+    def round_trips(self, weights: Sequence[Tensor], guess: Tensor) -> Tensor:
+        guesses = guess.split(self.v_side.widths, 1)
+        u = [self.forward_share(i, W, v) for i, (W, v) in enumerate(zip(weights, guesses, strict=True))]
+        if self.by_columns:
+            u = self.summed(u)
+        w = [self.adjoint_share(i, W, x) for i, (W, x) in enumerate(zip(weights, u, strict=True))]
+        return torch.cat([*u, *self.summed(w)] if self.by_columns else self.summed([*u, *w]), 1)
 
     def add_one_(self, i: int, G: Tensor, u: Tensor, v: Tensor, alpha: float = 1.0) -> None:
-        """Add alpha·uvᵀ, for map ``i``, to this rank's shard of ``G``."""
+        """Add alpha·Σ uvᵀ, for map ``i``, to this rank's shard of ``G``."""
         m, local = self.maps[i], _local(G)
-        u3, v3 = u.view(m.blocks, -1, self.k), v.view(m.blocks, -1, self.k)
+        u, v = u.unflatten(1, (m.blocks, -1)), v.unflatten(1, (m.blocks, -1))
         for p in self.pieces[i]:
-            piece_u, piece_v = u3[p.block, p.rows].flatten(), v3[p.block, p.columns].flatten()
-            p.map.add_outer_(local[p.local], piece_u, piece_v, self.k, alpha)
+            p.map.add_outer_(local[p.local], u[:, p.block, p.rows], v[:, p.block, p.columns], alpha)
 
-    def _round_trips(self, weights: Sequence[Tensor], guesses: Sequence[Tensor], raw: Tensor) -> None:
-        u = [self._forward(i, W, v) for i, (W, v) in enumerate(zip(weights, guesses, strict=True))]
-        if any(self.by_columns):
-            u = self._summed(u)
-        w = [self._adjoint(i, W, x) for i, (W, x) in enumerate(zip(weights, u, strict=True))]
-        parts = [*u, *self._summed(w)] if any(self.by_columns) else self._summed([*u, *w])
-        torch.cat(parts, out=raw)
-
-    def _products(self, weights: Sequence[Tensor], adjoint: bool) -> list[Tensor]:
-        product, given = (self._adjoint, self.us) if adjoint else (self._forward, self.vs)
-        return self._summed([product(i, W, x) for i, (W, x) in enumerate(zip(weights, given, strict=True))])
-
-    def _squares(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        shares = [torch.zeros(m.blocks, dtype=torch.float64, device=self.u.device) for m in self.maps]
+    def squares(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        shares = [torch.zeros(m.blocks, dtype=torch.float64, device=self.U.device) for m in self.maps]
         for i, (W, share) in enumerate(zip(weights, shares, strict=True)):
             for p in self.pieces[i] if self.counts[i] else ():
                 share[p.block] += p.map.squares(_local(W)[p.local])[0]
-        return self._summed(shares)
+        return self.summed(shares)
 
-    def _forward(self, i: int, W: Tensor, v: Tensor) -> Tensor:
+    def forward_share(self, i: int, W: Tensor, v: Float[Tensor, "m _"]) -> Float[Tensor, "m _"]:
         """This rank's share of Wv."""
-        m, local = self.maps[i], _local(W)
-        u = v.new_zeros(m.blocks, m.outputs, self.k)
+        m, local, v = self.maps[i], _local(W), v.unflatten(1, (self.maps[i].blocks, -1))
+        u = v.new_zeros(len(v), m.blocks, m.outputs)
         for p in self.pieces[i] if self.counts[i] else ():
-            part = v.view(m.blocks, -1, self.k)[p.block, p.columns].flatten()
-            u[p.block, p.rows] += p.map.forward(local[p.local], part, self.k).view(-1, self.k)
-        return u.flatten()
+            u[:, p.block, p.rows] += p.map.forward(local[p.local], v[:, p.block, p.columns])
+        return u.flatten(1)
 
-    def _adjoint(self, i: int, W: Tensor, u: Tensor) -> Tensor:
+    def adjoint_share(self, i: int, W: Tensor, u: Float[Tensor, "m _"]) -> Float[Tensor, "m _"]:
         """This rank's share of Wᵀu."""
-        m, local = self.maps[i], _local(W)
-        v = u.new_zeros(m.blocks, m.inputs, self.k)
+        m, local, u = self.maps[i], _local(W), u.unflatten(1, (self.maps[i].blocks, -1))
+        v = u.new_zeros(len(u), m.blocks, m.inputs)
         for p in self.pieces[i] if self.counts[i] else ():
-            part = u.view(m.blocks, -1, self.k)[p.block, p.rows].flatten()
-            v[p.block, p.columns] += p.map.adjoint(local[p.local], part, self.k).view(-1, self.k)
-        return v.flatten()
+            v[:, p.block, p.columns] += p.map.adjoint(local[p.local], u[:, p.block, p.rows])
+        return v.flatten(1)
 
-    def _summed(self, parts: Sequence[Tensor]) -> list[Tensor]:
+    def summed(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """The sum over the ranks of all of these, in one message."""
-        message = torch.cat(list(parts))
+        message = torch.cat([x.flatten() for x in parts])
         dist.all_reduce(message, group=self.meeting.group)
-        return list(message.split([len(x) for x in parts]))
+        return [x.view_as(part) for x, part in zip(message.split([p.numel() for p in parts]), parts, strict=True)]
 
 
 class Meeting(NamedTuple):

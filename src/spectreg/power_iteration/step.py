@@ -1,4 +1,4 @@
-"""The top singular triplets of linear maps, one warm step at a time."""
+"""The power step: the top singular vectors of many linear maps, followed one warm step at a time."""
 
 import copy
 from collections.abc import Sequence
@@ -8,162 +8,239 @@ from math import inf
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from spectreg.linalg.rotations import decomposed, tournament
+from spectreg.linalg.eigenbasis import eigenbasis
 from spectreg.maps.base import LinearMap
 
+NEGLIGIBLE = 1e-13  # of the largest σ²: what is below is rounding
 
-class Triplets:
-    """Estimates of the ``k`` largest singular values of many maps, and of their singular vectors.
 
-    The vectors of all maps lie one after the other in two flat buffers, so that a step costs two products a weight
-    and a handful of calls for all of them together.
+class Vectors:
+    """Estimates of the ``m`` largest singular values of many maps, and of their singular vectors.
 
-    One step is ``u = Wv/|Wv|``, ``w = Wᵀu``, ``sigma = |w|``, ``v = w/sigma`` (Algorithm 1 of arXiv:1705.10941 with
-    its missing normalisation). ``sigma`` never exceeds the true norm; the shortfall shrinks by ``(σ₂/σ₁)⁴`` a step.
-    For a zero map sigma is 0, for one that is not finite NaN or infinity; ``u`` and ``v`` then stay as they were.
+    A step is Algorithm 1 of arXiv:1705.10941 with its missing normalisation, for all maps together::
+
+        u ← Wv / |Wv|                    half a step
+        w ← Wᵀu,  σ ← |w|,  v ← w / σ    the other half
+        G ← G + λφ'(σ)·uvᵀ               add_outer_
+
+    With ``m`` > 1 u and v are matrices of ``m`` orthonormal columns, and dividing by the length becomes the step of
+    Rayleigh and Ritz: with Y = WV, YᵀY = B s²Bᵀ (``m`` × ``m``; all blocks at once), U ← YB/s, V ← VB and σ ← s.
+
+    σ never exceeds the true norm; with ``m`` = 1 the shortfall shrinks by (σ₂/σ₁)⁴ a step, else by (σ_{m+1}/σ₁)⁴. For a
+    zero map σ is 0, for one that is not finite NaN or infinity; u and v then stay as they were.
+
+    The vectors of all maps lie side by side in two tensors, ``U`` and ``V``, of ``m`` rows, so that a step takes two
+    products a weight and a handful of calls for all of them together.
 
     Args:
         maps: The maps; the weights themselves are handed to each step, in the same order.
-        u, v: Of each map, ``blocks × outputs × k`` and ``blocks × inputs × k``; copied.
-        sigma: Of each map, ``blocks × k``; copied.
+        u, v: Of each map, ``blocks × outputs × m`` and ``blocks × inputs × m``; copied.
+        sigma: Of each map, ``blocks × m``; copied.
+        k: How many of the ``m`` enter the penalty.
 
     >>> from spectreg.maps.matrix import MatrixMap
     >>> W = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
-    >>> triplets = Triplets([MatrixMap((2, 2))], [torch.zeros(1, 2, 1)], [torch.ones(1, 2, 1)], [torch.zeros(1, 1)])
-    >>> triplets.advance([W], halves=40)
-    >>> triplets.sigma
-    tensor([3.])
+    >>> vectors = Vectors([MatrixMap((2, 2))], [torch.zeros(1, 2, 1)], [torch.ones(1, 2, 1)], [torch.zeros(1, 1)])
+    >>> vectors.advance([W], halves=40)
+    >>> vectors.sigma
+    tensor([[3.]])
     """
 
     def __init__(
-        self, maps: Sequence[LinearMap], u: Sequence[Tensor], v: Sequence[Tensor], sigma: Sequence[Tensor]
+        self, maps: Sequence[LinearMap], u: Sequence[Tensor], v: Sequence[Tensor], sigma: Sequence[Tensor], k: int = 1
     ) -> None:
-        self.maps = list(maps)
-        self.k = sigma[0].shape[-1]
-        self.x, self.sigma = (torch.cat([x.flatten() for x in parts]) for parts in ((*u, *v), sigma))
-        self.u_sizes, self.v_sizes = ([x.numel() for x in side] for side in (u, v))
-        self.u, self.v = self.x.split([sum(self.u_sizes), sum(self.v_sizes)])
-        self.us: Sequence[Tensor] = self.u.split(self.u_sizes)
-        self.vs: Sequence[Tensor] = self.v.split(self.v_sizes)
-        self.sigmas = self.sigma.split([x.numel() for x in sigma])
-        blocks = [m.blocks for m in maps]
-        self.u_segments = Segments.of([m.outputs for m in maps], blocks, self.k, self.u.device)
-        self.v_segments = Segments.of([m.inputs for m in maps], blocks, self.k, self.u.device)
-        self.segments = self.u_segments.then(self.v_segments)
-        self.rounds = tournament(self.k, self.u.device)
+        self.maps, self.m, self.sigma = list(maps), sigma[0].shape[1], torch.cat(list(sigma))
+        self.k = min(k, self.m)
+        self.X = torch.cat([x.movedim(2, 0).flatten(1) for x in (*u, *v)], 1)
+        outputs, inputs, blocks = zip(*[(m.outputs, m.inputs, m.blocks) for m in maps], strict=True)
+        self.u_side = Side.of(outputs, blocks, self.m, self.X.device)
+        self.v_side = Side.of(inputs, blocks, self.m, self.X.device)
+        self.both_sides = Side.of(outputs + inputs, blocks + blocks, self.m, self.X.device)
+        self.U, self.V = self.X.split([sum(self.u_side.widths), sum(self.v_side.widths)], 1)
+        self.us: Sequence[Tensor] = self.U.split(self.u_side.widths, 1)
+        self.vs: Sequence[Tensor] = self.V.split(self.v_side.widths, 1)
+        self.sigmas = self.sigma.split(blocks)
 
     def advance(self, weights: Sequence[Tensor], halves: int, from_u: bool = False) -> None:
         """Take ``halves`` half steps: u from v and v from u in turn, beginning with v from u if ``from_u``."""
-        with full_precision(self.x):
+        with full_precision(self.U):
             while halves > 0:
-                if not from_u and halves > 1 and self.k == 1:
-                    self._whole_step(weights)
+                if self.m == 1 and halves > 1 and not from_u:
+                    self.whole_step(weights)
                     halves -= 2
                 else:
-                    self._half_step(weights, adjoint=from_u)
+                    self.half_step(weights, from_u)
                     halves, from_u = halves - 1, not from_u
 
-    def _half_step(self, weights: Sequence[Tensor], adjoint: bool) -> None:
-        raw = self._products(weights, adjoint)
-        if self.k > 1:
-            self._rotate(raw, *((self.vs, self.us) if adjoint else (self.us, self.vs)))
-            return
-        x, segments = (self.v, self.v_segments) if adjoint else (self.u, self.u_segments)
-        flat = torch.cat(raw)
-        length = lengths(flat, segments)
-        self.sigma.copy_(length)
-        keep_normalised(x, flat, length, segments)
-
-    def _whole_step(self, weights: Sequence[Tensor]) -> None:
-        """u from v and v from u, both normalised afterwards and together.
+    def whole_step(self, weights: Sequence[Tensor]) -> None:
+        """Both halves of one vector, whose lengths are taken afterwards, together: sharded weights need one message.
 
         v is divided by the last σ before: Wᵀ(Wv) would be of the size σ², which float32 cannot hold where it can σ.
         """
-        most = 1e30 if self.x.dtype == torch.float32 else 1e140
+        most = 1e30 if self.X.dtype == torch.float32 else 1e140
         scale = self.sigma.clamp(1 / most, most).nan_to_num_(1.0).reciprocal_()
-        guess, raw = torch.empty_like(self.v), torch.empty_like(self.x)
-        multiply(self.v, scale, self.v_segments, out=guess)
-        self._round_trips(weights, guess.split_with_sizes(self.v_sizes), raw)
-        length = lengths(raw, self.segments)
-        u_length, v_length = length.chunk(2)
-        v_length.nan_to_num_(inf, inf)  # inf - inf in Wᵀu: overflown, and put right at the next step by the σ of this
-        torch.div(v_length, u_length.clamp_min_(torch.finfo(length.dtype).tiny), out=self.sigma)
-        keep_normalised(self.x, raw, length, self.segments)
+        raw = self.round_trips(weights, self.V * self.v_side.spread(scale.t()))
+        length = self.both_sides.lengths(raw)
+        u_length, w_length = length.chunk(2, 1)
+        w_length.nan_to_num_(inf, inf)  # inf - inf in Wᵀu: overflown, and put right at the next step by the σ of this
+        self.sigma.copy_((w_length / u_length.clamp_min_(torch.finfo(length.dtype).tiny)).t())
+        keep_unit(self.X, raw, length, self.both_sides)
 
-    def _round_trips(self, weights: Sequence[Tensor], guesses: Sequence[Tensor], raw: Tensor) -> None:
-        """Write Wv of each weight, then WᵀWv of each, to the flat buffer ``raw``."""
-        parts = raw.split_with_sizes(self.u_sizes + self.v_sizes)
-        us, ws = parts[: len(self.maps)], parts[len(self.maps) :]
-        for m, W, v, u, w in zip(self.maps, weights, guesses, us, ws, strict=True):
-            m.round_trip(W, v, u, w)
+    def half_step(self, weights: Sequence[Tensor], from_u: bool) -> None:
+        """u from v, or v ``from_u``."""
+        raw = torch.cat(list(self.products(weights, from_u)), 1)
+        ours, x, theirs, other = (self.u_side, self.U, self.v_side, self.V)
+        if from_u:
+            ours, x, theirs, other = theirs, other, ours, x
+        if self.m == 1:
+            length = ours.lengths(raw)
+            self.sigma.copy_(length.t())
+            keep_unit(x, raw, length, ours)
+            return
+        ritz = Ritz.of(ours.gram(raw), stays=from_u)
+        self.sigma.copy_(ritz.sigma)
+        x.copy_(ours.combine(raw.nan_to_num(0.0, 0.0, 0.0), ritz.new) + ours.combine(x, ritz.old))
+        other.copy_(theirs.combine(other, ritz.turn))
 
-    def _products(self, weights: Sequence[Tensor], adjoint: bool) -> list[Tensor]:
+    def products(self, weights: Sequence[Tensor], from_u: bool) -> list[Float[Tensor, "m _"]]:
         """Wᵀu or Wv of each weight."""
-        if adjoint:
-            return [m.adjoint(W, u, self.k) for m, W, u in zip(self.maps, weights, self.us, strict=True)]
-        return [m.forward(W, v, self.k) for m, W, v in zip(self.maps, weights, self.vs, strict=True)]
+        if from_u:
+            return [m.adjoint(W, u) for m, W, u in zip(self.maps, weights, self.us, strict=True)]
+        return [m.forward(W, v) for m, W, v in zip(self.maps, weights, self.vs, strict=True)]
 
-    def _rotate(self, raw: Sequence[Tensor], these: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-        """From ``raw`` = W·others: orthonormal ``these``, and both turned so that theseᵀ·W·others is diagonal.
+    def round_trips(self, weights: Sequence[Tensor], guess: Float[Tensor, "1 _"]) -> Float[Tensor, "1 _"]:
+        """Wv of each weight, then WᵀWv of each, side by side."""
+        guesses = guess.split(self.v_side.widths, 1)
+        u = [m.forward(W, v) for m, W, v in zip(self.maps, weights, guesses, strict=True)]
+        w = [m.adjoint(W, x) for m, W, x in zip(self.maps, weights, u, strict=True)]
+        return torch.cat([*u, *w], 1)
 
-        The turn (Rayleigh and Ritz) separates singular values that lie close together, where orthogonalising alone
-        would need as many steps as they are close.
-        """
-        blocks = [m.blocks for m in self.maps]
-        Ys = [y.view(n, -1, self.k) for n, y in zip(blocks, raw, strict=True)]
-        scales = torch.cat([Y.abs().amax((1, 2)) for Y in Ys])[:, None]
-        usable = (scales > 0) & scales.isfinite()
-        Qs, Rs = zip(*map(_orthogonal, Ys, scales.split(blocks), usable.split(blocks)), strict=True)
-        A, s, B = decomposed(torch.cat(Rs), self.rounds)
-        self.sigma.copy_(torch.where(usable, s * scales, scales).flatten())
-        turned = zip(usable[..., None].split(blocks), Qs, A.split(blocks), B.split(blocks), these, others, strict=True)
-        for fine, Q, left, right, x, other in turned:
-            X, other3 = x.view(len(Q), -1, self.k), other.view(len(Q), -1, self.k)
-            X.copy_(torch.where(fine, Q @ left, X))
-            other3.copy_(torch.where(fine, other3 @ right, other3))
+    def add_outer_(self, targets: Sequence[Tensor], scale: Float[Tensor, "blocks k"], rates: Sequence[Any]) -> None:
+        """Add ``rate·Σ scale·uvᵀ`` over the first ``k`` pairs to each target in place; rates are numbers or tensors."""
+        scaled = self.U[: self.k] * self.u_side.spread(scale.t())
+        parts = zip(targets, scaled.split(self.u_side.widths, 1), self.vs, rates, strict=True)
+        with full_precision(self.U):
+            for i, (G, u, v, rate) in enumerate(parts):
+                u, alpha = (u * rate, 1.0) if isinstance(rate, Tensor) else (u, rate)
+                self.add_one_(i, G, u, v[: self.k], alpha)
+
+    def add_one_(self, i: int, G: Tensor, u: Float[Tensor, "k _"], v: Float[Tensor, "k _"], alpha: float = 1.0) -> None:
+        """Add alpha·Σ uvᵀ, for map ``i``, to ``G``."""
+        self.maps[i].add_outer_(G, u, v, alpha)
 
     def residuals(self, weights: Sequence[Tensor]) -> list[Float[Tensor, ""]]:
-        """‖Wᵀu − σv‖ of each map, the largest of its pairs, for u = Wv/|Wv| and σ = |Wv|. Nothing is changed."""
+        """‖Wᵀu − σv‖ of each map for u = Wv/|Wv| and σ = |Wv|, the largest of its ``k`` pairs; changes nothing."""
         probe = copy.copy(self)
-        u = [
-            x.view(m.blocks, -1, self.k) for m, x in zip(self.maps, self._products(weights, adjoint=False), strict=True)
-        ]
-        sigma = [torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in u]
-        probe.us = [torch.where(s > 0, x / s, x).flatten() for x, s in zip(u, sigma, strict=True)]
-        w = [
-            x.view(m.blocks, -1, self.k) for m, x in zip(self.maps, probe._products(weights, adjoint=True), strict=True)
-        ]
-        gaps = [x - s * v.view_as(x) for x, s, v in zip(w, sigma, self.vs, strict=True)]
-        return [torch.linalg.vector_norm(x, dim=1).amax() for x in gaps]
+        with full_precision(self.U):
+            raw = torch.cat(self.products(weights, from_u=False), 1)
+            sigma = self.u_side.lengths(raw).to(raw.dtype)
+            own = self.u_side.spread(sigma)
+            probe.us = torch.where(own > 0, raw / own, raw).split(self.u_side.widths, 1)
+            w = torch.cat(probe.products(weights, from_u=True), 1)
+        lengths = self.v_side.lengths(w - self.v_side.spread(sigma) * self.V)[: self.k].to(raw.dtype)
+        return [part.amax() for part in lengths.split([m.blocks for m in self.maps], 1)]
 
     def stable_ranks(self, weights: Sequence[Tensor]) -> list[Float[Tensor, ""]]:
         """‖W‖_F²/σ² of each map; the least of blocks that are maps of their own."""
         ranks = []
-        for m, squares, sigma in zip(self.maps, self._squares(weights), self.sigmas, strict=True):
-            largest = sigma.view(m.blocks, self.k).amax(1).double().square()
+        for m, squares, sigma in zip(self.maps, self.squares(weights), self.sigmas, strict=True):
+            largest = sigma.amax(1).double().square()
             ranks.append(squares.sum() / largest.max() if m.norm == "max" else (squares / largest).min())
         return ranks
 
-    def _squares(self, weights: Sequence[Tensor]) -> list[Float[Tensor, " blocks"]]:
+    def squares(self, weights: Sequence[Tensor]) -> list[Float[Tensor, " blocks"]]:
         """‖W‖_F² of each block."""
         return [m.squares(W) for m, W in zip(self.maps, weights, strict=True)]
 
-    def add_outer_(self, targets: Sequence[Tensor], scale: Float[Tensor, " values"], rates: Sequence[Any]) -> None:
-        """Add ``rate·scale·uvᵀ`` to each target in place; rates are numbers or tensors."""
-        scaled = torch.empty_like(self.u)
-        multiply(self.u, scale.to(self.u.dtype), self.u_segments, out=scaled)
-        pairs = zip(targets, scaled.split_with_sizes(self.u_sizes), self.vs, rates, strict=True)
-        with full_precision(self.x):
-            for i, (G, u, v, rate) in enumerate(pairs):
-                u, alpha = (u * rate, 1.0) if isinstance(rate, Tensor) else (u, rate)
-                self.add_one_(i, G, u, v, alpha)
+    def at_rest(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Copies of u, v and σ of each map, in the shapes that they were given in."""
+        blocks = [m.blocks for m in self.maps]
+        sides = [
+            [x.unflatten(1, (n, -1)).movedim(0, 2).contiguous() for n, x in zip(blocks, side, strict=True)]
+            for side in (self.us, self.vs)
+        ]
+        return list(zip(*sides, [s.clone() for s in self.sigmas], strict=True))
 
-    def add_one_(self, i: int, G: Tensor, u: Float[Tensor, " u"], v: Float[Tensor, " v"], alpha: float = 1.0) -> None:
-        """Add alpha·uvᵀ, for map ``i``, to ``G``."""
-        self.maps[i].add_outer_(G, u, v, self.k, alpha)
+
+class Side(NamedTuple):
+    """How the vectors of all blocks lie side by side in ``U`` or ``V``: which block each column belongs to."""
+
+    owners: Int[Tensor, " columns"]
+    offsets: Int[Tensor, " boundaries"]
+    blocks: int
+    widths: list[int]
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], blocks: Sequence[int], m: int, device: torch.device) -> "Side":
+        """Of ``blocks`` vectors of ``size`` numbers for each map; ``sums`` is of at most ``m``² rows then."""
+        each = [size for size, count in zip(sizes, blocks, strict=True) for _ in range(count)]
+        owners = torch.arange(len(each), device="cpu").repeat_interleave(torch.tensor(each, device="cpu"))
+        offsets = torch.tensor([0, *accumulate(each * m**2)], device="cpu")
+        widths = [size * count for size, count in zip(sizes, blocks, strict=True)]
+        return cls(owners.to(device), offsets.to(device), len(each), widths)
+
+    def lengths(self, x: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows blocks"]:
+        """The length of each vector, in float64, where the squares of float32 cannot overflow."""
+        return self.sums(_wide(x).square()).sqrt()
+
+    def gram(self, x: Float[Tensor, "m columns"]) -> Float[Tensor, "blocks m m"]:
+        """The products of the vectors of each block with each other, in float64."""
+        x, m = _wide(x), len(x)
+        return self.sums((x[:, None] * x).flatten(0, 1)).view(m, m, -1).movedim(2, 0)
+
+    def sums(self, x: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows blocks"]:
+        """The sum over the columns of each block, row by row."""
+        offsets = self.offsets[: len(x) * self.blocks + 1]
+        return torch.segment_reduce(x.view(-1), "sum", offsets=offsets, unsafe=True).view(len(x), self.blocks)
+
+    def spread(self, values: Float[Tensor, "*rows blocks"]) -> Float[Tensor, "*rows columns"]:
+        """A number for each block, as a number for each column."""
+        return values.index_select(values.ndim - 1, self.owners)
+
+    def combine(self, x: Float[Tensor, "m columns"], C: Float[Tensor, "blocks m m"]) -> Float[Tensor, "m columns"]:
+        """The vectors of each block, as columns, times its matrix of ``C``."""
+        rows = self.spread(C.to(x.dtype).movedim(0, 2))
+        y = x[0] * rows[0]
+        for xi, row in zip(x[1:], rows[1:], strict=True):
+            y.addcmul_(xi, row)
+        return y
+
+
+class Ritz(NamedTuple):
+    """What the products Y of a half step make of all vectors: X ← Y·``new`` + X·``old``, the others times ``turn``."""
+
+    sigma: Float[Tensor, "blocks m"]
+    new: Float[Tensor, "blocks m m"]
+    old: Float[Tensor, "blocks m m"]
+    turn: Float[Tensor, "blocks m m"]
+
+    @classmethod
+    def of(cls, G: Float[Tensor, "blocks m m"], stays: bool) -> "Ritz":
+        """From G = YᵀY = B s²Bᵀ: ``new`` = B/s and ``turn`` = B.
+
+        A column that is zero, which happens where the rank is below ``m``, has u = 0, and its v ``stays``: it is in the
+        kernel, at right angles to all others. So do all vectors of a block that is zero or not finite.
+        """
+        whole = G.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)  # not finite where anything is not
+        finite = whole.isfinite()
+        squares, B = eigenbasis(torch.where(finite[..., None], G, 0.0))
+        alive = squares > squares[:, :1] * NEGLIGIBLE + torch.finfo(torch.float32).tiny ** 2
+        length = torch.where(alive, squares, 1.0).sqrt()
+        kept = ~alive if stays else ~(alive | (whole > 0) & finite)
+        sigma = torch.where(alive, length, 0.0)
+        return cls(torch.where(finite, sigma, whole), B * (alive / length)[:, None], B * kept[:, None], B)
+
+
+def keep_unit(
+    x: Float[Tensor, "1 columns"], raw: Float[Tensor, "1 columns"], length: Float[Tensor, "1 blocks"], side: Side
+) -> None:
+    """Make each vector of ``x`` that of ``raw`` over its length; where that is 0 or not finite it stays as it was."""
+    over = length / length / length.clamp_min(torch.finfo(x.dtype).tiny)  # NaN for 0, infinity and NaN
+    unit = raw * side.spread(over.to(x.dtype))
+    x.copy_(torch.where(unit.isnan(), x, unit))
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:
@@ -172,85 +249,5 @@ def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
 
 
-def _orthogonal(Y: Tensor, scale: Float[Tensor, "blocks 1"], usable: Bool[Tensor, "blocks 1"]) -> tuple[Tensor, Tensor]:
-    """Q and R of Y/scale; of the identity where that cannot be taken."""
-    identity = torch.eye(*Y.shape[1:], dtype=Y.dtype, device=Y.device)
-    return torch.linalg.qr(torch.where(usable[..., None], Y / scale[..., None], identity))
-
-
-class Segments(NamedTuple):
-    """The vectors of all blocks in a flat buffer: whose each element is, and where each begins."""
-
-    owners: Int[Tensor, " elements"]
-    offsets: Int[Tensor, " boundaries"]
-    sizes: list[int]
-
-    @classmethod
-    def of(cls, sizes: Sequence[int], blocks: Sequence[int], k: int, device: torch.device) -> "Segments":
-        """Those of ``blocks`` × ``size`` × ``k`` numbers of each map; each of the ``k`` owns its own."""
-        index, first, each = [], 0, []
-        for size, count in zip(sizes, blocks, strict=True):
-            values = torch.arange(first, first + count * k, dtype=torch.int32, device="cpu").view(count, 1, k)
-            index.append(values.expand(count, size, k).flatten())
-            each += [size * k] * count
-            first += count * k
-        offsets = torch.tensor([0, *accumulate(each)], device="cpu")
-        return cls(torch.cat(index).to(device), offsets.to(device), each)
-
-    def then(self, other: "Segments") -> "Segments":
-        """These, followed by others of as many owners."""
-        owners = torch.cat([self.owners, other.owners + (self.owners[-1] + 1)])
-        return Segments(
-            owners, torch.cat([self.offsets, other.offsets[1:] + self.offsets[-1]]), self.sizes + other.sizes
-        )
-
-    @property
-    def are_long(self) -> bool:
-        """Whether one call a segment costs less than an index for each element."""
-        return self.owners.shape[0] > 4096 * len(self.sizes)
-
-
-def lengths(x: Float[Tensor, " elements"], segments: Segments) -> Float[Tensor, " values"]:
-    """The Euclidean length of each segment, taken in float64, where the squares of float32 cannot overflow."""
-    wide = x.dtype if x.device.type == "mps" else torch.float64
-    if segments.are_long:
-        return torch.stack(torch._foreach_norm(x.split_with_sizes(segments.sizes), 2, wide))
-    squares = x.to(wide, copy=True)
-    squares *= squares
-    return torch.segment_reduce(squares, "sum", offsets=segments.offsets, unsafe=True).sqrt_()
-
-
-def multiply(
-    x: Float[Tensor, " elements"],
-    factors: Float[Tensor, " values"],
-    segments: Segments,
-    out: Float[Tensor, " elements"],
-) -> None:
-    """Each vector in the segments of ``x`` times its factor."""
-    if not segments.are_long:
-        torch.mul(x, factors.index_select(0, segments.owners), out=out)
-        return
-    parts, products = x.split_with_sizes(segments.sizes), out.split_with_sizes(segments.sizes)
-    for part, own, product in zip(parts, factors.view(len(parts), -1), products, strict=True):
-        torch.mul(part.view(-1, len(own)), own, out=product.view(-1, len(own)))
-
-
-def keep_normalised(
-    x: Float[Tensor, " elements"],
-    raw: Float[Tensor, " elements"],
-    length: Float[Tensor, " values"],
-    segments: Segments,
-) -> None:
-    """Make each segment of ``x`` that of ``raw`` over its length; where that is 0 or not finite ``x`` stays as it was.
-
-    ``raw`` is used up.
-    """
-    over = (length / length).div_(length).to(x.dtype)  # NaN for 0 and infinity, too
-    multiply(raw, over, segments, out=raw)
-    if not segments.are_long:
-        torch.where(raw.isnan(), x, raw, out=x)
-        return
-    fine = (over == over).to(x.dtype).unbind()
-    parts = zip(x.split_with_sizes(segments.sizes), raw.split_with_sizes(segments.sizes), fine, strict=True)
-    for old, new, whole in parts:  # isnan() and where() take three times as long
-        old.lerp_(new.nan_to_num_(0.0, 0.0, 0.0), whole)
+def _wide(x: Tensor) -> Tensor:
+    return x if x.device.type == "mps" else x.double()  # which has no float64

@@ -25,13 +25,28 @@ def build(setting: Model, image_shape: tuple[int, int, int], classes: int, seed:
         ValueError: the image is too small for the network's poolings, or the memory for the network; the message says
             what fits.
     """
-    make = vgg if isinstance(setting, VGG) else nin if isinstance(setting, NIN) else densenet
-    with torch.device("meta"):
-        _check_memory(make(setting, image_shape, classes))  # type: ignore[arg-type]
+    outline(setting, image_shape, classes)
     with torch.random.fork_rng(devices=[]):
-        network = make(setting, image_shape, classes)  # type: ignore[arg-type]
+        network = _make(setting, image_shape, classes)
     initialize(network, torch.Generator().manual_seed(seed))
     return network
+
+
+def outline(setting: Model, image_shape: tuple[int, int, int], classes: int) -> nn.Sequential:
+    """The network of ``setting`` without memory for its weights, on the meta device.
+
+    Raises:
+        ValueError: as `build`.
+    """
+    with torch.device("meta"):
+        network = _make(setting, image_shape, classes)
+    _check_memory(network)
+    return network
+
+
+def _make(setting: Model, image_shape: tuple[int, int, int], classes: int) -> nn.Sequential:
+    make = vgg if isinstance(setting, VGG) else nin if isinstance(setting, NIN) else densenet
+    return make(setting, image_shape, classes)  # type: ignore[arg-type]
 
 
 def _check_memory(network: nn.Module) -> None:

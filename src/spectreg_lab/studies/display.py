@@ -96,9 +96,9 @@ class StudyDisplay(AbstractContextManager["StudyDisplay"]):
         self._runs = len(points)
         self.note(f"{len(points)} runs to do" + (f", {done} finished before" if done else ""))
 
-    def watch(self, folder: Path, points: list[Point]) -> None:
+    def watch(self, folder: Path, runs: list[str]) -> None:
         """Show how far these runs are in the study's folder."""
-        self._overview = Overview(folder, {name for point in points for name in point.config.names})
+        self._overview = Overview(folder, set(runs))
 
     def tick(self) -> None:
         """Look at the folder again, where anybody sees the table and some time has passed."""

@@ -30,8 +30,8 @@ class Display(Protocol):
     def begin(self, points: list[Point], done: int) -> None:
         """``points`` are to be run; ``done`` others are finished."""
 
-    def watch(self, folder: Path, points: list[Point]) -> None:
-        """The runs are in this study's folder, which has been written."""
+    def watch(self, folder: Path, runs: list[str]) -> None:
+        """The runs have these names in this study's folder, which has been written."""
 
     def tick(self) -> None:
         """A moment has passed."""
@@ -91,7 +91,7 @@ def begin(
     labels = [_label(folder, point) for point in study.points()]
     store.begin_study(folder, study.model_dump(mode="json"), labels, command)
     keep(searched, folder)
-    display.watch(folder, list(waiting.values()))
+    display.watch(folder, [place.name for place in waiting])
     return waiting
 
 
@@ -99,28 +99,31 @@ def _label(folder: Path, point: Point) -> dict[str, object]:
     return point.label() | {"run": store.run_folder(folder, *point.config.names).name}
 
 
-def execute(waiting: dict[Path, Point], engine: Engine, display: Display) -> None:
-    """Do the runs that `begin` returned and that nobody else is doing.
+def execute(waiting: dict[Path, Point], engine: Engine, display: Display, log: tuple[str, ...] = ()) -> None:
+    """Do the runs that `begin` returned and that nobody else is doing, and tell the loggers named ``log``.
 
     Raises:
         UnwritableError: the disk is full, or the folder cannot be written.
     """
     with engine:
-        Execution(waiting, engine, display).go()
+        Execution(waiting, engine, display, log).go()
 
 
 class Execution:
     """One process's part in a study. Those of others are looked at until each is known to be in good hands."""
 
-    def __init__(self, waiting: dict[Path, Point], engine: Engine, display: Display) -> None:
-        self.points, self.engine, self.display = waiting, engine, display
+    def __init__(self, waiting: dict[Path, Point], engine: Engine, display: Display, log: tuple[str, ...] = ()) -> None:
+        self.points, self.engine, self.display, self.log = waiting, engine, display, log
         self.elsewhere: dict[Path, Job] = {}
         self.watch = Watch()
         self._looked = 0.0
 
     def go(self) -> None:
         """Do all that there is to do."""
-        jobs = [Job(point.config, place, _failure(place)) for place, point in self.points.items()]
+        jobs = [
+            Job(point.config, place, store.RunFolder(place).ended(), log=self.log)
+            for place, point in self.points.items()
+        ]
         while jobs:
             for outcome in self.engine.run(self._free(jobs)):
                 if outcome is not None:
@@ -223,8 +226,3 @@ def _recorded(place: Path) -> tuple[str, str | None]:
     except RunError:
         outcome = {}
     return outcome.get("status", "unfinished"), outcome.get("error")
-
-
-def _failure(place: Path) -> int | None:
-    """When the run had failed, if it had: see `Job`."""
-    return store.RunFolder(place).ended()

@@ -1,32 +1,32 @@
-"""What a study would do, without doing it: runs, sizes, memory and time, from a few measured steps on this machine."""
+"""What a study would do, without doing it: runs, steps, sizes and arithmetic, counted on networks without memory."""
 
-import time
 from collections.abc import Callable
 
 import pandas as pd
 import torch
-from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from spectreg_lab import data
-from spectreg_lab.data import Images, Split, steps_per_epoch
+from spectreg_lab import data, models
+from spectreg_lab.data import steps_per_epoch
 from spectreg_lab.settings.config import Config
-from spectreg_lab.settings.studies import Point, Selection, Study
-from spectreg_lab.training.train import Training
+from spectreg_lab.settings.studies import Point, Selection, Study, StudyError
 
-STEPS = 3  # timed; the fastest counts, the first one warms up
-BATCH = 16  # images in a timed step; longer batches are taken to cost in proportion
 SHAPES = {"cifar10": ((3, 32, 32), 50_000, 10_000, 10), "cifar100": ((3, 32, 32), 50_000, 10_000, 100)}
 SHAPES |= {"stl10": ((3, 96, 96), 5_000, 8_000, 10)}
+ABOUT = (
+    "GiB: weights, gradients, momentum, a micro-batch on its way and the images. PFLOP: forward and backward passes of "
+    "the training alone, without what the method adds; adversarial training takes two and a half times that."
+)
 
 
 def plan(study: Study, only: Selection, progress: Callable[[str], None]) -> str:
-    """A table of what is to be run, one line a setting, regime and method, and the sums.
+    """A table of what is to be run, one line a setting, regime and method, and the sums. Nothing is timed or trained.
 
-    Hours are those of training with one process on this CPU, in the study's precision. GiB are those of the weights,
-    their gradients and momentum, of a micro-batch on its way and of the images of both splits.
+    The images of hub data sets have the shapes these are known to have: nothing is downloaded.
 
-    Images of hub data sets are drawn at random in the shapes these are known to have: nothing is downloaded.
+    Raises:
+        StudyError: a setting's data cannot be had, or its network does not fit them or the memory.
     """
     points = only.of(study)
     groups: dict[tuple[str, str, str], list[Point]] = {}
@@ -34,68 +34,52 @@ def plan(study: Study, only: Selection, progress: Callable[[str], None]) -> str:
         groups.setdefault((point.setting, point.regime, point.method), []).append(point)
     rows = []
     for (setting, regime, method), group in groups.items():
-        progress(f"timing {setting} {regime} {method}")
-        rows.append({"setting": setting, "regime": regime, "method": method, **_estimate(group[0].config, len(group))})
+        try:
+            counted = _count(group[0].config, len(group), progress)
+        except (data.DataError, ValueError) as error:
+            raise StudyError(f"settings.{setting}: {error}") from None
+        rows.append({"setting": setting, "regime": regime, "method": method, **counted})
     frame = pd.DataFrame(rows)
-    unmeasured = "" if study.measure is None else "; what [measure] asks for comes on top and is not estimated"
-    return (
-        f"{frame.to_string(index=False)}\n\n{len(points)} runs of {study.name}, "
-        f"{frame['hours'].sum():.3g} hours of one process on this CPU{unmeasured}"
-    )
+    unmeasured = "" if study.measure is None else " What [measure] asks for comes on top."
+    total = f"{len(points)} runs of {study.name}, {frame['PFLOP'].sum():.3g} PFLOP"
+    return f"{frame.to_string(index=False)}\n\n{total}\n\n{ABOUT}{unmeasured}"
 
 
-def _estimate(config: Config, runs: int) -> dict[str, object]:
-    images, sizes = _images(config)
-    training = Training(config, images, Fabric(accelerator="cpu", devices=1, precision=config.precision))
-    x, y = training.train.images[:BATCH], training.train.labels[:BATCH]
-    per_image = min(_seconds(training, x, y) for _ in range(STEPS)) / len(y)
-    seen = steps_per_epoch(sizes[0], config.batch_size) * min(config.batch_size, sizes[0])
-    evaluated = sum(sizes) / config.evaluate_every
-    epoch = per_image * (seen + evaluated / 3)  # a forward pass over everything is about a third of a step
+def _count(config: Config, runs: int, progress: Callable[[str], None]) -> dict[str, object]:
+    shape, train, test, classes = _images(config, progress)
+    network = models.outline(config.model, shape, classes)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    bytes_each = 8 if config.precision == "64-true" else 4
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    x = torch.empty(2, *shape, device="meta")  # batch normalization needs two
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda found: found):
+        network(x).sum().backward()
+    steps = steps_per_epoch(train, config.batch_size)
+    seen = steps * min(config.batch_size, train) * config.epochs
+    of_a_batch = sum(kept) / 2 * min(config.micro_batch, config.batch_size, train)
+    images = (train + test) * shape[0] * shape[1] * shape[2]
     return {
         "runs": runs,
-        "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
-        "steps an epoch": steps_per_epoch(sizes[0], config.batch_size),
-        "GiB": round((_memory(training, x, y, config) + sum(sizes) * x[0].nbytes) / 2**30, 2),
-        "hours": float(f"{runs * config.epochs * epoch / 3600:.2g}"),
+        "parameters": parameters,
+        "steps an epoch": steps,
+        "GiB": round((3 * parameters + of_a_batch + images) * bytes_each / 2**30, 2),
+        "PFLOP": float(f"{runs * seen * counter.get_total_flops() / 2 / 1e15:.2g}"),
     }
 
 
-def _seconds(training: Training, x: Tensor, y: Tensor) -> float:
-    start = time.perf_counter()
-    training.step(x, y)
-    return time.perf_counter() - start
-
-
-def _images(config: Config) -> tuple[Images, tuple[int, int]]:
-    """A few images of the right shape, and how many there are of each split."""
-    if config.data.name in SHAPES:
-        shape, train, test, classes = SHAPES[config.data.name]
-        draws = torch.Generator().manual_seed(0)
-        split = Split(torch.randn(BATCH, *shape, generator=draws), torch.randint(classes, (BATCH,), generator=draws))
-        images = Images(split, split, config.data.classes or classes)
-        return images, (config.data.train_size or train, config.data.test_size or test)
-    images = data.load(config.data)
-    return images, (len(images.train), len(images.test))
-
-
-def _memory(training: Training, x: Tensor, y: Tensor, config: Config) -> int:
-    """Bytes of weights, gradients and momentum, and of what a forward pass keeps for the backward one."""
-    kept = 0
-
-    def count(tensor: Tensor) -> Tensor:
-        nonlocal kept
-        kept += tensor.numel() * tensor.element_size()
-        return tensor
-
-    parameters = {parameter.data_ptr() for parameter in training.model.parameters()}
-    hooks = torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: tensor if tensor.data_ptr() in parameters else count(tensor), lambda tensor: tensor
-    )
-    with hooks, training.fabric.autocast():
-        training.method.loss(x, y)
-    return 3 * _bytes(training.model) + kept * min(config.micro_batch, config.batch_size) // len(x)
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+def _images(config: Config, progress: Callable[[str], None]) -> tuple[tuple[int, int, int], int, int, int]:
+    """Shape, numbers of training and test images, and classes."""
+    setting = config.data
+    if setting.name not in SHAPES:
+        images = data.load(setting, progress)
+        return images.shape, len(images.train), len(images.test), images.classes
+    (channels, height, width), train, test, classes = SHAPES[setting.name]
+    shrink, train = setting.shrink or 1, setting.train_size or train
+    held = round(train * setting.validation)
+    shape = channels, height // shrink, width // shrink
+    return shape, train - held, held or setting.test_size or test, setting.classes or classes

@@ -116,8 +116,11 @@ def read(source: Path | StringIO, path: Path) -> pd.DataFrame:
 
 
 def _tried(folder: Path) -> pd.DataFrame:
-    rows = []
-    for run in read_study(folder).runs:
+    rows, runs = [], read_study(folder).runs
+    if not any(run.status == "finished" for run in runs):
+        cause = next((f"; the first failed with {run.error}" for run in runs if run.error), "")
+        raise StudyError(f"{folder}: no run of this search has finished, so there is nothing to choose from{cause}")
+    for run in runs:
         method = run.config.get("method", {})
         last = run.metrics[-1] if run.metrics and run.status == "finished" else {}
         rows.append(

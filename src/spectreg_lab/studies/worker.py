@@ -23,7 +23,7 @@ class Job:
 
     ``token`` marks the claim of this ``attempt`` and ``dead`` those of processes that ended without releasing theirs.
     ``failure`` is when the run had failed before the study was begun: it is tried again, while a later failure is
-    another process's and stands.
+    another process's and stands. ``shunned`` are the nodes where attempts ended so; ``log`` names loggers.
     """
 
     config: Config
@@ -31,11 +31,19 @@ class Job:
     failure: int | None = None
     dead: tuple[str, ...] = ()
     attempt: int = 1
+    shunned: tuple[str, ...] = ()
+    log: tuple[str, ...] = ()
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def again(self) -> "Job":
-        """The same job after the process that had it is gone."""
-        return replace(self, token=uuid.uuid4().hex, dead=(*self.dead, self.token), attempt=self.attempt + 1)
+    def again(self, node: str | None = None, counts: bool = True) -> "Job":
+        """The same job after the process that had it is gone; on another ``node`` than that, if there is one."""
+        return replace(
+            self,
+            token=uuid.uuid4().hex,
+            dead=(*self.dead, self.token),
+            attempt=self.attempt + counts,
+            shunned=(*self.shunned, node) if node else self.shunned,
+        )
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,8 @@ class Outcome:
     """What became of a job.
 
     ``finished`` or ``failed`` as the run's folder records it; ``elsewhere``: another process has the run;
-    ``unwritable``: the folder could not be written or read; ``retried``: its process died and another one goes on;
-    ``died``: that happened too often.
+    ``unwritable``: the folder could not be written or read, or a logger not be told; ``retried``: its process died
+    and another one goes on; ``died``: that happened too often.
     """
 
     job: Job
@@ -70,6 +78,7 @@ def carry_out(job: Job, accelerator: str = "cpu", threads: int = 1, node: str | 
     from spectreg_lab.storage.claims import ClaimedError, ClaimLostError
     from spectreg_lab.storage.errors import RunError
     from spectreg_lab.storage.store import RunFolder
+    from spectreg_lab.studies.loggers import LogError
 
     torch.set_num_threads(threads)
     place = RunFolder(job.folder)
@@ -78,6 +87,8 @@ def carry_out(job: Job, accelerator: str = "cpu", threads: int = 1, node: str | 
             return _claimed(job, place, accelerator)
     except (ClaimedError, ClaimLostError) as error:
         return Outcome(job, "elsewhere", str(error))
+    except LogError as error:
+        return Outcome(job, "unwritable", str(error))
     except RunError as error:
         return Outcome(job, "failed", str(error))
     except OSError as error:
@@ -86,6 +97,7 @@ def carry_out(job: Job, accelerator: str = "cpu", threads: int = 1, node: str | 
 
 def _claimed(job: Job, place: "RunFolder", accelerator: str) -> Outcome:
     from spectreg_lab.storage.errors import RunError
+    from spectreg_lab.studies.loggers import loggers
     from spectreg_lab.training.devices import one_device
     from spectreg_lab.training.runs import go_on
 
@@ -93,7 +105,8 @@ def _claimed(job: Job, place: "RunFolder", accelerator: str) -> Outcome:
     if recorded.get("status") == "failed" and place.ended() != job.failure:
         return Outcome(job, "failed", recorded.get("error"))
     try:
-        outcome = go_on(job.config, place, one_device(accelerator, job.config.precision))
+        with loggers(job.log, job.config, job.folder) as on_epoch:
+            outcome = go_on(job.config, place, one_device(accelerator, job.config.precision), on_epoch)
     except (RunError, OSError):
         raise
     except Exception as error:

@@ -61,6 +61,7 @@ def several_devices(accelerator: str, devices: int, nodes: int, precision: Preci
     if devices * nodes == 1:
         yield None
         return
+    _check_cores(accelerator, devices)
     fabric = _fabric(accelerator, devices=devices, num_nodes=nodes, strategy="ddp", precision=precision)
     fabric.launch()
     try:
@@ -68,6 +69,15 @@ def several_devices(accelerator: str, devices: int, nodes: int, precision: Preci
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # left to the end of Python, its threads now and then abort it
+
+
+def _check_cores(accelerator: str, devices: int) -> None:
+    """Refuse to start more processes on a CPU than it has cores; other accelerators count their devices themselves."""
+    started = "WORLD_SIZE" in os.environ or "SLURM_NTASKS" in os.environ
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+    cores = os.cpu_count() or 1
+    if on_cpu and not started and devices > cores:
+        raise DeviceError(f"--devices {devices}, but this machine has a CPU of {cores} cores: use at most that many")
 
 
 def first_decides(fabric: Fabric, decide: Callable[[], T]) -> T:

@@ -1,0 +1,283 @@
+"""What a regularizer remembers: the vectors of all weights, stepped together, and on their way to a file and back."""
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from spectreg.power_iteration.layout import alike, is_sharded, layout_of
+from spectreg.power_iteration.refusals import (
+    refuse_computed,
+    refuse_constants,
+    refuse_gathered,
+    refuse_other_weights,
+    refuse_strangers,
+    refuse_unfit,
+)
+from spectreg.power_iteration.step import Vectors, full_precision
+from spectreg.weights.selection import Weight
+
+Saved = dict[str, Any]  # of one weight: u, v and sigma, calls, start if a penalty asks for it, and whether it is warm
+
+
+@dataclass
+class Group:
+    """Weights of one device, precision and optimizer, whose vectors are stepped together.
+
+    ``k`` is the number of values asked for, of which a block may have fewer; ``start`` the first σ, if a penalty asks
+    for it; ``calls`` how often a step was asked for, and ``count`` the same number on the device, where whose turn it
+    is depends on it: a CUDA graph reads that, since a number of the host would be the same in every replay.
+    """
+
+    members: list[Weight]
+    vectors: Vectors
+    lane: int
+    k: int
+    calls: int
+    warm: bool
+    start: Float[Tensor, "blocks m"] | None
+    strength: Float[Tensor, "blocks 1"]
+    count: Int[Tensor, ""] | None = None
+    captured: bool = False
+    target: Float[Tensor, "..."] | None = field(default=None, init=False)
+
+    def set_strengths(self, strengths: Mapping[str, float]) -> None:
+        """Take λ of each weight by its name: into a tensor, so that a compiled step does not depend on the numbers."""
+        each = [strengths[w.name] for w in self.members for _ in range(w.map.blocks)]
+        self.strength.copy_(torch.tensor(each, dtype=self.strength.dtype, device="cpu")[:, None])
+
+    def step(self, weights: Sequence[Tensor], halves: int, every: int) -> float | Tensor:
+        """Take ``halves`` half steps if it is the group's turn: 1, else 0; both are to multiply the penalty with."""
+        if self.count is not None and is_capturing(self.count.device):
+            return self._step_in_a_graph(self.count, weights, halves, every)
+        turn, self.calls = self.now(), self.now() + 1
+        if self.count is not None:
+            self.count += 1
+        if turn % every == 0:
+            self.vectors.advance(weights, halves, from_u=turn // every * halves % 2 == 1)
+        return float(turn % every == 0)
+
+    def now(self) -> int:
+        """How often a step was asked for: read back from the device if a graph counts there."""
+        if self.captured and self.count is not None:
+            return int(self.count)
+        return self.calls
+
+    def _step_in_a_graph(self, count: Tensor, weights: Sequence[Tensor], halves: int, every: int) -> Tensor:
+        """As ``step``, but all that depends on the turn is a value on the device: what is not to be is undone.
+
+        For an odd number of halves one more is taken, and the first or the last of them undone.
+        """
+        self.captured = True
+        acts, from_u = count % every == 0, count // every * halves % 2 == 1
+        last = halves + halves % 2 - 1
+        for i in range(last + 1):
+            kept = [x.clone() for x in (self.vectors.U, self.vectors.V, self.vectors.sigma)]
+            self.vectors.advance(weights, 1, from_u=i % 2 == 1)
+            counts = acts
+            if halves % 2 and i in (0, last):
+                counts = acts & (~from_u if i == 0 else from_u)
+            for x, old in zip((self.vectors.U, self.vectors.V, self.vectors.sigma), kept, strict=True):
+                x.copy_(torch.where(counts, x, old))
+        count += 1
+        return acts.to(self.strength.dtype)
+
+
+Arranged = list[tuple[Group, list[Tensor]]]
+
+
+class State:
+    """Holds the vectors of ``weights``, wherever these go, and takes power steps for them.
+
+    Weights that are alike are stepped in one `Group`; the groups are made anew when a weight has moved, changed its
+    precision, was sharded, frozen or thawed, or when ``lanes`` change: by name, the number of the optimizer that holds
+    each weight. In between, and in a file, the vectors of each weight are by themselves.
+
+    Args:
+        weights: Those of the model.
+        k: Singular values of each block that are penalized.
+        tracked: Singular values of each block that are followed.
+        seed: Of the first vectors.
+        halves: Half steps a call.
+        every: Which calls are acted at.
+        warmup: Power steps before the first.
+        keeps_start: Whether the first σ are to be remembered.
+    """
+
+    def __init__(
+        self, weights: list[Weight], *, k: int, tracked: int, seed: int, halves: int, every: int, warmup: int,
+        keeps_start: bool,
+    ) -> None:  # fmt: skip
+        self.weights, self.k, self.tracked, self.seed = weights, k, tracked, seed
+        self.halves, self.every, self.warmup, self.keeps_start = halves, every, warmup, keeps_start
+        self.lanes: Mapping[str, int] = {}
+        self.strengths: Mapping[str, float] = {w.name: 0.0 for w in weights}
+        self._sharded = {w.name for w in weights if is_sharded(w.tensor)}
+        self._gathered: list[str] = []
+        self._saved = self._first()
+        self._groups: list[Group] = []
+        self._layout: Any = None
+
+    def set_strengths(self, strengths: Mapping[str, float]) -> None:
+        """λ of each weight by its name."""
+        self.strengths = strengths
+        for group in self._groups:
+            group.set_strengths(strengths)
+
+    def step(
+        self, lane: int | None = None, effective: bool = False, held: Container[int] | None = None
+    ) -> list[tuple[Group, list[Tensor], float | Tensor]]:
+        """Step the groups of ``lane`` (all if None) that are trained, and hand out those whose turn it is.
+
+        The last of the three is what the penalty is to be multiplied with: 1, or 0 or 1 on the device. Refused are
+        computed weights and sharded ones that are gathered, unless ``effective``, and weights that are not among the
+        parameters (by id) that are ``held``.
+        """
+        groups = self.trained(lane)
+        if effective:
+            for group, weights in groups:
+                refuse_constants(group.members, weights)
+        else:
+            refuse_computed(self.weights)
+            refuse_gathered(self._gathered)
+        if held is not None:
+            for group, weights in groups:
+                refuse_strangers(group.members, weights, held)
+        with torch.no_grad():
+            turns = [(g, weights, g.step(weights, self.halves, self.every)) for g, weights in groups]
+        return [turn for turn in turns if isinstance(turn[2], Tensor) or turn[2]]
+
+    def trained(self, lane: int | None = None) -> Arranged:
+        """The groups of ``lane`` (all if None) whose weights are not frozen."""
+        return [(g, weights) for g, weights in self.arrange() if weights[0].requires_grad and lane in (None, g.lane)]
+
+    def look(self, at: Callable[[Group, list[Tensor]], Sequence[Tensor]]) -> dict[str, Tensor]:
+        """What ``at`` makes of each group, by the name of the weight; frozen weights are left out."""
+        values: dict[str, Tensor] = {}
+        for group, weights in self.trained():
+            with full_precision(group.vectors.U):
+                values.update(zip([w.name for w in group.members], at(group, weights), strict=True))
+        return {w.name: values[w.name] for w in self.weights if w.name in values}
+
+    def arrange(self) -> Arranged:
+        """The groups, with their weights as they are now."""
+        weights = {w.name: w.tensor for w in self.weights}
+        layout = [layout_of(W) for W in weights.values()], self.lanes
+        if layout != self._layout:
+            refuse_unfit(self.weights, list(weights.values()))
+            sharded = {name for name, W in weights.items() if is_sharded(W)}
+            self._gathered, self._sharded = sorted(self._sharded - sharded), self._sharded | sharded
+            with torch.inference_mode(False):  # validation loops may be the first to ask for σ
+                self._saved = self._at_rest()
+                self._groups = self._regrouped(weights)
+                self._layout = layout
+                self._warm_up(weights)
+        return [(g, [weights[w.name] for w in g.members]) for g in self._groups]
+
+    def save(self) -> dict[str, Any]:
+        """Copies of the vectors by the name of the weight, and the names of those that were frozen all along."""
+        at_rest = self._at_rest()
+        frozen = [
+            w.name
+            for w in self.weights
+            if not (at_rest[w.name]["calls"] or at_rest[w.name]["warm"] or w.tensor.requires_grad)
+        ]
+        vectors = {
+            name: {key: x.clone() if isinstance(x, Tensor) else x for key, x in saved.items() if key != "warm"}
+            for name, saved in at_rest.items()
+            if name not in frozen
+        }
+        return {"vectors": vectors} | ({"frozen": frozen} if frozen else {})
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was saved; raises, and changes nothing, if it is of other weights."""
+        vectors, frozen = state.get("vectors", {}), state.get("frozen", [])
+        first = self._first()
+        refuse_other_weights({name: saved for name, saved in first.items() if name not in frozen}, vectors)
+        for name, saved in vectors.items():
+            loaded = {key: x.clone() if isinstance(x, Tensor) else x for key, x in saved.items()}
+            first[name] = loaded | {"calls": int(saved["calls"]), "warm": bool(saved["u"].any())}
+        self._saved, self._groups, self._layout = first, [], None
+
+    def __getstate__(self) -> dict[str, Any]:
+        passing = ("_groups", "_layout", "_saved", "lanes")
+        return {name: value for name, value in self.__dict__.items() if name not in passing} | {"saved": self.save()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        saved = state.pop("saved")
+        self.__dict__.update(state, lanes={})
+        self.load(saved)
+
+    def _first(self) -> dict[str, Saved]:
+        """Gaussian v, made orthonormal: it almost surely has a part along the top singular vector, whatever the map.
+
+        Its state has the names and types of any later one, as a distributed checkpoint wants to know before it loads.
+        """
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        plain: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults of the moment
+        first: dict[str, Saved] = {}
+        for w in self.weights:
+            m = min(self.tracked, w.map.outputs, w.map.inputs)
+            v = torch.linalg.qr(torch.randn(w.map.blocks, w.map.inputs, m, generator=generator, **plain)).Q
+            v = v.to(torch.promote_types(w.tensor.dtype, torch.float32))
+            u, sigma = v.new_zeros(w.map.blocks, w.map.outputs, m), v.new_zeros(w.map.blocks, m)
+            start = {"start": torch.full_like(sigma, torch.nan)} if self.keeps_start else {}
+            first[w.name] = {"u": u, "v": v, "sigma": sigma, "calls": 0, "warm": False} | start
+        return first
+
+    def _at_rest(self) -> dict[str, Saved]:
+        """The vectors of each weight by itself, taken from the groups if there are any."""
+        at_rest = {}
+        for g in self._groups:
+            starts = [None] * len(g.members) if g.start is None else g.start.split([w.map.blocks for w in g.members])
+            for w, (u, v, sigma), start in zip(g.members, g.vectors.at_rest(), starts, strict=True):
+                saved: Saved = {"u": u, "v": v, "sigma": sigma, "calls": g.now(), "warm": g.warm}
+                at_rest[w.name] = saved | ({} if start is None else {"start": start})
+        return {w.name: at_rest[w.name] for w in self.weights} if at_rest else self._saved
+
+    def _regrouped(self, weights: Mapping[str, Tensor]) -> list[Group]:
+        """The weights that are alike in all that a step needs to be the same, together."""
+        members: dict[Any, list[Weight]] = {}
+        for w, key in zip(self.weights, alike(list(weights.values())), strict=True):
+            saved = self._saved[w.name]
+            its = (saved["sigma"].shape[1], saved["calls"], saved["warm"], "start" in saved)
+            members.setdefault((self.lanes.get(w.name, 0), *key, *its), []).append(w)
+        return [self._group(key[0], group, [weights[w.name] for w in group]) for key, group in members.items()]
+
+    def _group(self, lane: int, members: list[Weight], weights: list[Tensor]) -> Group:
+        device, dtype = weights[0].device, torch.promote_types(weights[0].dtype, torch.float32)
+        saved = [self._saved[w.name] for w in members]
+        u, v, sigma = ([s[key].to(device, dtype) for s in saved] for key in ("u", "v", "sigma"))
+        start = torch.cat([s["start"].to(device, dtype) for s in saved]) if "start" in saved[0] else None
+        maps = [w.map for w in members]
+        if is_sharded(weights[0]):
+            from spectreg.power_iteration.sharded import ShardedVectors
+
+            vectors: Vectors = ShardedVectors(maps, u, v, sigma, self.k, weights)
+        else:
+            vectors = Vectors(maps, u, v, sigma, self.k)
+        calls, strength = saved[0]["calls"], torch.empty_like(vectors.sigma[:, :1])
+        count = torch.full((), calls, device=device) if self.every > 1 or self.halves % 2 else None
+        group = Group(members, vectors, lane, self.k, calls, saved[0]["warm"], start, strength, count)
+        group.set_strengths(self.strengths)
+        return group
+
+    @torch.no_grad()
+    def _warm_up(self, weights: Mapping[str, Tensor]) -> None:
+        """Bring vectors that were never stepped near the top singular pair; at least half a step, for a first σ.
+
+        Those of frozen weights wait for the thaw.
+        """
+        for g in self._groups:
+            its = [weights[w.name] for w in g.members]
+            if its[0].requires_grad and not (g.calls or g.warm):
+                g.vectors.advance(its, max(2 * self.warmup, 1))
+                g.warm, g.start = True, g.vectors.sigma.clone() if self.keeps_start else None
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is called now is recorded in a CUDA graph."""
+    return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
