@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test check fast slow portable coverage docs benchmarks clean
+.PHONY: help reproduce test check fast slow portable coverage docs benchmarks gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -38,6 +38,9 @@ coverage: $(VENV)/dev.stamp ## what the fast and the slow tests covered, of thos
 
 benchmarks: $(VENV)/bench.stamp ## measure cost beside every peer and write its pages (within 25 minutes)
 	$(BIN)/python -m benchmarks
+
+gpu: $(VENV)/lab.stamp ## all that only a GPU can tell, into docs/gpu.md, in ten minutes (DATA=folder of photographs)
+	$(BIN)/python -m benchmarks.gpu $(if $(DATA),--data $(DATA))
 
 docs: $(VENV)/dev.stamp ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
