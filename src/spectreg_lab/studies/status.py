@@ -44,6 +44,7 @@ class Overview:
         self.name = str(record["study"]["name"])
         points = [point for point in record["points"] if only is None or point["run"] in only]
         self.rows = {point["run"]: _row(record["study"], point) for point in points}
+        self._pace = self._measured()
 
     def refresh(self) -> None:
         """Read what may have changed."""
@@ -55,6 +56,7 @@ class Overview:
                 found = progress(self.folder / RUNS / run)
                 seen = found.owner and self._watch.look(self.folder / RUNS / run)
                 self.rows[run] = replace(row, progress=found, alive=seen.alive if seen else None)
+        self._pace = self._measured()
 
     def of(self, state: str) -> list[Row]:
         """The runs in a state, in the study's order."""
@@ -62,7 +64,7 @@ class Overview:
 
     def left(self) -> float | None:
         """Seconds until all is done, at the pace so far and with as many runs at a time as now; None if unknown."""
-        pace, running = self._pace(), self.of("running")
+        pace, running = self._pace, self.of("running")
         longest = [_left(row, pace) for row in running]
         spans = [*longest, *(_left(row, pace) for row in self.of("waiting"))]
         known = [span for span in spans if span is not None]
@@ -72,9 +74,9 @@ class Overview:
 
     def left_of(self, row: Row) -> float | None:
         """Seconds until a run is done."""
-        return _left(row, self._pace())
+        return _left(row, self._pace)
 
-    def _pace(self) -> Callable[[str], float | None]:
+    def _measured(self) -> Callable[[str], float | None]:
         """Seconds an epoch of the runs of a group; of all runs where the group has none that tells."""
         known: dict[str, list[float]] = {}
         for row in self.rows.values():
