@@ -99,13 +99,12 @@ def by_autograd(model: nn.Module) -> Callable[[], Tensor]:
 def by_svd_lowrank(model: nn.Module) -> Callable[[], Tensor]:
     """As Demucs has it: the first singular value of each weight from a randomized SVD, in float32."""
     weights = matrices(model)
-    return lambda: (
-        1e-9
-        * sum(  # type: ignore[return-value]
-            (torch.svd_lowrank(W.flatten(1).float(), q=1, niter=2)[1][0].square() for W in weights),
-            torch.zeros((), device=weights[0].device),
-        )
-    )
+
+    def term() -> Tensor:
+        largest = [torch.svd_lowrank(W.flatten(1).float(), q=1, niter=2)[1][0] for W in weights]
+        return 0.5e-9 * torch.stack(largest).square().sum()
+
+    return term
 
 
 def train_step(case: Case, device: torch.device, way: str | None) -> Step:
