@@ -1,5 +1,6 @@
 """The page: what it must say in whatever state a study is."""
 
+import json
 import re
 from pathlib import Path
 
@@ -153,3 +154,31 @@ def test_the_page_of_a_hundred_runs_of_200_epochs_is_under_12_mb(tmp_path: Path)
     )
     assert len(list((folder / "runs").iterdir())) >= 100
     assert report.write(folder).stat().st_size < 12e6
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (["study"], None),
+        (["study", "methods"], None),
+        (["study", "settings", "vgg", "data", "name"], {}),
+        (["study", "regimes", "small", "batch_size"], []),
+        (["study", "methods", "decay"], [1]),
+        (["points"], None),
+        (["points", 0, "run"], "../../elsewhere"),
+        (["points", 0, "seed"], "0"),
+        (["command"], 3),
+    ],
+)
+def test_a_record_of_a_study_that_was_tampered_with_is_refused_by_name(
+    tmp_path: Path, place: list, value: object
+) -> None:
+    folder = folders.write_study(tmp_path / "s", seeds=(0,), methods=("vanilla", "decay"))
+    content = json.loads((folder / store.STUDY).read_text())
+    inner = content
+    for step in place[:-1]:
+        inner = inner[step]
+    inner[place[-1]] = value
+    (folder / store.STUDY).write_text(json.dumps(content))
+    with pytest.raises(store.RunError, match=r"(study\.json|record of the study in .*) has a wrong "):
+        report.write(folder)

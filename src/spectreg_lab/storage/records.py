@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 Number = float | None
+Scalar = str | float | bool | None
 
 
 def _folder(name: str) -> str:
@@ -78,12 +79,24 @@ class Outcome(Record):
     error: str | None = None
 
 
+class StudyData(Record):
+    """The images of a setting."""
+
+    name: str = "digits"
+
+
+class StudyRegime(Record):
+    """A batch size with a name."""
+
+    batch_size: int | None = None
+
+
 class StudyCase(Record):
     """A setting of a study."""
 
     title: str | None = None
     model: dict[str, Any] | None = None
-    data: dict[str, Any] | None = None
+    data: StudyData | None = None
     learning_rate: dict[str, Number] | None = None
     batch_size: dict[str, int] | None = None
     epochs: int | None = None
@@ -97,17 +110,17 @@ class StudyContent(Record):
     name: str
     title: str = ""
     epochs: int = 0
-    regimes: dict[str, dict[str, Any]] | None = None
+    regimes: dict[str, StudyRegime] | None = None
     settings: dict[str, StudyCase] | None = None
-    methods: dict[str, dict[str, Any]] | None = None
+    methods: dict[str, dict[str, Scalar]] | None = None
 
 
 class WholeStudy(StudyContent):
     """What a report needs of it."""
 
-    regimes: dict[str, dict[str, Any]]
+    regimes: dict[str, StudyRegime]
     settings: dict[str, StudyCase]
-    methods: dict[str, dict[str, Any]]
+    methods: dict[str, dict[str, Scalar]]
 
 
 class Point(BaseModel):
