@@ -1,5 +1,6 @@
 """The paper's claims, on studies in which it is known whether they hold."""
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -308,3 +309,28 @@ def test_a_study_without_spectral_has_its_tables_and_decides_nothing_about_it(tm
     assert outcome_of(shown, "Large batch: spectral") == "not decided"
     assert shown["table1"].frame.p.isna().all()
     assert set(table1.METRICS) == set(shown["table1"].frame.metric)
+
+
+def test_the_first_sentences_say_what_was_compared_and_what_differences_could_be_seen(tmp_path: Path) -> None:
+    shown = all_exhibits(tmp_path / "s", curve=as_the_paper_says)["verdicts"]
+    compared, came_out, *_ = shown.summary
+    assert compared == (
+        "4 methods (vanilla, decay, adversarial, spectral) on 1 setting, small batch, B = 64 and large batch, "
+        "B = 512: 24 of 24 runs are finished, 3 seeds of each."
+    )
+    rows = shown.frame[
+        (shown.frame.claim == "Large batch: spectral has the best accuracy.") & (shown.frame.setting == "all")
+    ]
+    least = 100 * rows.detectable[rows.p.idxmax()]
+    assert f"from none where that is {least:.2g} points or more" in came_out
+    assert came_out.endswith("This study names no commit that fixed its claims and the rule before its first run.")
+
+
+def test_a_study_that_names_the_commit_of_its_claims_says_so_at_the_top(tmp_path: Path) -> None:
+    folders.write_study(tmp_path / "s", as_the_paper_says)
+    path = tmp_path / "s" / store.STUDY
+    record = json.loads(path.read_text())
+    record["study"]["registered"] = "0123abc"
+    path.write_text(json.dumps(record))
+    shown = {exhibit.name: exhibit for exhibit in exhibits(store.read_study(tmp_path / "s"))}
+    assert "fixed before the first run, in commit 0123abc" in shown["verdicts"].summary[1]

@@ -15,7 +15,7 @@ from spectreg_lab.statistics.frames import records, regimes, select
 from spectreg_lab.statistics.paired import Difference, Unit, holm, interval
 from spectreg_lab.statistics.pooled import POWER, Pooled, pool
 from spectreg_lab.statistics.quantities import Numbers
-from spectreg_lab.statistics.registered import CLAIMS
+from spectreg_lab.statistics.registered import BEST, CLAIMS
 from spectreg_lab.storage.store import StudyRecord
 
 HELD, NOT, OPEN = "held", "did not hold", "not decided"
@@ -234,6 +234,27 @@ def _rows_won(study: StudyRecord, table: pd.DataFrame, metric: str, what: str) -
     return sentence + (f" It does not win in: {'; '.join(lost)}." if lost else "")
 
 
+def _compared(study: StudyRecord, numbers: Numbers) -> str:
+    methods, settings = len(numbers.methods), len(numbers.settings)
+    regimes_named = " and ".join(labels.batch(study, regime) for regime in numbers.regimes)
+    counts = numbers.runs.groupby(["setting", "regime", "method"]).seed.nunique()
+    seeds = " to ".join(map(str, sorted({counts.min(), counts.max()}))) if len(counts) else "0"
+    return (
+        f"{methods} methods ({', '.join(numbers.methods)}) on {settings} {'settings' if settings > 1 else 'setting'}, "
+        f"{regimes_named}: {len(numbers.runs)} of {len(study.runs)} runs are finished, {seeds} seeds of each."
+    )
+
+
+def _seen(found: Sequence[Judged]) -> str:
+    """What differences of accuracy the study can tell from none: those of the statement that decides who is best."""
+    best = next(decision for decision in found if decision.claim.sentence == BEST)
+    statement = deciding(best)
+    if statement is None or math.isnan(statement.pooled.detectable):
+        return ""
+    least = f"{100 * statement.pooled.detectable:.2g}"
+    return f"It can tell a difference in test accuracy from none where that is {least} points or more. "
+
+
 def _registered(study: StudyRecord) -> str:
     commit = study.study.get("registered")
     if commit:
@@ -259,7 +280,8 @@ def exhibit(study: StudyRecord, numbers: Numbers, table: pd.DataFrame) -> Exhibi
             for d, rows in zip(found, beneath, strict=True)
         ],
         summary=[
-            f"Of {len(found)} claims: {tally}. {_registered(study)}",
+            _compared(study, numbers),
+            f"Of {len(found)} claims: {tally}. {_seen(found)}{_registered(study)}",
             *([f"Against the paper or the method: {' '.join(against)}"] if against else []),
             _rows_won(study, table, "test_accuracy", "Test accuracy"),
             _rows_won(study, table, "generalization_gap", "Generalization gap"),
