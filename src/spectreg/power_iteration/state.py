@@ -56,9 +56,10 @@ class Group:
         turn, self.calls = self.now(), self.now() + 1
         if self.count is not None:
             self.count += 1
-        if turn % every == 0:
-            self.vectors.advance(weights, halves, from_u=turn // every * halves % 2 == 1)
-        return float(turn % every == 0)
+        if turn % every:
+            return 0.0
+        self.vectors.advance(weights, halves, from_u=turn // every * halves % 2 == 1)
+        return 1.0
 
     def now(self) -> int:
         """How often a step was asked for: read back from the device if a graph counts there."""
