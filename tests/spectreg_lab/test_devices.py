@@ -17,7 +17,7 @@ from spectreg_lab.settings.config import VGG, Adversarial, Config, Data, Measuri
 from spectreg_lab.storage.store import RunFolder
 from spectreg_lab.studies.local import LocalEngine
 from spectreg_lab.training import runs
-from spectreg_lab.training.devices import DeviceError, several_devices, shape
+from spectreg_lab.training.devices import DeviceError, one_device, several_devices, shape
 from spectreg_lab.training.runs import run
 from spectreg_lab.training.train import Training, train
 
@@ -117,6 +117,18 @@ def test_a_run_has_one_device_unless_several_are_asked_for_by_their_own_option(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert shape(*asked) == expected
+
+
+def test_one_device_is_alone_whatever_slurm_or_torchrun_have_started(monkeypatch):
+    names = ("WORLD_SIZE", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "RANK", "LOCAL_RANK", "SLURM_PROCID")
+    for name, value in zip(names, "222111", strict=True):
+        monkeypatch.setenv(name, value)
+    for set_ in (names, names[:2], names[1:2]):
+        for name in names:
+            if name not in set_:
+                monkeypatch.delenv(name, raising=False)
+        alone = one_device("cpu")
+        assert (alone.global_rank, alone.world_size) == (0, 1)
 
 
 def test_other_devices_than_those_started_are_refused(monkeypatch):

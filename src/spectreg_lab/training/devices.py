@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from spectreg_lab.settings.config import Precision
@@ -48,7 +49,8 @@ def one_device(accelerator: str = "cpu", precision: Precision = "32-true") -> Fa
     Raises:
         DeviceError: this machine has none.
     """
-    return _fabric(accelerator, devices=1, precision=precision)
+    alone = LightningEnvironment()  # else Fabric takes the tasks of Slurm for this run.s and may refuse them
+    return _fabric(accelerator, devices=1, precision=precision, plugins=[alone])
 
 
 @contextmanager
