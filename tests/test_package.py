@@ -55,7 +55,8 @@ def test_wheel_and_source_hold_both_packages_with_what_they_read_and_no_results_
     assert {*needed} <= {*names}
     assert any(name.endswith("digits.toml") for name in names)
     assert not [name for name in names if name.startswith(("tests/", "results/", "benchmarks/"))]
-    inside = tarfile.open(source).getnames()
+    with tarfile.open(source) as opened:
+        inside = opened.getnames()
     assert any(name.endswith("src/spectreg/regularizer.py") for name in inside)
     assert {name.rpartition("/")[2] for name in inside if "/results/" in name} <= {"search.csv"}
 
