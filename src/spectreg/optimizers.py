@@ -21,11 +21,15 @@ class Attachment:
         weights: Those to regularize.
         before_step: Called with the number of the optimizer, the learning rate of each of its parameters by id, the
             factor by which its gradients are scaled, and 0 where the step is to be skipped.
-        decoupled: Whether the learning rates are needed.
+        decoupled: Whether the weights are moved; with their learning rates if True.
     """
 
     def __init__(
-        self, optimizers: Sequence[Any], weights: Sequence[Weight], before_step: BeforeStep, decoupled: bool = False
+        self,
+        optimizers: Sequence[Any],
+        weights: Sequence[Weight],
+        before_step: BeforeStep,
+        decoupled: bool | str = False,
     ) -> None:
         inner = list({id(x): x for x in map(acting, optimizers)}.values())
         for optimizer in inner:
@@ -122,7 +126,7 @@ def _is_within_a_step(optimizer: Optimizer) -> bool:
     return steps == 2
 
 
-def _refuse_unfit(optimizer: Optimizer, decoupled: bool) -> None:
+def _refuse_unfit(optimizer: Optimizer, decoupled: bool | str) -> None:
     if isinstance(optimizer, LBFGS):
         raise ValueError(
             "LBFGS evaluates loss and gradient several times a step and compares the losses, so the penalty has to be "
@@ -139,19 +143,19 @@ def _refuse_unfit(optimizer: Optimizer, decoupled: bool) -> None:
             "added: leave overlap_with_ddp out, or add penalty() to the loss."
         )
     if decoupled:
-        _refuse_decoupled(optimizer)
+        _refuse_decoupled(optimizer, decoupled)
 
 
-def _refuse_decoupled(optimizer: Optimizer) -> None:
-    if any("lr" not in group for group in optimizer.param_groups):
+def _refuse_decoupled(optimizer: Optimizer, decoupled: bool | str) -> None:
+    if decoupled is True and any("lr" not in group for group in optimizer.param_groups):
         raise ValueError(
             f"decoupled=True acts with the learning rate, and {type(optimizer).__name__} has parameter groups without "
-            "'lr': leave decoupled out."
+            "'lr': use decoupled='independent', or leave it out."
         )
     if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
         raise ValueError(
-            f"decoupled=True moves the weights, and those under {type(optimizer).__name__} are between two averages "
-            "that it keeps: leave decoupled out, and the penalty goes through its gradients."
+            f"decoupled={decoupled} moves the weights, and those under {type(optimizer).__name__} are between two "
+            "averages that it keeps: leave decoupled out, and the penalty goes through its gradients."
         )
 
 

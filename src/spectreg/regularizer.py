@@ -1,7 +1,7 @@
 """The object in the training loop: it keeps two vectors a weight and adds λφ'(σ)·uvᵀ to the gradients."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -10,13 +10,9 @@ from torch import Tensor, nn
 from spectreg.optimizers import Attachment
 from spectreg.penalties import NO_SLOPE, Penalty, penalty_of
 from spectreg.power_iteration.gradient import add_gradient, move, value
-from spectreg.power_iteration.refusals import (
-    check_number,
-    check_strength,
-    refuse_computed,
-    refuse_gradients_by_sample,
-)
+from spectreg.power_iteration.refusals import check_number, refuse_computed, refuse_gradients_by_sample
 from spectreg.power_iteration.state import Group, State
+from spectreg.power_iteration.strengths import Strength
 from spectreg.summary import table
 from spectreg.weights.kinds import InputSize
 from spectreg.weights.patterns import Patterns
@@ -34,8 +30,10 @@ class SpectralNormRegularizer:
 
     Args:
         model: Its weights are regularized (`spectreg.named_weights` says which).
-        strength: λ of Eq. (1): a number, or a mapping from name patterns (``fnmatch``, the first match counts) to
-            numbers; a weight that no pattern matches has strength 0. May be set anew between steps.
+        strength: λ of Eq. (1): a number; a function of the step, such as `spectreg.schedules.Warmup`, which is called
+            with the number of steps that a weight has taken before; or a mapping from name patterns (``fnmatch``, the
+            first match counts) to these, in which a weight that no pattern matches has strength 0. May be set anew
+            between steps.
         penalty: φ: ``"square"`` (σ²/2), ``"hinge"``, ``"power"``, an object of `spectreg.penalties`, or any
             elementwise function of σ.
         map: The linear map that a weight is taken for; see `spectreg.named_weights`.
@@ -49,7 +47,8 @@ class SpectralNormRegularizer:
         every: Act at each ``every``-th call only, with ``strength`` × ``every``.
         warmup: Power steps at the first call. 15 bring σ of a Gaussian matrix within 4 % of its true norm and cost as
             much as 15 calls; 0 is the paper.
-        decoupled: W ← W − ηλφ'(σ)·uvᵀ with η of each parameter group, in place of a gradient; needs ``attach``.
+        decoupled: W ← W − ηλφ'(σ)·uvᵀ with η of each parameter group, in place of a gradient; ``"independent"``: the
+            same without η, so that no schedule of the learning rate changes it. Needs ``attach``.
         seed: Of the first vectors.
 
     Raises:
@@ -68,7 +67,7 @@ class SpectralNormRegularizer:
     def __init__(
         self,
         model: nn.Module,
-        strength: float | int | Mapping[str, float | int],
+        strength: Strength | Mapping[str, Strength],
         *,
         penalty: str | Penalty | Callable[[Tensor], Tensor] = "square",
         map: str | int | Mapping[str, str | int] = "matrix",
@@ -80,7 +79,7 @@ class SpectralNormRegularizer:
         tracked: int | None = None,
         every: int = 1,
         warmup: int = 15,
-        decoupled: bool = False,
+        decoupled: bool | Literal["independent"] = False,
         seed: int = 0,
     ) -> None:
         check_number("steps", steps, lambda x: x > 0 and 2 * x % 1 == 0, "a positive multiple of one half")
@@ -92,6 +91,8 @@ class SpectralNormRegularizer:
         check_number(
             "seed", seed, lambda x: -(2**63) <= x < 2**64 and x % 1 == 0, "a whole number from -2⁶³ to 2⁶⁴ - 1"
         )
+        if not (isinstance(decoupled, bool) or decoupled == "independent"):
+            raise ValueError(f"decoupled is {decoupled!r}: it must be True, False or 'independent'.")
         self.weights: list[Weight] = named_weights(model, select, map, input_size, embeddings)
         self.penalty_function, self.every, self.decoupled = penalty_of(penalty), int(every), decoupled
         self._state = State(
@@ -108,19 +109,17 @@ class SpectralNormRegularizer:
         self._attachment: Attachment | None = None
 
     @property
-    def strength(self) -> float | int | Mapping[str, float | int]:
+    def strength(self) -> Strength | Mapping[str, Strength]:
         """λ, as it was set; a copy, if it is a mapping."""
         return dict(self._strength) if isinstance(self._strength, Mapping) else self._strength
 
     @strength.setter
-    def strength(self, strength: float | int | Mapping[str, float | int]) -> None:
+    def strength(self, strength: Strength | Mapping[str, Strength]) -> None:
         patterns = Patterns("strength", strength)
         numbers = {w.name: patterns.get(w.name, 0.0) for w in self.weights}
         patterns.check_all_used(list(numbers))
-        for name, number in numbers.items():
-            check_strength(name, number, self.every)
+        self._state.set_strengths(numbers)
         self._strength = dict(strength) if isinstance(strength, Mapping) else strength
-        self._state.set_strengths({name: float(number) * self.every for name, number in numbers.items()})
 
     @torch.no_grad()
     def add_gradient(self) -> None:
@@ -136,7 +135,7 @@ class SpectralNormRegularizer:
         """
         refuse_gradients_by_sample(self.weights)
         if self.decoupled:
-            raise RuntimeError("decoupled=True acts on the weights with the optimizer's learning rate: use attach().")
+            raise RuntimeError(f"decoupled={self.decoupled} acts on the weights when the optimizer does: use attach().")
         for group, weights, acts in self._state.step():
             add_gradient(group, weights, self.penalty_function, acts)
 
@@ -153,7 +152,7 @@ class SpectralNormRegularizer:
             NotImplementedError: A transform of ``torch.func`` is at work.
         """
         if self.decoupled:
-            raise RuntimeError("decoupled=True does not act through the loss: use attach(), or leave it out.")
+            raise RuntimeError(f"decoupled={self.decoupled} does not act through the loss: use attach().")
         looking = not torch.is_grad_enabled()
         if not looking:
             refuse_gradients_by_sample(self.weights)
@@ -244,7 +243,7 @@ class SpectralNormRegularizer:
         weight  2 × 3  1 × 2 × 3  0.01      2  ...       1.25
         """
         numbers = self.sigma(), self.residual(), self.stable_rank()
-        return table(self._state.strengths, self.every, self.weights, *numbers)
+        return table(self._state.strengths_now(), self.every, self.weights, *numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """Its vectors by the name of the weight, alike on every rank. Safe to save; nothing of the model is in it.
@@ -270,7 +269,7 @@ class SpectralNormRegularizer:
         return (
             f"SpectralNormRegularizer({len(self.weights)} weights with {blocks} blocks, strength={self.strength}, "
             f"penalty={self.penalty_function}, steps={self._state.halves / 2:g}, every={self.every}"
-            f"{', decoupled' if self.decoupled else ''}{', attached' if self._attachment else ''})"
+            f"{f', decoupled={self.decoupled!r}' if self.decoupled else ''}{', attached' if self._attachment else ''})"
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -281,6 +280,7 @@ class SpectralNormRegularizer:
         """Called by the attachment: with learning rates by parameter, the gradients' scale, and 0 to skip the step."""
         for group, weights, acts in self._state.step(lane, held=rates):
             if self.decoupled:
-                move(group, weights, self.penalty_function, [rates[id(W)] for W in weights], keep * acts)
+                own = [1.0 if self.decoupled == "independent" else rates[id(W)] for W in weights]
+                move(group, weights, self.penalty_function, own, keep * acts)
             else:
                 add_gradient(group, weights, self.penalty_function, factor * keep * acts)

@@ -22,12 +22,12 @@ def check_number(name: str, value: Any, fine: Callable[[Any], bool], what: str) 
 
 def check_strength(name: str, number: Any, every: int) -> None:
     """Raise unless ``number`` × ``every`` is 0, or one that float32 can hold."""
-    check_number(f"strength of {name!r}", number, lambda x: isfinite(x) and x >= 0, "a finite number from 0")
+    check_number(name, number, lambda x: isfinite(x) and x >= 0, "a finite number from 0")
     if number and not SMALLEST <= number * every <= LARGEST:
         times = f" × every={every}" if every > 1 else ""
         raise ValueError(
-            f"strength of {name!r} is {number!r}{times}: it must be 0, or from {SMALLEST:.3g} to {LARGEST:.3g}, which "
-            "float32 can hold."
+            f"{name} is {number!r}{times}: it must be 0, or from {SMALLEST:.3g} to {LARGEST:.3g}, which float32 can "
+            "hold."
         )
 
 
@@ -84,6 +84,15 @@ def refuse_gathered(names: Sequence[str]) -> None:
         raise RuntimeError(
             f"weight {names[0]!r} is gathered, but its optimizer steps the shards: a gradient added now would be lost. "
             "Call reshard() of the fully_shard model before, or leave set_reshard_after_backward alone."
+        )
+
+
+def refuse_schedules_in_a_graph(capturing: bool) -> None:
+    """Refuse a strength that is a function of the step in a CUDA graph, every replay of which would have the first."""
+    if capturing:
+        raise RuntimeError(
+            "strength is a function of the step, which no replay of a CUDA graph would call: give a number, and assign "
+            "regularizer.strength between the replays."
         )
 
 

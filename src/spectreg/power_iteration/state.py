@@ -14,10 +14,12 @@ from spectreg.power_iteration.refusals import (
     refuse_constants,
     refuse_gathered,
     refuse_other_weights,
+    refuse_schedules_in_a_graph,
     refuse_strangers,
     refuse_unfit,
 )
 from spectreg.power_iteration.step import Vectors, full_precision
+from spectreg.power_iteration.strengths import Strength, Strengths
 from spectreg.weights.selection import Weight
 
 Saved = dict[str, Any]  # of one weight: u, v and sigma, calls, start if a penalty asks for it, and whether it is warm
@@ -44,9 +46,10 @@ class Group:
     captured: bool = False
     target: Float[Tensor, "..."] | None = field(default=None, init=False)
 
-    def set_strengths(self, strengths: Mapping[str, float]) -> None:
-        """Take λ of each weight by its name: into a tensor, so that a compiled step does not depend on the numbers."""
-        each = [strengths[w.name] for w in self.members for _ in range(w.map.blocks)]
+    def set_strengths(self, strengths: Strengths, step: int) -> None:
+        """Take λ of each weight at ``step``: into a tensor, so that a compiled step does not depend on the numbers."""
+        numbers = strengths.at([w.name for w in self.members], step)
+        each = [number for w, number in zip(self.members, numbers, strict=True) for _ in range(w.map.blocks)]
         self.strength.copy_(torch.tensor(each, dtype=self.strength.dtype, device="cpu")[:, None])
 
     def step(self, weights: Sequence[Tensor], halves: int, every: int) -> float | Tensor:
@@ -66,6 +69,10 @@ class Group:
         if self.captured and self.count is not None:
             return int(self.count)
         return self.calls
+
+    def last(self) -> int:
+        """The number of the last step, counted from 0; 0 before the first."""
+        return max(self.now() - 1, 0)
 
     def _step_in_a_graph(self, count: Tensor, weights: Sequence[Tensor], halves: int, every: int) -> Tensor:
         """As ``step``, but all that depends on the turn is a value on the device: what is not to be is undone.
@@ -115,18 +122,23 @@ class State:
         self.weights, self.k, self.tracked, self.seed = weights, k, tracked, seed
         self.halves, self.every, self.warmup, self.keeps_start = halves, every, warmup, keeps_start
         self.lanes: Mapping[str, int] = {}
-        self.strengths: Mapping[str, float] = {w.name: 0.0 for w in weights}
+        self.strengths = Strengths({w.name: 0.0 for w in weights}, every)
         self._sharded = {w.name for w in weights if is_sharded(w.tensor)}
         self._gathered: list[str] = []
         self._saved = self._first()
         self._groups: list[Group] = []
         self._layout: Any = None
 
-    def set_strengths(self, strengths: Mapping[str, float]) -> None:
-        """λ of each weight by its name."""
-        self.strengths = strengths
+    def set_strengths(self, each: Mapping[str, Strength]) -> None:
+        """λ of each weight by its name, a number or a function of how many steps the weight has taken before."""
+        self.strengths = Strengths(each, self.every)
         for group in self._groups:
-            group.set_strengths(strengths)
+            group.set_strengths(self.strengths, group.last())
+
+    def strengths_now(self) -> dict[str, float]:
+        """λ × ``every`` of each weight as of its last step."""
+        steps = {w.name: g.last() for g in self._groups for w in g.members}
+        return {w.name: self.strengths.at([w.name], steps.get(w.name, 0))[0] for w in self.weights}
 
     def step(
         self, lane: int | None = None, effective: bool = False, held: Container[int] | None = None
@@ -148,6 +160,10 @@ class State:
             for group, weights in groups:
                 refuse_strangers(group.members, weights, held)
         with torch.no_grad():
+            for g, _ in groups:
+                if self.strengths.vary([w.name for w in g.members]):
+                    refuse_schedules_in_a_graph(is_capturing(g.strength.device))
+                    g.set_strengths(self.strengths, g.now())
             turns = [(g, weights, g.step(weights, self.halves, self.every)) for g, weights in groups]
         return [turn for turn in turns if isinstance(turn[2], Tensor) or turn[2]]
 
@@ -263,7 +279,7 @@ class State:
         calls, strength = saved[0]["calls"], torch.empty_like(vectors.sigma[:, :1])
         count = torch.full((), calls, device=device) if self.every > 1 or self.halves % 2 else None
         group = Group(members, vectors, lane, self.k, calls, saved[0]["warm"], start, strength, count)
-        group.set_strengths(self.strengths)
+        group.set_strengths(self.strengths, group.last())
         return group
 
     @torch.no_grad()
