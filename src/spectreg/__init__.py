@@ -4,11 +4,14 @@ from spectreg.baselines.adversarial import adversarial_loss
 from spectreg.baselines.jacobian import jacobian_penalty, layerwise_jacobian_penalty
 from spectreg.lipschitz.network import lipschitz_bound
 from spectreg.lipschitz.operator_norm import operator_norm
+from spectreg.measures.adapters import adapter_norms
+from spectreg.measures.attention import logit_bound
 from spectreg.measures.generalization import generalization_gap
 from spectreg.measures.hessian import hessian_top_eigenvalues
 from spectreg.measures.input_gradient import input_gradient_norm
 from spectreg.measures.jacobian import jacobian_frobenius_norm, jacobian_norm
 from spectreg.measures.losses import BatchLoss
+from spectreg.measures.normalized import normalized_norms
 from spectreg.measures.perturbation import perturbation_curve
 from spectreg.measures.spectra import singular_values
 from spectreg.regularizer import SpectralNormRegularizer
@@ -20,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchLoss",
     "SpectralNormRegularizer",
+    "adapter_norms",
     "adversarial_loss",
     "generalization_gap",
     "hessian_top_eigenvalues",
@@ -30,7 +34,9 @@ __all__ = [
     "jacobian_penalty",
     "layerwise_jacobian_penalty",
     "lipschitz_bound",
+    "logit_bound",
     "named_weights",
+    "normalized_norms",
     "operator_norm",
     "perturbation_curve",
     "singular_values",

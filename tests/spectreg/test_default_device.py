@@ -17,12 +17,24 @@ MEASURES = {
     "Hessian": lambda m, x, y: spectreg.hessian_top_eigenvalues(m, mse_loss, [(x, y)]).values[0],
     "Jacobian": lambda m, x, y: spectreg.jacobian_norm(m, x).value.tolist(),
     "gradient by the input": lambda m, x, y: spectreg.input_gradient_norm(m, mse_loss, [(x, y)]).value,
+    "attention": lambda m, x, y: spectreg.logit_bound(attention())[""].value.tolist(),
+    "layers and normalizations": lambda m, x, y: spectreg.normalized_norms(normalized(), x[:, :2]),
 }  # fmt: skip
 
 
 def convolution():
     with torch.device("cpu"):
         return seeded(lambda: nn.Conv2d(2, 3, 3))
+
+
+def attention():
+    with torch.device("cpu"):
+        return seeded(lambda: nn.MultiheadAttention(4, 2))
+
+
+def normalized():
+    with torch.device("cpu"):
+        return seeded(lambda: nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
 
 
 def wide():

@@ -50,6 +50,7 @@ MEASURES = {
     "input_gradient_norm": lambda model: spectreg.input_gradient_norm(model, F.cross_entropy, [(x, y)]),
     "perturbation_curve": lambda model: spectreg.perturbation_curve(model, F.cross_entropy, [(x, y)], [1.0], "pgd"),
     "hessian_top_eigenvalues": lambda model: spectreg.hessian_top_eigenvalues(model, F.cross_entropy, [(x, y)]),
+    "normalized_norms": lambda model: spectreg.normalized_norms(model, x),
 }
 
 

@@ -1,5 +1,6 @@
 """Reading a model without changing it: evaluation mode, batches on its device, everything put back."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,6 +68,21 @@ def check_values(model: nn.Module) -> None:
             )
         if name in parameters and not tensor.isfinite().all():
             raise ValueError(f"parameter {name!r} has entries that are NaN or infinite: there is nothing to measure.")
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise if a parameter is spread over devices, for a measure that needs whole ones."""
+    if "torch.distributed.tensor" not in sys.modules:  # slow to import, and without it nothing is sharded
+        return
+    from torch.distributed.tensor import DTensor
+
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"parameter {name!r} is sharded (a DTensor), and this needs it whole. Load the full state dict "
+                "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) into a model "
+                "on one device and measure that."
+            )
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -1,7 +1,6 @@
 """Measure: the largest eigenvalues of the loss Hessian (Figure 3 of arXiv:1705.10941)."""
 
 import math
-import sys
 from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from spectreg.linalg.directions import gaussian_like, length, own_generator
 from spectreg.linalg.lanczos import Eigenvalues, Goal, Operator, lanczos
 from spectreg.measures._forms import PairLoss, WholeLoss, loss_of
-from spectreg.measures._model import Batches, as_found, batches_on, device_of
+from spectreg.measures._model import Batches, as_found, batches_on, device_of, refuse_sharded
 from spectreg.measures._terms import LossFunction
 from spectreg.measures.losses import BatchLoss
 
@@ -146,20 +145,6 @@ def product_with(
             for row, p in zip(rows, parameters, strict=True)
         ]
     ).to(v)
-
-
-def refuse_sharded(model: nn.Module) -> None:
-    if "torch.distributed.tensor" not in sys.modules:  # slow to import, and without it nothing is sharded
-        return
-    from torch.distributed.tensor import DTensor
-
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise ValueError(
-                f"parameter {name!r} is sharded (a DTensor): its hooks have no second derivative. Load the full state "
-                "dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) into a "
-                "model on one device and measure that."
-            )
 
 
 def refuse_asymmetric(model: nn.Module, gradients: tuple[Tensor | None, ...], parameters: list[nn.Parameter]) -> None:
