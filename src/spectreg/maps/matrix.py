@@ -14,7 +14,9 @@ from spectreg.maps.base import Norm
 
 CACHED = 1 << 21  # elements of a matrix that stay in the cache from one product to the next
 # Elements of a weight of lower precision that are held in float32 at a time, and of a block that is multiplied alone.
-PIECE_ON = {"cpu": (1 << 18, 1 << 12)}
+# The first is what torch gives to one thread. With larger pieces each conversion and product forks, and where other
+# processes are busy, thousands of joins wait for a core: 8 to 80 × the time of a product in bfloat16, against 1.3.
+PIECE_ON = {"cpu": (1 << 15, 1 << 12)}
 PIECE_ELSEWHERE = (1 << 22, 1 << 62)  # each piece costs a dozen launches
 
 
@@ -88,7 +90,7 @@ class MatrixMap:
         """Wv of each row of ``v``, in its precision."""
         if v.ndim == 1:
             return self.forward(W, v[None])[0]
-        v, A = self._to_memory(W, v), self._matrix(W, v.dtype)
+        v, A = self._to_memory(W, v), self._matrix(W)
         if A is not None:
             return times(v, A.t())
         S, x = self._stored(W), v.view(len(v), self.blocks, self._parts, self._columns)
@@ -101,7 +103,7 @@ class MatrixMap:
         """Wᵀu of each row of ``u``, in its precision."""
         if u.ndim == 1:
             return self.adjoint(W, u[None])[0]
-        A = self._matrix(W, u.dtype)
+        A = self._matrix(W)
         if A is not None:
             return self._from_memory(W, times(u, A))
         S, x = self._stored(W), u.view(len(u), self.blocks, self.outputs)
@@ -118,11 +120,9 @@ class MatrixMap:
             self.add_outer_(dense, u, v)
             G.add_(dense, alpha=alpha)
             return
-        v, A = self._to_memory(G, v), self._matrix(G, u.dtype)
-        if A is not None and len(u) == 1:
-            A.addcmul_(u.t(), v, value=alpha)  # a quarter faster than addr_
-        elif A is not None:
-            A.addmm_(u.t(), v, alpha=alpha)
+        v, A = self._to_memory(G, v), self._matrix(G)
+        if A is not None:
+            add_times_(A, u.t(), v, alpha)
         else:
             self._add_pieces(G, u, v, alpha)
 
@@ -136,9 +136,9 @@ class MatrixMap:
             else:
                 S[b, p, r].add_(left[b, :, r] @ right[b, p], alpha=alpha)
 
-    def _matrix(self, W: Tensor, dtype: torch.dtype) -> Float[Tensor, "outputs inputs"] | None:
-        """The map as one matrix in the weight's own memory and of this precision, if it is one."""
-        if W.dtype != dtype or self.blocks > 1 or self.layout in ("transposed", "stack"):
+    def _matrix(self, W: Tensor) -> Float[Tensor, "outputs inputs"] | None:
+        """The map as one matrix in the weight's own memory, if it is one."""
+        if self.blocks > 1 or self.layout in ("transposed", "stack"):
             return None
         if self.layout == "columns":
             return W.t()
@@ -176,23 +176,51 @@ class MatrixMap:
 
 
 def times(x: Float[Tensor, "m n"], A: Float[Tensor, "n o"]) -> Float[Tensor, "m o"]:
-    """x·A for few rows ``x``, at the price of reading ``A`` once.
+    """x·A for few rows ``x``, in their precision, at the price of reading ``A`` once.
 
     A CPU's matrix product copies a large ``A`` before it multiplies it with a few rows. Products with one row after
     the other, of a part of ``A`` that stays in the cache, take two thirds of the time.
     """
-    if len(x) == 1:
-        return torch.mv(A.t(), x[0])[None]
-    if A.device.type != "cpu" or A.numel() <= CACHED or torch.compiler.is_compiling():
-        return x @ A
+    part = part_of(A, x)
+    if part is None:
+        A = A.to(x.dtype)
+        return torch.mv(A.t(), x[0])[None] if len(x) == 1 else x @ A
     if A.stride(0) == 1:  # the transpose of a matrix of rows: each part gives some of the outputs
-        some = max(1, CACHED // len(A))
-        return torch.cat([torch.stack([torch.mv(part.t(), row) for row in x]) for part in A.split(some, 1)], 1)
-    y, some = x.new_zeros(len(x), A.shape[1]), max(1, CACHED // A.shape[1])
-    for part, inputs in zip(A.split(some), x.split(some, 1), strict=True):
+        parts = (some.t().to(x.dtype) for some in A.split(max(1, part // len(A)), 1))
+        return torch.cat([torch.stack([torch.mv(some, row) for row in x]) for some in parts], 1)
+    y, rows = x.new_zeros(len(x), A.shape[1]), max(1, part // A.shape[1])
+    for some, inputs in zip(A.split(rows), x.split(rows, 1), strict=True):
+        some = some.to(x.dtype).t()
         for row, out in zip(inputs, y, strict=True):
-            out.addmv_(part.t(), row)
+            out.addmv_(some, row)
     return y
+
+
+def add_times_(A: Float[Tensor, "n o"], x: Float[Tensor, "n k"], y: Float[Tensor, "k o"], alpha: float) -> None:
+    """A += alpha·xy, rounded once to the precision of ``A``."""
+    if A.dtype == x.dtype and len(y) == 1:
+        A.addcmul_(x, y, value=alpha)  # a quarter faster than addr_
+    elif A.dtype == x.dtype:
+        A.addmm_(x, y, alpha=alpha)
+    elif A.stride(0) == 1 and A.stride(1) != 1:
+        add_times_(A.t(), y.t(), x.t(), alpha)
+    else:
+        rows = max(1, (part_of(A, x) or A.numel()) // A.shape[1])
+        for some, left in zip(A.split(rows), x.split(rows), strict=True):
+            some.add_(left @ y, alpha=alpha)
+
+
+def part_of(A: Tensor, x: Tensor) -> int | None:
+    """Elements of ``A`` to multiply with ``x`` at a time; None for all at once."""
+    if torch.compiler.is_compiling():
+        return None
+    if A.dtype != x.dtype:
+        part = PIECE_ON.get(A.device.type, PIECE_ELSEWHERE)[0]
+    elif A.device.type == "cpu" and len(x) > 1:
+        part = CACHED
+    else:
+        return None
+    return None if A.numel() <= part else part
 
 
 def times_each(x: Float[Tensor, "m blocks n"], A: Float[Tensor, "blocks n o"]) -> Float[Tensor, "m blocks o"]:
@@ -209,7 +237,7 @@ def pieces(S: Float[Tensor, "blocks parts outputs columns"], whole: bool) -> Ite
 
     >>> W = torch.empty(1, 1, 4096, 4096, dtype=torch.bfloat16)
     >>> len(list(pieces(W, whole=False))), len(list(pieces(W.to("meta"), whole=False)))
-    (64, 4)
+    (512, 4)
     """
     blocks, parts, rows, columns = S.shape
     of_block, (most, single) = parts * rows * columns, PIECE_ON.get(S.device.type, PIECE_ELSEWHERE)
