@@ -18,7 +18,7 @@ LIBRARY = [
     ("lipschitz", "baselines"),
     ("power_iteration",),
     ("optimizers", "summary"),
-    ("regularizer",),
+    ("caps", "regularizer"),
     ("integrations",),
 ]
 LAB = [

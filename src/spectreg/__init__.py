@@ -2,6 +2,7 @@
 
 from spectreg.baselines.adversarial import adversarial_loss
 from spectreg.baselines.jacobian import jacobian_penalty, layerwise_jacobian_penalty
+from spectreg.caps import SpectralNormCap
 from spectreg.lipschitz.network import lipschitz_bound
 from spectreg.lipschitz.operator_norm import operator_norm
 from spectreg.measures.adapters import adapter_norms
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchLoss",
+    "SpectralNormCap",
     "SpectralNormRegularizer",
     "adapter_norms",
     "adversarial_loss",

@@ -47,6 +47,42 @@ class Attachment:
             handle.remove()
 
 
+class AfterSteps:
+    """Hooks on optimizers that act after each step; arguments and ``lanes`` as of `Attachment`."""
+
+    def __init__(self, optimizers: Sequence[Any], weights: Sequence[Weight], after_step: Callable[[int], None]) -> None:
+        inner = list({id(x): x for x in map(acting, optimizers)}.values())
+        for optimizer in inner:
+            if _keeps_averages(optimizer):
+                raise ValueError(
+                    f"the weights under {type(optimizer).__name__} are between two averages that it keeps, which would "
+                    "not be capped: call apply() on the averaged model after training."
+                )
+        held = [_parameters(optimizer) for optimizer in inner]
+        self.lanes = {w.name: i for w in weights for i, ids in enumerate(held) if id(w.tensor) in ids}
+        _check_held(weights, self.lanes)
+        self._handles = [
+            optimizer.register_step_post_hook(_after(lane, after_step)) for lane, optimizer in enumerate(inner)
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _after(lane: int, after_step: Callable[[int], None]) -> Callable[..., None]:
+    def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not _is_within_a_step(optimizer):
+            after_step(lane)
+
+    return hook
+
+
+def _keeps_averages(optimizer: Optimizer) -> bool:
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+
+
 def acting(optimizer: Any) -> Optimizer:
     """``optimizer``, or the one inside of it that moves the same parameters: the one whose step is sure to be called.
 
@@ -152,7 +188,7 @@ def _refuse_decoupled(optimizer: Optimizer, decoupled: bool | str) -> None:
             f"decoupled=True acts with the learning rate, and {type(optimizer).__name__} has parameter groups without "
             "'lr': use decoupled='independent', or leave it out."
         )
-    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+    if _keeps_averages(optimizer):
         raise ValueError(
             f"decoupled={decoupled} moves the weights, and those under {type(optimizer).__name__} are between two "
             "averages that it keeps: leave decoupled out, and the penalty goes through its gradients."

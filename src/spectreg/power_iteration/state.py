@@ -124,7 +124,7 @@ class State:
         self.lanes: Mapping[str, int] = {}
         self.strengths = Strengths({w.name: 0.0 for w in weights}, every)
         self._sharded = {w.name for w in weights if is_sharded(w.tensor)}
-        self._gathered: list[str] = []
+        self.gathered: list[str] = []
         self._saved = self._first()
         self._groups: list[Group] = []
         self._layout: Any = None
@@ -155,7 +155,7 @@ class State:
                 refuse_constants(group.members, weights)
         else:
             refuse_computed(self.weights)
-            refuse_gathered(self._gathered)
+            refuse_gathered(self.gathered)
         if held is not None:
             for group, weights in groups:
                 refuse_strangers(group.members, weights, held)
@@ -186,7 +186,7 @@ class State:
         if layout != self._layout:
             refuse_unfit(self.weights, list(weights.values()))
             sharded = {name for name, W in weights.items() if is_sharded(W)}
-            self._gathered, self._sharded = sorted(self._sharded - sharded), self._sharded | sharded
+            self.gathered, self._sharded = sorted(self._sharded - sharded), self._sharded | sharded
             with torch.inference_mode(False):  # validation loops may be the first to ask for σ
                 self._saved = self._at_rest()
                 self._groups = self._regrouped(weights)

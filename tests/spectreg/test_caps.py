@@ -1,0 +1,236 @@
+"""Spectral norms held at or below a cap after each step of the optimizer, against an SVD."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import KINDS, Kind, mlp, seeded
+from ranks import on_ranks
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import parametrizations
+
+from spectreg import SpectralNormCap
+
+PROMISE = 1e-3
+
+
+def perceptron() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
+
+
+class Transformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(20, 32)
+        self.layer = nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True)
+        self.head = nn.Linear(32, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.embedding(x))).transpose(1, 2)
+
+
+def batch(model: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Targets that do not depend on the inputs: the weights grow as far as they are let."""
+    if isinstance(model, Transformer):
+        return tuple(torch.randint(20, (2, 16, 6), generator=generator))
+    return torch.randn(32, 32, generator=generator), torch.randint(10, (32,), generator=generator)
+
+
+def optimizers(name: str, model: nn.Module, weights: list[Tensor]) -> list[torch.optim.Optimizer]:
+    if name == "AdamW":
+        return [torch.optim.AdamW(model.parameters(), lr=0.01)]
+    ids = {id(w) for w in weights}
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    return [torch.optim.Muon(weights, lr=0.02), torch.optim.AdamW(rest, lr=0.01)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("value", "retract"), [(1.0, False), ("shape", True)])
+@pytest.mark.parametrize("name", ["Muon", "AdamW"])
+@pytest.mark.parametrize("build", [perceptron, Transformer])
+def test_through_300_steps_every_norm_is_within_a_thousandth_of_the_cap(build, name, retract, value):
+    model = build()
+    cap = SpectralNormCap(model, value, retract=retract)
+    weights = [w.tensor for w in cap.weights]
+    several = optimizers(name, model, weights)
+    cap.attach(several[0])
+    generator, worst, touched = torch.Generator().manual_seed(1), -1.0, 0
+    data = [batch(model, generator) for _ in range(8)]
+    for step in range(300):
+        x, y = data[step % 8]
+        model.zero_grad()
+        cross_entropy(model(x), y).backward()
+        for optimizer in several:
+            optimizer.step()
+        for w in cap.weights:
+            blocks = w.tensor.detach().double().chunk(3 if "in_proj" in w.name else 1)  # queries, keys, values
+            excess = max(torch.linalg.matrix_norm(block, 2).item() for block in blocks) / cap.caps[w.name] - 1
+            worst = max(worst, abs(excess) if retract else excess)
+            touched += abs(excess) < PROMISE
+    assert worst <= PROMISE
+    assert touched > 300
+
+
+def norms(kind: Kind, W: Tensor) -> Tensor:
+    """The norm of each block, or of the whole map if the blocks are on the diagonal of one."""
+    each = torch.stack([torch.linalg.matrix_norm(m, 2) for m in kind.matrices(W.detach())])
+    return each if kind.each else each.max()
+
+
+@pytest.mark.parametrize("retract", [False, True])
+@pytest.mark.parametrize("kind", KINDS, ids=repr)
+def test_every_kind_of_weight_is_scaled_block_by_block_where_these_are_maps_of_their_own(kind, retract):
+    model = seeded(kind.build)
+    W = dict(model.named_parameters())[kind.weight]
+    before, old = norms(kind, W), W.detach().clone()
+    c = before.max().item() * 0.7
+    cap = SpectralNormCap(model, c, retract=retract, select=lambda name, _: name == kind.weight,
+                          **kind.settings)  # fmt: skip
+    cap.apply()
+    after = torch.full_like(before, c) if retract else before.clamp_max(c)
+    torch.testing.assert_close(norms(kind, W), after, rtol=1e-6, atol=0)
+    torch.testing.assert_close(cap.sigma()[kind.weight], norms(kind, W).max(), rtol=1e-6, atol=0)
+    if before.ndim == 0:
+        torch.testing.assert_close(W.detach(), old * (c / before), rtol=1e-6, atol=0)
+
+
+def test_a_weight_below_its_cap_is_left_as_it_is_to_the_bit():
+    model, plain = mlp(), mlp()
+    SpectralNormCap(model, 100.0).apply()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def test_a_cap_in_units_of_the_shape_is_the_root_of_outputs_over_inputs_times_the_factor():
+    model = mlp(widths=(4, 9, 2))
+    SpectralNormCap(model, "shape", factor=0.1, retract=True).apply()
+    assert torch.linalg.matrix_norm(model[0].weight.detach(), 2).item() == pytest.approx(0.15)
+    assert torch.linalg.matrix_norm(model[2].weight.detach(), 2).item() == pytest.approx(0.1 * (2 / 9) ** 0.5)
+
+
+def test_a_weight_that_no_pattern_matches_and_a_frozen_one_are_left_alone():
+    model, plain = mlp(), mlp()
+    model[2].weight.requires_grad_(False)
+    cap = SpectralNormCap(model, {"0.*": 0.1, "2.*": 0.1})
+    cap.apply()
+    assert torch.equal(model[2].weight, plain[2].weight)
+    assert torch.equal(model[4].weight, plain[4].weight)
+    assert list(cap.sigma()) == ["0.weight"]
+    assert torch.linalg.matrix_norm(model[0].weight.detach(), 2).item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_weight_that_is_zero_or_not_finite_is_not_scaled_and_the_next_one_is_found_again(value):
+    model = nn.Linear(6, 5, bias=False).double()
+    cap = SpectralNormCap(model, 0.5, retract=True)
+    with torch.no_grad():
+        model.weight.fill_(value)
+        cap.apply()
+        assert torch.equal(model.weight.nan_to_num(7.0), torch.full_like(model.weight, value).nan_to_num(7.0))
+        model.weight.copy_(torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    cap.apply()
+    assert torch.linalg.matrix_norm(model.weight.detach(), 2).item() == pytest.approx(0.5, rel=PROMISE)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_weights_whose_squares_float32_cannot_hold_are_capped(size):
+    model = seeded(lambda: nn.Linear(6, 5, bias=False)).float()
+    with torch.no_grad():
+        model.weight.mul_(size)
+    cap = SpectralNormCap(model, size / 100)
+    cap.apply()
+    assert torch.linalg.matrix_norm(model.weight.detach().double(), 2).item() == pytest.approx(size / 100, rel=1e-5)
+
+
+def trained(model: nn.Module, cap: SpectralNormCap, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    x = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def test_a_capped_training_goes_on_from_a_saved_state_and_in_a_copy_as_if_it_had_not_been_interrupted():
+    whole, cut = mlp(), mlp()
+    cap, first = (SpectralNormCap(m, 0.3, retract=True, tracked=1, depth=1, warmup=0) for m in (whole, cut))
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
+    cap.attach(optimizer)
+    trained(whole, cap, optimizer, 6)
+    optimizer = torch.optim.SGD(cut.parameters(), lr=0.1)
+    trained(cut, first.attach(optimizer), optimizer, 3)
+    copied, its = copy.deepcopy((cut, first))
+    second = SpectralNormCap(cut, 0.3, retract=True, tracked=1, depth=1, warmup=0)
+    second.load_state_dict(first.state_dict())
+    first.detach()
+    for model, follower in ((cut, second), (copied, its)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trained(model, follower.attach(optimizer), optimizer, 3)
+        assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), model.parameters(), strict=True))
+
+
+class Averaging(torch.optim.SGD):
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+def test_what_a_cap_cannot_act_on_is_refused_by_name():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    cap = SpectralNormCap(model, 1.0).attach(optimizer)
+    with pytest.raises(RuntimeError, match="this cap is attached already"):
+        cap.attach(optimizer)
+    with pytest.raises(ValueError, match="between two averages that it keeps, which would not be capped"):
+        SpectralNormCap(model, 1.0).attach(Averaging(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match=r"does not hold 2.weight, 4.weight"):
+        SpectralNormCap(model, 1.0).attach(torch.optim.SGD(model[0].parameters(), lr=0.1))
+    with pytest.raises(ValueError, match=r"weight '0.weight' is torch.bfloat16, whose rounding is coarser"):
+        SpectralNormCap(mlp().bfloat16(), 1.0)
+    with pytest.raises(ValueError, match=r"cap of '0.weight' is -1.0: it must be a finite number above 0, or 'shape'"):
+        SpectralNormCap(model, -1.0)
+    with pytest.raises(ValueError, match="depth is 0: it must be a whole number from 1"):
+        SpectralNormCap(model, 1.0, depth=0)
+    with pytest.raises(ValueError, match="cap: no weight matches 'x'"):
+        SpectralNormCap(model, {"x": 1.0})
+    with pytest.raises(ValueError, match="is under a parametrization"):
+        SpectralNormCap(nn.Sequential(parametrizations.orthogonal(nn.Linear(3, 3))), 1.0).apply()
+    with pytest.raises(ValueError, match="format version None"):
+        cap.load_state_dict({})
+
+
+def test_several_optimizers_cap_the_weights_that_each_of_them_holds_and_none_after_detaching():
+    model = mlp()
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.0) for layer in model[::2]]
+    before = model[2].weight.detach().clone()
+    cap = SpectralNormCap(model, 0.1).attach(*optimizers)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizers[0].step()
+    assert torch.linalg.matrix_norm(model[0].weight.detach(), 2).item() == pytest.approx(0.1)
+    assert torch.equal(model[2].weight, before)
+    cap.detach()
+    optimizers[1].step()
+    assert torch.equal(model[2].weight, before)
+
+
+def sharded_training() -> None:
+    for settings in ({}, {"retract": True}, {"map": {"0.*": 2}}):
+        plain = mlp(widths=(5, 8, 2, 3))
+        sharded = copy.deepcopy(plain)
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        for model in (plain, sharded):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+            cap = SpectralNormCap(model, 0.3, **settings).attach(optimizer)
+            trained(model, cap, optimizer, 4)
+        for p, q in zip(plain.parameters(), sharded.parameters(), strict=True):
+            torch.testing.assert_close(q.full_tensor(), p)
+
+
+@pytest.mark.slow
+def test_a_capped_training_of_sharded_weights_equals_the_unsharded_one():
+    on_ranks(2, sharded_training)
