@@ -61,6 +61,13 @@ def test_active_adapters_are_summed_and_others_are_not():
     assert found.merged == pytest.approx(norm(layer.base_layer.weight + delta), rel=1e-6)
 
 
+def test_a_layer_without_an_active_adapter_is_left_out():
+    model = adapted(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), target_modules=["0"])
+    model.add_adapter("second", peft.LoraConfig(r=3, target_modules=["1"], init_lora_weights=False))
+    model.set_adapter("second")
+    assert list(adapter_norms(model)) == ["base_model.model.1"]
+
+
 def test_a_merged_adapter_counts_once():
     model = adapted(nn.Sequential(nn.Linear(6, 5)).double(), target_modules=["0"]).double()
     (before,) = adapter_norms(model).values()
@@ -111,6 +118,11 @@ def dora():
     return model
 
 
+def adalora():
+    config = peft.AdaLoraConfig(target_modules=["0"], init_r=2, target_r=1, total_step=10)
+    return peft.get_peft_model(nn.Sequential(nn.Linear(6, 5)), config)
+
+
 def switched_off():
     model = adapted(nn.Sequential(nn.Linear(6, 5)), target_modules=["0"])
     model.base_model.disable_adapter_layers()
@@ -138,11 +150,12 @@ def quantized():
     ("make", "message"),
     [
         (dora, r"does not compute W \+ sBA .*DoRA"),
+        (adalora, r"does not compute W \+ sBA .*AdaLoRA"),
         (hooked, r"does not compute W \+ sBA .* a hook"),
-        (switched_off, "no adapter of 'base_model.model.0' is active"),
+        (switched_off, "PeftModel has no active adapter: .* switched off"),
         (grouped, "only linear layers, embeddings and ungrouped convolutions"),
         (quantized, "adapts a quantized weight .*int8"),
-        (lambda: nn.Sequential(nn.Linear(2, 2)), "Sequential has no adapter"),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), "Sequential has no active adapter"),
     ],
 )
 def test_what_is_no_sum_of_weight_and_product_is_refused(make, message):

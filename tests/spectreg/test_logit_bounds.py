@@ -2,6 +2,7 @@
 
 import math
 
+import peft
 import pytest
 import torch
 import transformers
@@ -123,6 +124,30 @@ def test_queries_scaled_before_count_with_their_scale():
     model = drawn(Own(36, lambda y: [s * p for s, p in zip((-0.5, 2.0, 1.0), apart(y, 3, 3, 3), strict=True)]))
     (bound,) = logit_bound(model, sequences()).values()
     torch.testing.assert_close(bound.value, bound.sigma * 0.5)
+
+
+def test_attention_without_heads_is_one_head():
+    model = drawn(Own(36, lambda y: y.chunk(3, 2)))
+    (bound,) = logit_bound(model, sequences()).values()
+    Q, K, _ = model.layer.weight.chunk(3)
+    torch.testing.assert_close(bound.sigma, norms(Q[None], K[None]), rtol=1e-12, atol=0)
+
+
+def test_projections_with_an_adapter_beside_them_are_refused_until_it_is_merged():
+    settings = peft.LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
+    model = peft.get_peft_model(gpt2(), settings).double()
+    with pytest.raises(ValueError, match=r"are no outputs of a linear layer.* an adapter: merge it"):
+        logit_bound(model, tokens())
+    model.merge_adapter()
+    (bound,) = logit_bound(model, tokens()).values()
+    Q, K, _ = model.base_model.model.h[0].attn.c_attn.base_layer.weight.T.chunk(3)
+    torch.testing.assert_close(bound.sigma, norms(Q.view(3, 4, -1), K.view(3, 4, -1)), rtol=1e-12, atol=0)
+
+
+def test_an_adapter_on_the_weights_of_torchs_attention_is_refused():
+    model = peft.get_peft_model(nn.Sequential(nn.MultiheadAttention(4, 2)), peft.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"is wrapped by an adapter: .* merge_and_unload"):
+        logit_bound(model)
 
 
 def gpt2():

@@ -17,6 +17,10 @@ from spectreg.weights.module_names import named_modules
 from spectreg.weights.roles import is_stored_transposed
 
 STARTS, MAX_PRODUCTS = 3, 400
+OTHER = (
+    "does not compute W + sBA (DoRA, AdaLoRA or another variant, a hook): merge the adapter into its weight, and "
+    "measure that with singular_values."
+)
 BASES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
@@ -69,12 +73,12 @@ def adapter_norms(
     refuse_sharded(model)
     with as_found(model), torch.no_grad():
         for name, layer in named_modules(model):
-            if is_adapted(layer):
+            if is_adapted(layer) and acting(layer):
                 norms[name] = norm_of_adapted(factors_of(name, layer), Goal(1, tolerance, MAX_PRODUCTS), generator)
     if not norms:
         raise ValueError(
-            f"{type(model).__name__} has no adapter: no module with base_layer, lora_A, lora_B and scaling. "
-            "singular_values measures the weights of a model that has none."
+            f"{type(model).__name__} has no active adapter: no module with base_layer, lora_A, lora_B and scaling, or "
+            "all are switched off (set_adapter, enable_adapter_layers). singular_values measures weights without."
         )
     return norms
 
@@ -104,26 +108,24 @@ def norm_of_adapted(f: Factors, goal: Goal, generator: torch.Generator) -> Adapt
 
 def factors_of(name: str, layer: Any) -> Factors:
     """The factors of what acts; refuses what does not act as their sum."""
-    W, active, merged = base_weight(name, layer), acting(name, layer), set(getattr(layer, "merged_adapters", ()))
+    W, active, merged = base_weight(name, layer), acting(layer), set(getattr(layer, "merged_adapters", ()))
     if merged and not set(active) <= merged:
         raise ValueError(f"{name!r} has some of its active adapters merged and others not: merge all, or unmerge.")
+    if any(a in layer.lora_A and not isinstance(layer.lora_A[a], nn.Module) for a in active):
+        raise ValueError(f"{name!r} ({type(layer).__name__}) {OTHER}")
     pairs = [(layer.scaling[a] * in_double(B), in_double(A)) for a in active for A, B in [pair(layer, a)]]
     B, A = torch.cat([b.flatten(1) for b, _ in pairs], 1), torch.cat([a.flatten(1) for _, a in pairs])
     if (len(B), A.shape[1]) != tuple(W.shape):
         raise ValueError(f"{name!r}: factors of shapes {tuple(A.shape)} and {tuple(B.shape)} fit no {tuple(W.shape)}.")
     if not merged and not acts_as_sum(layer, active):
-        raise ValueError(
-            f"{name!r} ({type(layer).__name__}) does not compute W + sBA (DoRA or another variant, a hook): merge the "
-            "adapter into its weight, and measure that with singular_values."
-        )
+        raise ValueError(f"{name!r} ({type(layer).__name__}) {OTHER}")
     return Factors(W, B, A, bool(merged))
 
 
-def acting(name: str, layer: Any) -> list[str]:
-    names = [a for a in layer.active_adapters if a in layer.scaling]
-    if not names or getattr(layer, "disable_adapters", False):
-        raise ValueError(f"no adapter of {name!r} is active: switch one on (set_adapter, enable_adapter_layers).")
-    return names
+def acting(layer: Any) -> list[str]:
+    """The adapters of ``layer`` that are switched on."""
+    off = getattr(layer, "disable_adapters", False)
+    return [] if off else [a for a in layer.active_adapters if a in layer.scaling]
 
 
 def pair(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:

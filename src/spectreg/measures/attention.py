@@ -148,7 +148,8 @@ class Matched:
 
 
 def made_by(call: Attention, what: str, x: Tensor) -> list[Matched]:
-    """The heads of projections that those of ``x`` (batch × heads × positions × width) are."""
+    """The heads of projections that those of ``x`` (batch × heads × positions × width, or without heads) are."""
+    x = x[:, None] if x.ndim == 3 else x  # one head
     if x.ndim == 4:
         given = in_double(x.transpose(0, 1).flatten(1, 2))
         for projection in reversed(call.before):
