@@ -240,6 +240,17 @@ def test_an_example_that_cannot_tell_heads_apart_is_refused():
         logit_bound(drawn(Own(36, lambda y: apart(y, 3, 3, 3))), torch.zeros(2, 6, WIDTH, dtype=torch.float64))
 
 
+def test_heads_that_differ_only_in_what_the_example_lacks_are_refused():
+    model, x = drawn(Own(36, lambda y: apart(y, 3, 3, 3))), sequences()
+    with torch.no_grad():
+        model.layer.weight[4:8, 1:] = model.layer.weight[:4, 1:]
+        model.layer.bias[4:8] = model.layer.bias[:4]
+    assert len(logit_bound(model, x)[""].sigma) == 3
+    x[..., 0] = 0
+    with pytest.raises(ValueError, match="the example cannot tell"):
+        logit_bound(model, x)
+
+
 class Halved(nn.MultiheadAttention):
     def forward(self, *args, **kwargs):
         return super().forward(args[0] / 2, *args[1:], **kwargs)
