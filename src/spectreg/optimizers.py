@@ -97,10 +97,18 @@ def acting(optimizer: Any) -> Optimizer:
             f"attach() takes optimizers of torch.optim, not {type(optimizer).__name__}. What has a step() of its own "
             "gets the penalty from add_gradient() before it."
         )
+    if not hasattr(optimizer, "param_groups"):
+        raise ValueError(
+            f"attach() cannot act through this {type(optimizer).__name__}, which has no param_groups. Attach the "
+            "optimizers that move the weights, or call add_gradient() before each step()."
+        )
     inside = {
         name: x
         for name, x in vars(optimizer).items()
-        if isinstance(x, Optimizer) and x is not optimizer and _parameters(x) == _parameters(optimizer)
+        if isinstance(x, Optimizer)
+        and x is not optimizer
+        and hasattr(x, "param_groups")
+        and _parameters(x) == _parameters(optimizer)
     }
     different = list({id(x): x for x in inside.values()}.values())
     if len(different) == 1:

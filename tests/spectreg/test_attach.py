@@ -294,6 +294,24 @@ def test_opacus_gets_the_penalty_after_clipping_and_noise_and_refuses_what_it_wo
     assert sigma(layer) == ONCE
 
 
+class Groupless(Optimizer):
+    """Calls nothing of torch's, and has no groups."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
+def test_an_optimizer_without_groups_is_refused_with_the_way_out():
+    layer = diagonal()
+    with pytest.raises(
+        ValueError, match=r"cannot act through this Groupless, which has no param_groups\. .*add_gradient"
+    ):
+        attached(layer, Groupless(SGD(layer.parameters(), lr=RATE)))
+
+
 def on_one_of_two_ranks():
     from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
     from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer

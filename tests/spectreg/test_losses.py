@@ -213,6 +213,32 @@ def test_a_sum_is_divided_by_its_targets():
     assert hessian_top_eigenvalues(model, loss, parts, tolerance=1e-8).values[0] == pytest.approx(truth, rel=1e-9)
 
 
+@pytest.mark.parametrize("ignored", [255, 1])
+def test_a_sum_that_leaves_out_targets_is_refused_and_one_whose_terms_are_flat_here_is_not(ignored):
+    model, x, y = linear(), randn(12, 4), classes(12)
+    y[:5] = ignored
+    loss = nn.CrossEntropyLoss(ignore_index=ignored, reduction="sum")
+    with pytest.raises(ValueError, match=r"a sum that leaves out some targets .* reduction='mean'"):
+        input_gradient_norm(model, loss, [(x, y)])
+    easy = lambda o, y: F.multi_margin_loss(100 * o, y, reduction="sum")  # noqa: E731
+    leaf, y = x.clone().requires_grad_(), model(x).argmax(1)
+    (g,) = torch.autograd.grad(easy(model(leaf), y), leaf)
+    truth = g.norm(dim=1).mean().item()
+    assert (g.norm(dim=1) == 0).any()
+    assert input_gradient_norm(model, easy, [(x, y)]).value == pytest.approx(truth, rel=1e-9)
+
+
+def test_a_loss_without_a_second_derivative_is_named():
+    with pytest.raises(ValueError, match=r"no second derivative, so there is no Hessian: .*multi_margin_loss"):
+        hessian_top_eigenvalues(linear(), F.multi_margin_loss, [(randn(4, 4), classes(4))])
+
+
+def test_a_loss_that_cannot_take_one_example_alone_is_named_with_the_cure():
+    loss, batch = lambda o, y: F.binary_cross_entropy_with_logits(o.squeeze(), y), (randn(5, 4), randn(5).sign().relu())
+    with pytest.raises(ValueError, match=r"fails on one example by itself .*squeeze\(1\)"):
+        input_gradient_norm(linear(1), loss, [batch])
+
+
 CONTRASTIVE = lambda o, y: torch.logsumexp(o @ o.T, 1).mean()  # noqa: E731
 MEASURES = {
     "hessian": lambda model, loss, batches: hessian_top_eigenvalues(model, loss, batches),
@@ -375,6 +401,36 @@ def test_a_perturbation_of_time_first_inputs_is_refused_and_the_adversarial_loss
     eta = 0.3 * g / g.norm(dim=(0, 2), keepdim=True)
     truth = (loss_fn(model(x), y) + loss_fn(model(x + eta), y)) / 2
     torch.testing.assert_close(adversarial_loss(model, loss_fn, x, y, 0.3), truth)
+
+
+class Sums(nn.Module):
+    """Time first: sums what it finds at each time."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x.flatten(2)).tanh().sum(0)
+
+
+class Turned(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.T)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [(Sums(nn.Linear(6, 3)), (4, 4, 2, 3)), (Sums(nn.Linear(6, 3)), (3, 4, 2, 3)), (Turned(linear()), (4, 5))],
+    ids=["as long as wide", "time, examples, two more", "features first"],
+)
+def test_the_adversarial_loss_finds_examples_along_the_second_dimension(model, shape):
+    model, x, y = model.double(), randn(*shape), classes(shape[1])
+    leaf = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(F.cross_entropy(model(leaf), y), leaf)
+    eta = 0.3 * g / torch.linalg.vector_norm(g, dim=[d for d in range(x.ndim) if d != 1], keepdim=True)
+    truth = (F.cross_entropy(model(x), y) + F.cross_entropy(model(x + eta), y)) / 2
+    torch.testing.assert_close(adversarial_loss(model, F.cross_entropy, x, y, 0.3), truth)
 
 
 class Coupled(nn.Module):

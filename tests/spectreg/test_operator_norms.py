@@ -260,6 +260,8 @@ def nan_conv():
         (nn.Conv2d(3, 2, 3), (2, 8, 8), r"input_shape \(2, 8, 8\) does not fit .* it takes \(3, n, n\)"),
         (nn.Conv2d(3, 2, 3), (3, 8), r"input_shape \(3, 8\) does not fit"),
         (nan_conv(), (2, 4, 4), "NaN or infinite"),
+        (nn.Linear(4, 3, device="meta"), (4,), "'weight' of Linear is on the meta device and has no values"),
+        (nn.Conv2d(2, 3, 3, device="meta"), (2, 4, 4), "'weight' of Conv2d is on the meta device"),
     ],
 )
 def test_a_wrong_layer_or_shape_is_named(layer, input_shape, message):

@@ -102,6 +102,7 @@ REFUSED = {
     "strength beyond float32": (mlp, {"strength": 1e39}, "strength of '0.weight' is 1e+39: it must be 0, or from 1.18"),
     "strength beyond float32 by every": (mlp, {"strength": 1e38, "every": 9}, "is 1e+38 × every=9: it must be 0, or"),
     "strength that float32 takes for none": (mlp, {"strength": 1e-46}, "strength of '0.weight' is 1e-46: it must be 0"),
+    "strength beyond all floats": (mlp, {"strength": 10**400}, "strength of '0.weight' is 1000"),
     "strength a truth value": (mlp, {"strength": True}, "strength of '0.weight' is True: it must be a finite number"),
     "a seed too large": (mlp, {"seed": 2**64}, "seed is 18446744073709551616: it must be a whole number from -2⁶³"),
     "an infinite seed": (mlp, {"seed": float("inf")}, "seed is inf: it must be a whole number"),

@@ -85,6 +85,9 @@ def batch_loss(model: nn.Module, loss: PairLoss | WholeLoss, batch: Any) -> Tens
 def dimension(x: Tensor, output: Any) -> int:
     """Where the examples lie; asks the graph, at the price of backwards, only where the shapes leave it open."""
     y = next((t for t in tensors(output) if t.ndim), None)
-    if x.ndim == 2 or y is None or (x.ndim == 4 and len(y) == len(x) and y.shape[1:2] != x.shape[1:2]):
+    if y is None:
+        return 0
+    told = len(y) == len(x) and x.shape[0] not in x.shape[1:2] and y.shape[1:2] != x.shape[1:2]
+    if told and x.ndim in (2, 4):
         return 0
     return example_dimension(x, output) or 0

@@ -130,9 +130,8 @@ def instance_norm(
 
 def instance_norm_module(call: Call, input: Operand) -> float:
     m = call.module
-    return instance_norm(
-        call, input, m.running_mean, m.running_var, m.weight, use_input_stats=m.running_var is None, eps=m.eps
-    )
+    own = m.running_var is None or not m.track_running_stats
+    return instance_norm(call, input, m.running_mean, m.running_var, m.weight, use_input_stats=own, eps=m.eps)
 
 
 def max_pool(

@@ -76,7 +76,7 @@ def lipschitz_bound(
         require_running_statistics(model, given)
         walk = Walk(traced(model, given), given, grid)
         numbers = [t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-        dtype = numbers[0] if numbers else torch.float32
+        dtype = numbers[0] if numbers else torch.get_default_dtype()
         x = torch.randn(2, *input_shape, dtype=dtype, device=device_of(model))  # as_found puts the generator back
         one, two = (output_of(model, x[:n].clone(), input_shape) for n in (1, 2))
         graph = walk.value(x[:1].clone())
@@ -159,7 +159,7 @@ class Walk(fx.Interpreter):
             return True
         if n.op == "call_module":
             return False
-        filled = n.target in FILLED and depend == [n.args[0]] and [*n.args].count(depend[0]) == 1
+        filled = n.target in FILLED and depend == [*n.args[:1]] and [*n.args].count(depend[0]) == 1
         return filled or (n.target in SHAPES and not list(tensors_of(output)))
 
     def finish(self, n: fx.Node) -> None:

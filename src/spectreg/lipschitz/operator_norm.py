@@ -176,6 +176,11 @@ def first_vectors(layer: _ConvNd, A: OperatorMap, W: Tensor, generator: torch.Ge
 
 def require_finite(layer: nn.Module) -> None:
     for name, parameter in layer.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"parameter {name!r} of {type(layer).__name__} is on the meta device and has no values: offloaded, or "
+                "never loaded. Load the whole model onto one device."
+            )
         if not parameter.isfinite().all():
             kind = type(layer).__name__
             raise ValueError(f"the {name} of {kind} has entries that are NaN or infinite: it has no norm.")

@@ -59,8 +59,11 @@ def each_loss(loss_fn: LossFunction, output: Any, y: Any) -> Tensor:
 
     try:
         return torch.vmap(one, randomness="different")(*outputs, *targets)
-    except ValueError:
-        raise
+    except ValueError as error:
+        raise ValueError(
+            f"loss_fn fails on one example by itself ({error}): it must take batches of any size, such as "
+            "output.squeeze(1) does and output.squeeze() does not."
+        ) from error
     except Exception:  # a loss with a branch or a mask of its own cannot be vectorised
         return torch.stack([one(*rows) for rows in zip(*outputs, *targets, strict=True)])
 

@@ -162,12 +162,28 @@ class Terms:
             rows = next((len(x) for x in tensors(y) + tensors(output) if x.ndim), 1)
             return float(rows), float(rows)
         if not self.is_mean:
+            refuse_left_out(self.reference.loss_fn, output, y)
             return 1.0, float(count_of_targets(output, y))
         part = Part.of(self.reference.loss_fn, output, y)
         first, other = shares(self.reference, part)
         if abs(first + other - 1) > self.reference.tolerance:
             refuse(f"the shares of two batches add up to {first + other:.4g}")
         return other / first, other / first
+
+
+def refuse_left_out(loss_fn: LossFunction, output: Any, y: Any) -> None:
+    """Raise if a sum leaves out some class numbers: at equal outputs, where every term has a slope, theirs has none."""
+    target = next(iter(tensors(y)), None)
+    if target is None or target.is_floating_point():
+        return
+    _, gradients = Part(loss_fn, mapped(lambda x: torch.full_like(x, 0.5), output), y).loss_and_gradients
+    for g in gradients:
+        for d in range(g.ndim):
+            if g.shape[:d] + g.shape[d + 1 :] == target.shape and g.any() and not g.any(d).all():
+                raise ValueError(
+                    "the loss is a sum that leaves out some targets (ignore_index?), so that its mean is not known: "
+                    "use reduction='mean'."
+                )
 
 
 def count_of_targets(output: Any, y: Any) -> int:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -83,10 +84,12 @@ def hessian_product(
             "batches can be read only once, the Hessian needs several passes. Give a list or a DataLoader."
         )
     loss = loss_of(loss_fn)
-    first = next(batch_gradients(model, loss, batches, parameters), None)
+    with second_derivatives():
+        first = next(batch_gradients(model, loss, batches, parameters), None)
     if first is None:
         raise ValueError("no target counts in the loss: it has no Hessian.")
-    refuse_asymmetric(model, first.gradients, parameters)
+    with second_derivatives():
+        refuse_asymmetric(model, first.gradients, parameters)
     kept = [first] if isinstance(batches, Sized) and len(batches) == 1 else None
     del first
 
@@ -98,6 +101,17 @@ def hessian_product(
         return total / terms if terms else total
 
     return product
+
+
+@contextmanager
+def second_derivatives() -> Iterator[None]:
+    """Names what torch says where an operation has a first derivative only."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "is not implemented" not in str(error) and "once_differentiable" not in str(error):
+            raise
+        raise ValueError(f"an operation has no second derivative, so there is no Hessian: {error}") from error
 
 
 @dataclass(frozen=True)

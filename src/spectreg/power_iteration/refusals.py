@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import isfinite
+from math import inf
 from numbers import Real
 from typing import Any
 
@@ -22,7 +22,7 @@ def check_number(name: str, value: Any, fine: Callable[[Any], bool], what: str) 
 
 def check_strength(name: str, number: Any, every: int) -> None:
     """Raise unless ``number`` × ``every`` is 0, or one that float32 can hold."""
-    check_number(name, number, lambda x: isfinite(x) and x >= 0, "a finite number from 0")
+    check_number(name, number, lambda x: 0 <= x < inf, "a finite number from 0")
     if number and not SMALLEST <= number * every <= LARGEST:
         times = f" × every={every}" if every > 1 else ""
         raise ValueError(
