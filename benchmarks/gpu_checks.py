@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from spectreg import SpectralNormRegularizer
+from spectreg.penalties import Square
 
 STRENGTH, STEPS = 0.1, 5
 FORMS: dict[str, dict[str, Any]] = {
@@ -16,10 +17,31 @@ FORMS: dict[str, dict[str, Any]] = {
     "half steps": {"steps": 0.5},
     "k = 2": {"k": 2},
     "a hinge": {"penalty": "hinge"},
-    "each head": {"map": {"0.weight": 2}},
+    "tracked = 4": {"tracked": 4},
+    "a target of each shape": {"penalty": Square("shape")},
+    "parts, heads, groups each": {"map": {"0.weight": 2, "2.weight": "each", "4.in_proj_weight": "heads"}},
+    "joint matrices": {"map": {"2.weight": "joint", "4.in_proj_weight": "joint", "5.*": "joint"}},
     "operators": {"map": {"1.*": "operator"}, "input_size": (6, 6)},
 }
 Check = Callable[[torch.device], None]
+
+
+class Stack(nn.Module):
+    """Matrices of experts, in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(3, 4, 5))
+
+
+class InputsFirst(nn.Module):
+    """A linear layer stored as inputs × outputs, as those of GPT-2 are."""
+
+    nx, nf = 4, 7
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(self.nx, self.nf))
 
 
 def layers() -> nn.ModuleList:
@@ -28,12 +50,15 @@ def layers() -> nn.ModuleList:
     made = nn.ModuleList(
         [nn.Linear(8, 6), nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 6, 2)]
     ).double()
+    others = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.LSTM(4, 3), Stack(), InputsFirst()]).double()
+    for parameter in others.parameters():
+        parameter.detach().normal_(generator=draws)
     for layer in made:
         weight = layer.weight.detach()
         weight.normal_(generator=draws).mul_(0.05)
         for i, value in enumerate((3.0, 1.5)):
             weight.view(len(weight), -1)[i::2, i::2] += value / weight[0].numel() ** 0.5
-    return made
+    return made.extend(others)
 
 
 def gradients(model: nn.Module, as_term: bool = False, **form: Any) -> dict[str, Tensor]:
@@ -94,10 +119,10 @@ def by_hand(device: torch.device, steps: int = STEPS) -> dict[str, Tensor]:
     return state(model)
 
 
-def attached(device: torch.device, compiled: bool = False, **how: Any) -> nn.Module:
+def attached(device: torch.device, compiled: bool = False, decoupled: bool = False, **how: Any) -> nn.Module:
     model, x, y = network(device)
     optimizer = adam(model, **how)
-    SpectralNormRegularizer(model, STRENGTH).attach(optimizer)
+    SpectralNormRegularizer(model, STRENGTH, decoupled=decoupled).attach(optimizer)
     forward = torch.compile(model) if compiled else model
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -108,6 +133,11 @@ def attached(device: torch.device, compiled: bool = False, **how: Any) -> nn.Mod
 
 def attach_check(compiled: bool = False, **how: Any) -> Check:
     return lambda device: close(state(attached(device, compiled, **how)), by_hand(torch.device("cpu")), 1e-4)
+
+
+def decoupled(device: torch.device) -> None:
+    """The weights that the decoupled form moves, as on a CPU."""
+    close(state(attached(device, decoupled=True)), state(attached(torch.device("cpu"), decoupled=True)), 1e-4)
 
 
 def scaled(device: torch.device) -> None:
@@ -184,6 +214,7 @@ def checks() -> dict[str, Check]:
             found[f"{name}, {way}, bfloat16"] = form_check(form, as_term, torch.bfloat16, 3e-2)
     found["attached to AdamW"] = attach_check()
     found["attached to a fused AdamW"] = attach_check(fused=True)
+    found["attached, decoupled"] = decoupled
     found["float16 with a gradient scaler"] = scaled
     return found
 
