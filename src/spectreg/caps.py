@@ -34,7 +34,10 @@ class SpectralNormCap:
             weight that no pattern matches is left alone.
         factor: Multiplies the cap.
         retract: Whether to scale up as well, so that σ is c after every step.
-        map, input_size, select, embeddings: As of `spectreg.SpectralNormRegularizer`.
+        map: As of `spectreg.SpectralNormRegularizer`.
+        input_size: As there.
+        select: As there.
+        embeddings: As there.
         tracked: How many vectors follow the largest singular values of each weight.
         depth: How many products with WᵀW these are joined by at each step.
         warmup: Power steps at the first call.
@@ -44,7 +47,7 @@ class SpectralNormCap:
         ValueError: A setting is out of range or fits no weight; a weight is in half precision.
 
     >>> model = nn.Linear(3, 3, bias=False)
-    >>> _ = nn.init.eye_(model.weight).mul_(4)
+    >>> _ = nn.init.eye_(model.weight).data.mul_(4)
     >>> cap = SpectralNormCap(model, 2.0)
     >>> cap.apply()
     >>> round(torch.linalg.matrix_norm(model.weight, 2).item(), 4)
