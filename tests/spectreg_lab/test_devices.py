@@ -187,7 +187,10 @@ def test_a_finished_run_is_measured_on_the_device_that_trained_it(tmp_path, monk
         (("--devices", "2", "--processes", "3"), "--processes is for runs side by side"),
         (("--accelerator", "foo"), "--accelerator foo: "),
         (("--accelerator", "foo", "--devices", "2"), "--accelerator foo: "),
-        (("--dry-run", "--devices", "8", "--precision", "64-true"), "--devices would change nothing, so leave that out"),
+        (
+            ("--dry-run", "--devices", "8", "--precision", "64-true"),
+            "--devices would change nothing, so leave that out",
+        ),
         (("--dry-run", "--precision", "foo"), "training.precision: Input should be"),
         (("--dry-run", "--setting", "vg"), "no setting 'vg', did you mean 'vgg'"),
     ],
