@@ -378,3 +378,14 @@ def test_in_inference_mode_the_norms_are_the_same():
     with torch.inference_mode():
         assert [operator_norm(layer, (4,)).value for layer in layers] == expected
         assert operator_norm(nn.Conv2d(2, 2, 3), (2, 5, 5)).value > 0
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, -1)])
+def test_a_shape_that_is_none_is_refused_with_what_one_looks_like(shape):
+    with pytest.raises(ValueError, match=r"input_shape is .*: give the shape of one example, such as \(3, 32, 32\)"):
+        operator_norm(nn.Linear(4, 3), shape)
+
+
+def test_a_layer_without_entries_has_no_norm_and_says_so():
+    with pytest.raises(ValueError, match="has a parameter without entries: it has no norm"):
+        operator_norm(nn.Linear(0, 3), (1,))

@@ -1,7 +1,7 @@
 """Measure: the norm of one layer as the map it is, from below and from above."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -84,6 +84,10 @@ def operator_norm(
         raise ValueError(
             f"tolerance is {tolerance}, max_products {max_products}: use 0 < tolerance < 1 and at least 1."
         )
+    if not isinstance(input_shape, Sequence) or not all(isinstance(n, int) and n > 0 for n in input_shape):
+        raise ValueError(f"input_shape is {input_shape!r}: give the shape of one example, such as (3, 32, 32).")
+    if any(parameter.numel() == 0 for parameter in layer.parameters()):
+        raise ValueError(f"{layer} has a parameter without entries: it has no norm.")
     goal, generator = Goal(1, tolerance, max_products), own_generator(generator)
     with undisturbed(layer), torch.inference_mode(False), torch.no_grad():
         require_finite(layer)
