@@ -233,3 +233,10 @@ def test_a_parametrization_that_is_a_constant_in_evaluation_is_refused_by_name_i
     assert list(regularizer.sigma()) == ["weight"]
     with torch.no_grad():
         assert regularizer.penalty() > 0
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "kernel_gamma", "proj_gain", "weight_scales"])
+def test_a_parameter_whose_name_ends_as_that_of_a_scale_is_one_whatever_it_scales(name):
+    layer = nn.Linear(4, 3)
+    layer.register_parameter(name, nn.Parameter(torch.ones(3, 2)))
+    assert [weight.name for weight in named_weights(layer)] == ["weight"]

@@ -89,6 +89,8 @@ def _role_of_a_bare_one(path: str, module: nn.Module, attribute: str, tensor: Te
         return Role.NONE
     if attribute == "weight" and any(w.startswith("emb") for w in _words(holder)) and not _words(holder) & MATRICES:
         return Role.TABLE
+    if _words(attribute.rpartition("_")[2]) & SCALES:  # weight_scale is the scale of a weight
+        return Role.NONE
     if words & MATRICES:
         return Role.BARE
     if words & SCALES or "log" in words or attribute.lower().endswith(STATES):
