@@ -28,9 +28,10 @@ fast: $(VENV)/dev.stamp ## the fast tests and the doctests
 slow: $(VENV)/dev.stamp ## the tests marked slow
 	$(BIN)/coverage run -m pytest -q -n 2 -m slow tests
 
+# torch.compile makes code for these processors that does not compile (its Welford sums), so it is left out.
 portable: $(VENV)/dev.stamp ## tests of numbers again, as on a processor without wide vectors
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem \
-		NPY_DISABLE_CPU_FEATURES="X86_V3 X86_V4 AVX512_ICL" $(BIN)/python -m pytest -q -n 2 -m portable tests
+		NPY_DISABLE_CPU_FEATURES="X86_V3 X86_V4 AVX512_ICL" $(BIN)/python -m pytest -q -n 2 -m portable -k "not compiled_network" tests
 
 coverage: $(VENV)/dev.stamp ## what the fast and the slow tests covered, of those that ran since the last time
 	$(BIN)/coverage combine --quiet
