@@ -23,6 +23,8 @@ SHORT = """# Benchmarks
 What the regularizer costs beside a training step, and beside other ways to the same end. Each number is the median of
 paired rounds, A B A B …, in one process on one thread; `make benchmarks` measures all of it in about 25 minutes. Every
 row, with quartiles, goals, and the reason for each goal that is missed, is in `results/benchmarks.md`.
+
+**These records are older than the power step as it is now**: each column names the commit that it was measured at.
 """
 ASKED = {
     "How much longer is a step with the penalty?": [

@@ -22,7 +22,7 @@ VERSION = 1
 
 
 class SpectralNormRegularizer:
-    """Spectral norm regularization: adds λ·Σ φ(σ(W)), by default λ/2·Σ σ(W)², to a loss, next to free.
+    """Spectral norm regularization: adds λ·Σ φ(σ(W)), by default λ/2·Σ σ(W)², to a loss.
 
     It leaves the model alone: no buffers, no hooks on modules, no changed keys. Its vectors are drawn from a private
     generator, so that every rank has the same, are iterated in float32 at least, and no step reads a value back to
