@@ -18,6 +18,7 @@ LIBRARY = [
     ("lipschitz", "baselines"),
     ("power_iteration",),
     ("optimizers", "summary"),
+    ("following",),
     ("caps", "regularizer"),
     ("integrations",),
 ]

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from spectreg.optimizers import AfterSteps
+from spectreg.following import Following
+from spectreg.optimizers import after_steps
 from spectreg.power_iteration.krylov import follow
 from spectreg.power_iteration.layout import is_sharded
 from spectreg.power_iteration.refusals import check_number, refuse_computed, refuse_gathered
@@ -16,11 +17,10 @@ from spectreg.weights.kinds import InputSize
 from spectreg.weights.patterns import Patterns
 from spectreg.weights.selection import Select, Weight, named_weights
 
-VERSION = 1
 Cap = float | int | Literal["shape"]
 
 
-class SpectralNormCap:
+class SpectralNormCap(Following):
     """Holds σ of each weight at or below a cap: W ← W·min(1, c/σ) after each step; or at it: W ← W·c/σ.
 
     σ is found to within a thousandth, also after the large steps of Muon or AdamW, by Rayleigh and Ritz on the followed
@@ -54,6 +54,8 @@ class SpectralNormCap:
     2.0
     """
 
+    NAME = "cap"
+
     def __init__(
         self,
         model: nn.Module,
@@ -85,7 +87,6 @@ class SpectralNormCap:
             self.weights, k=int(tracked), tracked=int(tracked), seed=seed, halves=2, every=1, warmup=int(warmup),
             keeps_start=False,
         )  # fmt: skip
-        self._attachment: AfterSteps | None = None
         _refuse_half(self.weights)
 
     @torch.no_grad()
@@ -107,47 +108,14 @@ class SpectralNormCap:
             ValueError: A weight is in none of the optimizers, the step of one runs no hooks, or one keeps averages of
                 its own that would not be capped.
         """
-        if self._attachment is not None:
-            raise RuntimeError("this cap is attached already: call detach() first, or pass all optimizers at once.")
-        refuse_computed(self.weights)
-        self._attachment = AfterSteps(optimizers, self.weights, self._apply)
-        self._state.lanes = self._attachment.lanes
+        self._attach(lambda: after_steps(optimizers, self.weights, self._apply))
         return self
-
-    def detach(self) -> None:
-        """Undo ``attach``; nothing happens if it is not attached."""
-        if self._attachment is not None:
-            self._attachment.remove()
-        self._attachment, self._state.lanes = None, {}
-
-    @torch.no_grad()
-    def sigma(self) -> dict[str, Tensor]:
-        """The spectral norm of each trained weight as the last step left it, by name; of several blocks the largest."""
-        return self._state.look(lambda group, _: [s.max() for s in group.vectors.sigmas])
-
-    def state_dict(self) -> dict[str, Any]:
-        """Its vectors by the name of the weight, alike on every rank."""
-        return {"version": VERSION, **self._state.save()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``, exactly.
-
-        Raises:
-            ValueError: It is of another model or format version; nothing is changed then.
-        """
-        version = state.get("version") if isinstance(state, Mapping) else None
-        if version != VERSION:
-            raise ValueError(f"this state has format version {version!r}; {VERSION} is understood.")
-        self._state.load(state)
 
     def __repr__(self) -> str:
         return (
             f"SpectralNormCap({len(self.weights)} weights, cap={self.cap}{', retract' if self.retract else ''}"
             f"{', attached' if self._attachment else ''})"
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_attachment": None}
 
     @torch.no_grad()
     def _apply(self, lane: int | None) -> None:

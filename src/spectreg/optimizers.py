@@ -1,4 +1,4 @@
-"""The tie between a regularizer and the optimizers before whose steps it acts."""
+"""The tie between a regularizer or a cap and the optimizers with whose steps it acts."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,32 +14,32 @@ BeforeStep = Callable[[int, Mapping[int, Any], Tensor | float, Tensor | float], 
 
 
 class Attachment:
-    """Hooks on optimizers; ``lanes`` says which of them holds each weight.
+    """Hooks on the optimizers that move the weights; ``lanes`` says which of them holds each weight.
 
     Args:
         optimizers: May be wrapped; `acting` finds the one that moves the weights.
-        weights: Those to regularize.
-        before_step: Called with the number of the optimizer, the learning rate of each of its parameters by id, the
-            factor by which its gradients are scaled, and 0 where the step is to be skipped.
-        decoupled: Whether the weights are moved; with their learning rates if True.
+        weights: Those to act on.
+        refuse: Raises for an optimizer with which one cannot act.
+        hook: Registers what happens at each step of an optimizer, of which it gets the number too.
+
+    Raises:
+        ValueError: A weight that is trained is held by none of them.
     """
 
     def __init__(
         self,
         optimizers: Sequence[Any],
         weights: Sequence[Weight],
-        before_step: BeforeStep,
-        decoupled: bool | str = False,
+        refuse: Callable[[Optimizer], None],
+        hook: Callable[[Optimizer, int], Any],
     ) -> None:
         inner = list({id(x): x for x in map(acting, optimizers)}.values())
         for optimizer in inner:
-            _refuse_unfit(optimizer, decoupled)
+            refuse(optimizer)
         held = [_parameters(optimizer) for optimizer in inner]
         self.lanes = {w.name: i for w in weights for i, ids in enumerate(held) if id(w.tensor) in ids}
         _check_held(weights, self.lanes)
-        self._handles = [
-            optimizer.register_step_pre_hook(_hook(lane, before_step)) for lane, optimizer in enumerate(inner)
-        ]
+        self._handles = [hook(optimizer, lane) for lane, optimizer in enumerate(inner)]
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -47,28 +47,40 @@ class Attachment:
             handle.remove()
 
 
-class AfterSteps:
-    """Hooks on optimizers that act after each step; arguments and ``lanes`` as of `Attachment`."""
+def before_steps(
+    optimizers: Sequence[Any], weights: Sequence[Weight], act: BeforeStep, decoupled: bool | str = False
+) -> Attachment:
+    """Act before each step.
 
-    def __init__(self, optimizers: Sequence[Any], weights: Sequence[Weight], after_step: Callable[[int], None]) -> None:
-        inner = list({id(x): x for x in map(acting, optimizers)}.values())
-        for optimizer in inner:
-            if _keeps_averages(optimizer):
-                raise ValueError(
-                    f"the weights under {type(optimizer).__name__} are between two averages that it keeps, which would "
-                    "not be capped: call apply() on the averaged model after training."
-                )
-        held = [_parameters(optimizer) for optimizer in inner]
-        self.lanes = {w.name: i for w in weights for i, ids in enumerate(held) if id(w.tensor) in ids}
-        _check_held(weights, self.lanes)
-        self._handles = [
-            optimizer.register_step_post_hook(_after(lane, after_step)) for lane, optimizer in enumerate(inner)
-        ]
+    Args:
+        act: Called with the number of the optimizer, the learning rate of each of its parameters by id, the factor by
+            which its gradients are scaled, and 0 where the step is to be skipped.
+        decoupled: Whether the weights are moved; with their learning rates if True.
+    """
+    return Attachment(
+        optimizers,
+        weights,
+        lambda optimizer: _refuse_unfit(optimizer, decoupled),
+        lambda optimizer, lane: optimizer.register_step_pre_hook(_hook(lane, act)),
+    )
 
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
+
+def after_steps(optimizers: Sequence[Any], weights: Sequence[Weight], act: Callable[[int], None]) -> Attachment:
+    """Act after each step, with the number of the optimizer."""
+    return Attachment(
+        optimizers,
+        weights,
+        _refuse_averages,
+        lambda optimizer, lane: optimizer.register_step_post_hook(_after(lane, act)),
+    )
+
+
+def _refuse_averages(optimizer: Optimizer) -> None:
+    if _keeps_averages(optimizer):
+        raise ValueError(
+            f"the weights under {type(optimizer).__name__} are between two averages that it keeps, which would "
+            "not be capped: call apply() on the averaged model after training."
+        )
 
 
 def _after(lane: int, after_step: Callable[[int], None]) -> Callable[..., None]:

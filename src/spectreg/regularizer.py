@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spectreg.optimizers import Attachment
+from spectreg.following import Following
+from spectreg.optimizers import before_steps
 from spectreg.penalties import NO_SLOPE, Penalty, penalty_of
 from spectreg.power_iteration.gradient import add_gradient, move, value
-from spectreg.power_iteration.refusals import check_number, refuse_computed, refuse_gradients_by_sample
+from spectreg.power_iteration.refusals import check_number, refuse_gradients_by_sample
 from spectreg.power_iteration.state import Group, State
 from spectreg.power_iteration.strengths import Strength
 from spectreg.summary import table
@@ -18,10 +19,8 @@ from spectreg.weights.kinds import InputSize
 from spectreg.weights.patterns import Patterns
 from spectreg.weights.selection import Select, Weight, named_weights
 
-VERSION = 1
 
-
-class SpectralNormRegularizer:
+class SpectralNormRegularizer(Following):
     """Spectral norm regularization: adds λ·Σ φ(σ(W)), by default λ/2·Σ σ(W)², to a loss.
 
     It leaves the model alone: no buffers, no hooks on modules, no changed keys. Its vectors are drawn from a private
@@ -63,6 +62,8 @@ class SpectralNormRegularizer:
     >>> bool(torch.isclose(model.weight.grad.norm(), torch.tensor(0.01)))
     True
     """
+
+    NAME = "regularizer"
 
     def __init__(
         self,
@@ -106,7 +107,6 @@ class SpectralNormRegularizer:
             keeps_start=self.penalty_function.target == "start",
         )
         self.strength = strength
-        self._attachment: Attachment | None = None
 
     @property
     def strength(self) -> Strength | Mapping[str, Strength]:
@@ -182,29 +182,8 @@ class SpectralNormRegularizer:
             ValueError: A weight is in none of the optimizers; the step of one runs no hooks, evaluates the loss itself
                 (LBFGS), maximizes, or gives ``decoupled`` no learning rate.
         """
-        if self._attachment is not None:
-            raise RuntimeError(
-                "this regularizer is attached already: call detach() first, or pass all optimizers at once."
-            )
-        refuse_computed(self.weights)
-        self._attachment = Attachment(optimizers, self.weights, self._before_step, self.decoupled)
-        self._state.lanes = self._attachment.lanes
+        self._attach(lambda: before_steps(optimizers, self.weights, self._before_step, self.decoupled))
         return self
-
-    def detach(self) -> None:
-        """Undo ``attach``; nothing happens if it is not attached."""
-        if self._attachment is not None:
-            self._attachment.remove()
-        self._attachment, self._state.lanes = None, {}
-
-    def sigma(self) -> dict[str, Tensor]:
-        """The spectral norm of each weight as of the last step, by name; of several blocks the largest.
-
-        Estimates from below, in the units of the weight; before the first step the warmup is done. Frozen weights are
-        left out, as they are from steps.
-        """
-        with torch.no_grad():
-            return self._state.look(lambda group, _: [s.max() for s in group.vectors.sigmas])
 
     def check_ranks(self, group: Any = None) -> None:
         """Compare the vectors of all ranks of ``group`` (the default one if None); every rank has to call it.
@@ -245,25 +224,6 @@ class SpectralNormRegularizer:
         numbers = self.sigma(), self.residual(), self.stable_rank()
         return table(self._state.strengths_now(), self.every, self.weights, *numbers)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Its vectors by the name of the weight, alike on every rank. Safe to save; nothing of the model is in it.
-
-        Of weights that were frozen all along there is only the name.
-        """
-        return {"version": VERSION, **self._state.save()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``, exactly.
-
-        Raises:
-            ValueError: It is of another model or format version; says which names are missing or unexpected and
-                which shapes differ. Nothing is changed then.
-        """
-        version = state.get("version") if isinstance(state, Mapping) else None
-        if version != VERSION:
-            raise ValueError(f"this state has format version {version!r}; {VERSION} is understood.")
-        self._state.load(state)
-
     def __repr__(self) -> str:
         blocks = sum(w.map.blocks for w in self.weights)
         return (
@@ -271,9 +231,6 @@ class SpectralNormRegularizer:
             f"penalty={self.penalty_function}, steps={self._state.halves / 2:g}, every={self.every}"
             f"{f', decoupled={self.decoupled!r}' if self.decoupled else ''}{', attached' if self._attachment else ''})"
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_attachment": None}
 
     @torch.no_grad()
     def _before_step(self, lane: int, rates: Mapping[int, Any], factor: Tensor | float, keep: Tensor | float) -> None:
