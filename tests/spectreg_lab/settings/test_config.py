@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from spectreg_lab.settings.config import NIN, VGG, Config, Data, DenseNet, Spectral, Vanilla
 from spectreg_lab.storage import archive
 
-RESULTS = Path(__file__).parents[2] / "results"
+RESULTS = Path(__file__).parents[3] / "results"
 
 BASE = {"model": {"name": "vgg"}, "method": {"name": "vanilla"}, "batch_size": 64, "learning_rate": 0.1, "epochs": 2}
 

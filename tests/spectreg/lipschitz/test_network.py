@@ -420,7 +420,7 @@ def test_a_model_that_cannot_be_traced_names_the_line_and_the_module_to_give_a_c
             return x if x.sum().isfinite() else -x
 
     model = nn.Sequential(nn.Linear(4, 4), Gate())
-    with pytest.raises(ValueError, match=r"test_lipschitz\.py:\d+: return x if x\.sum\(\).*constants=\{Gate: L\}"):
+    with pytest.raises(ValueError, match=r"test_network\.py:\d+: return x if x\.sum\(\).*constants=\{Gate: L\}"):
         lipschitz_bound(model, (4,))
     assert lipschitz_bound(model, (4,), constants={Gate: 1.0}).value > 0
 

@@ -214,7 +214,7 @@ def test_a_comparison_keeps_its_direction() -> None:
 
 
 def test_the_claims_in_the_docs_are_those_that_are_judged() -> None:
-    assert table() in (Path(__file__).parents[2] / "docs" / "claims.md").read_text()
+    assert table() in (Path(__file__).parents[3] / "docs" / "claims.md").read_text()
 
 
 def test_an_estimate_of_sigma_is_judged_by_the_worst_weight_of_each_epoch_above_or_below() -> None:

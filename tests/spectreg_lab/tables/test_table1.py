@@ -195,7 +195,7 @@ def test_against_the_paper_only_settings_that_are_the_papers_get_its_numbers(tmp
     assert any("The paper has no setting" in note for note in paper.notes(study))
 
 
-STUDY = studies.read_study(Path(__file__).parents[2] / "studies" / "paper.toml")
+STUDY = studies.read_study(Path(__file__).parents[3] / "studies" / "paper.toml")
 
 
 def test_the_settings_of_the_papers_study_are_the_papers() -> None:

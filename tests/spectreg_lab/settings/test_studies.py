@@ -30,7 +30,7 @@ large = [0.3]
 [search.strength]
 decay = [1e-3, 1e-2, 1e-1]
 """
-SHIPPED = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
+SHIPPED = sorted((Path(__file__).parents[3] / "studies").glob("*.toml"))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from spectreg_lab.studies.worker import Outcome
 from spectreg_lab.training.runs import run
 from spectreg_lab.training.train import Training
 
-RESULTS = Path(__file__).parents[2] / "results"
+RESULTS = Path(__file__).parents[3] / "results"
 
 
 class Record:
