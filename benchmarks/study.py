@@ -19,7 +19,8 @@ from benchmarks.harness import ROUNDS, Row, in_turn, ratio, record, spread
 from spectreg_lab.data import Images, Split
 from spectreg_lab.page import report
 from spectreg_lab.settings.config import VGG, Adversarial, Config, Data, Decay, DenseNet, Method, Spectral, Vanilla
-from spectreg_lab.storage.store import METRICS, RunFolder, read_study, run_folder
+from spectreg_lab.storage.run_folder import METRICS, RunFolder
+from spectreg_lab.storage.store import find_run, read_study
 from spectreg_lab.studies.local import LocalEngine
 from spectreg_lab.studies.worker import Job
 from spectreg_lab.training.train import Training
@@ -70,7 +71,7 @@ def cores() -> None:
                 epochs=6,
                 seed=seed,
             )
-            jobs.append(Job(setting, run_folder(Path(folder), setting.name)))
+            jobs.append(Job(setting, find_run(Path(folder), setting.name)))
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         with LocalEngine.for_machine(None, None, "cpu") as engine:
             ended = [outcome for outcome in engine.run(iter(jobs)) if outcome is not None]

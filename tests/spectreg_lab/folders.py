@@ -7,7 +7,7 @@ from typing import Any
 from unittest import mock
 
 from spectreg_lab.settings.config import VGG, Adversarial, Config, Data, Decay, Spectral, Vanilla
-from spectreg_lab.storage import store
+from spectreg_lab.storage import run_folder, store
 
 METHODS = {"vanilla": Vanilla(), "decay": Decay(), "adversarial": Adversarial(), "spectral": Spectral()}
 DIGITS = Data()
@@ -68,7 +68,7 @@ def write_study(
             if finish:
                 run.end("finished")
             if measures is not None:
-                store.write_json(run.path / store.MEASURES, measures(*of_run))
+                run_folder.write_json(run.path / run_folder.MEASURES, measures(*of_run))
         store.begin_study(folder, study, points, "spectreg reproduce by-hand.toml")
     return folder
 
@@ -82,9 +82,9 @@ def write_run(
     batch_size: int,
     learning_rate: float,
     epochs: list[dict[str, Any]],
-) -> store.RunFolder:
+) -> run_folder.RunFolder:
     """Write a run that has these epochs and no outcome."""
-    run = store.RunFolder(path)
+    run = run_folder.RunFolder(path)
     path.mkdir(parents=True)
     config = Config(
         model=VGG(),
@@ -109,10 +109,10 @@ def lose(folder: Path, run: str) -> None:
 
 def fail(folder: Path, run: str, cause: str) -> None:
     """Record a run as failed."""
-    store.write_json(folder / "runs" / run / store.OUTCOME, {"status": "failed", "error": cause})
+    run_folder.write_json(folder / "runs" / run / run_folder.OUTCOME, {"status": "failed", "error": cause})
 
 
 def age(folder: Path, run: str) -> None:
     """Mark a run as written by another format version."""
-    path = folder / "runs" / run / store.CONFIG
+    path = folder / "runs" / run / run_folder.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))

@@ -9,7 +9,9 @@ from spectreg_lab import measures
 from spectreg_lab.cli import CommandError, app
 from spectreg_lab.data import load
 from spectreg_lab.settings.config import Data, Measuring
-from spectreg_lab.storage.store import Checkpoint, RunError, RunFolder
+from spectreg_lab.storage.checkpoints import Checkpoint
+from spectreg_lab.storage.errors import RunError
+from spectreg_lab.storage.run_folder import RunFolder
 from spectreg_lab.training.runs import measure, run
 from spectreg_lab.training.train import Training
 

@@ -9,7 +9,7 @@ def is_users(error: Exception) -> bool:
     """Whether it is one that the user can mend; the others are ours and show where they arose."""
     from spectreg_lab.data import DataError
     from spectreg_lab.settings.studies import StudyError
-    from spectreg_lab.storage.store import RunError
+    from spectreg_lab.storage.errors import RunError
     from spectreg_lab.studies.execution import UnwritableError
     from spectreg_lab.studies.loggers import LogError
     from spectreg_lab.training.devices import DeviceError

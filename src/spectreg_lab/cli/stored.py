@@ -62,7 +62,7 @@ def measure(
 
     from spectreg_lab.data import DataError
     from spectreg_lab.settings.config import Measuring
-    from spectreg_lab.storage import store
+    from spectreg_lab.storage import errors, store
     from spectreg_lab.training import runs
 
     places = store.finished_runs(Path("runs" if folder == "all" else folder))
@@ -73,7 +73,7 @@ def measure(
     for place in track(places, "measuring", console=console()):
         try:
             done += runs.measure(place, setting)
-        except (DataError, store.RunError) as error:
+        except (DataError, errors.RunError) as error:
             cannot.append(str(error))
     typer.echo(f"{done} runs measured, {len(places) - done - len(cannot)} had been before")
     if cannot:

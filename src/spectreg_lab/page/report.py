@@ -17,6 +17,7 @@ from spectreg_lab.statistics import paper, verdicts
 from spectreg_lab.storage import archive, records, store
 from spectreg_lab.storage.errors import RunError
 from spectreg_lab.storage.files import csv
+from spectreg_lab.storage.files import write as write_file
 
 PAGE = "report.html"
 
@@ -49,7 +50,7 @@ def write(source: Path, against_paper: bool = False, out: Path | None = None) ->
     drawings = {exhibit.name: _drawings(exhibit, colours) for exhibit in shown}
     for exhibit in shown:
         _write_files(report, exhibit, drawings[exhibit.name], colours)
-    store.write(report / PAGE, page(study, shown, drawings).encode())
+    write_file(report / PAGE, page(study, shown, drawings).encode())
     return report / PAGE
 
 
@@ -70,17 +71,17 @@ def _drawings(exhibit: Exhibit, colours: dict[str, str]) -> Drawings:
 
 
 def _write_files(report: Path, exhibit: Exhibit, drawings: Drawings, colours: dict[str, str]) -> None:
-    store.write(report / f"{exhibit.name}.csv", csv(exhibit.frame))
+    write_file(report / f"{exhibit.name}.csv", csv(exhibit.frame))
     tables = report / f"{exhibit.name}.md"
     if shown := [*_verdicts(exhibit), *exhibit.tables]:
         text = "\n\n".join(markdown(table) for table in shown)
-        store.write(tables, f"{text}\n".encode())
+        write_file(tables, f"{text}\n".encode())
     else:
         tables.unlink(missing_ok=True)  # of an earlier report, when runs were missing
     for group, drawn in drawings.items():
         methods = dict.fromkeys(line.method for panel, _ in drawn for line in panel.lines)
         drawing = sheet([svg for _, svg in drawn], {method: colours[method] for method in methods}, exhibit.dashes)
-        store.write(report / svg_name(exhibit, group), drawing.encode())
+        write_file(report / svg_name(exhibit, group), drawing.encode())
 
 
 def _verdicts(exhibit: Exhibit) -> list[Table]:

@@ -13,9 +13,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from spectreg_lab.storage import numbers, records, store
+from spectreg_lab.storage import checkpoints, numbers, records, run_folder, store
+from spectreg_lab.storage.errors import RunError
 from spectreg_lab.storage.files import write
-from spectreg_lab.storage.store import RunError, RunFolder, RunRecord, StudyRecord
+from spectreg_lab.storage.run_folder import RunFolder
+from spectreg_lab.storage.store import RunRecord, StudyRecord
 
 NAME = "runs.jsonl.gz"
 DIGITS = 7
@@ -28,7 +30,7 @@ def export(folder: Path, file: Path) -> int:
         RunError: ``folder`` is not a study folder.
     """
     study = store.read_study(folder)
-    head = {"format": store.FORMAT, "study": study.study, "search": study.search}
+    head = {"format": checkpoints.FORMAT, "study": study.study, "search": study.search}
     lines = [head, *(_line(run, folder) for run in study.runs)]
     text = "".join(numbers.dumps(line, separators=(",", ":")) + "\n" for line in lines)
     write(file, gzip.compress(text.encode(), mtime=0))
@@ -46,8 +48,8 @@ def read(path: Path) -> StudyRecord:
     packed = path.read_bytes()
     try:
         head, *runs = (json.loads(line) for line in gzip.decompress(packed).splitlines())
-        if isinstance(head, dict) and head.get("format", store.FORMAT) != store.FORMAT:
-            raise RunError(f"{path} has format {head['format']!r}; this version reads format {store.FORMAT}")
+        if isinstance(head, dict) and head.get("format", checkpoints.FORMAT) != checkpoints.FORMAT:
+            raise RunError(f"{path} has format {head['format']!r}; this version reads format {checkpoints.FORMAT}")
         records.Archive.model_validate(head)
         return StudyRecord(path.parent, head["study"], [_run(run) for run in runs], head["search"])
     except (EOFError, zlib.error, ValidationError, ValueError, RecursionError, gzip.BadGzipFile) as error:
@@ -66,7 +68,7 @@ def unpack(file: Path, folder: Path) -> int:
     study = read(file)
     finished = [run for run in study.runs if run.status == "finished"]
     for run in finished:
-        _unpack_run(run, store.run_folder(folder, run.folder.name))
+        _unpack_run(run, store.find_run(folder, run.folder.name))
     described = {key: value for key, value in study.study.items() if key != "command"}
     points = [
         {name: getattr(run, name) for name in ("setting", "regime", "method", "seed")} | {"run": run.folder.name}
@@ -108,10 +110,10 @@ def _rounded(value: Any) -> Any:
 
 def _unpack_run(run: RunRecord, path: Path) -> None:
     path.mkdir(parents=True)
-    store.write_json(path / store.CONFIG, {"format": store.FORMAT, "config": run.config})
-    store.write_json(path / store.VERSIONS, run.versions)
+    run_folder.write_json(path / run_folder.CONFIG, {"format": checkpoints.FORMAT, "config": run.config})
+    run_folder.write_json(path / run_folder.VERSIONS, run.versions)
     if run.measures:
-        store.write_json(path / store.MEASURES, run.measures)
+        run_folder.write_json(path / run_folder.MEASURES, run.measures)
     place = RunFolder(path)
-    write(path / store.METRICS, "".join(numbers.dumps(line) + "\n" for line in run.metrics).encode())
+    write(path / run_folder.METRICS, "".join(numbers.dumps(line) + "\n" for line in run.metrics).encode())
     place.end("finished")

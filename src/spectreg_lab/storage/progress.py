@@ -7,7 +7,7 @@ from pathlib import Path
 
 from spectreg_lab.storage.claims import Owner, holder
 from spectreg_lab.storage.errors import RunError
-from spectreg_lab.storage.store import CHECKPOINT, CONFIG, OUTCOME, RunFolder
+from spectreg_lab.storage.run_folder import CHECKPOINT, CONFIG, OUTCOME, RunFolder
 
 
 @dataclass(frozen=True)

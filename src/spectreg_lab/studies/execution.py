@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 
 from spectreg_lab import data, models
 from spectreg_lab.settings.studies import Point, Selection, Study, StudyError
-from spectreg_lab.storage import store
+from spectreg_lab.storage import run_folder, store
 from spectreg_lab.storage.claims import ClaimedError, Owner, Watch, holder
 from spectreg_lab.storage.errors import RunError
 from spectreg_lab.studies.search import keep
@@ -81,7 +81,7 @@ def begin(
         StudyError: `check` finds a fault, ``only`` names what the study does not have, or the folder is
             another study's.
     """
-    chosen = {store.run_folder(folder, *point.config.names): point for point in only.of(study)}
+    chosen = {store.find_run(folder, *point.config.names): point for point in only.of(study)}
     if (other := store.study_name(folder)) not in (None, study.name):
         raise StudyError(f"{folder} holds the study {other!r}: give {study.name!r} another folder with --out")
     waiting = {place: point for place, point in chosen.items() if not _finished(place)}
@@ -96,7 +96,7 @@ def begin(
 
 
 def _label(folder: Path, point: Point) -> dict[str, object]:
-    return point.label() | {"run": store.run_folder(folder, *point.config.names).name}
+    return point.label() | {"run": store.find_run(folder, *point.config.names).name}
 
 
 def execute(waiting: dict[Path, Point], engine: Engine, display: Display, log: tuple[str, ...] = ()) -> None:
@@ -121,7 +121,7 @@ class Execution:
     def go(self) -> None:
         """Do all that there is to do."""
         jobs = [
-            Job(point.config, place, store.RunFolder(place).ended(), log=self.log)
+            Job(point.config, place, run_folder.RunFolder(place).ended(), log=self.log)
             for place, point in self.points.items()
         ]
         while jobs:
@@ -148,7 +148,7 @@ class Execution:
 
     def _over(self, job: Job) -> bool:
         """Whether another process has brought the run to its end."""
-        recorded = store.RunFolder(job.folder).ended()
+        recorded = run_folder.RunFolder(job.folder).ended()
         if recorded is None or recorded == job.failure:
             return False
         status, error = _recorded(job.folder)
@@ -191,7 +191,7 @@ class Execution:
             self.display.end(point, outcome.status, outcome.error)
 
     def _record(self, job: Job, error: str | None) -> None:
-        place = store.RunFolder(job.folder)
+        place = run_folder.RunFolder(job.folder)
         try:
             with place.claimed(token=job.token, dead=job.dead):
                 place.end("failed", error=error)
@@ -214,7 +214,7 @@ def execute_together(waiting: dict[Path, Point], fabric: Fabric, display: Displa
 
 def _finished(place: Path) -> bool:
     try:
-        return store.RunFolder(place).finished()
+        return run_folder.RunFolder(place).finished()
     except (RunError, ValueError):
         return False
 
@@ -222,7 +222,7 @@ def _finished(place: Path) -> bool:
 def _recorded(place: Path) -> tuple[str, str | None]:
     """The status and the error that a run's folder records; a broken record is no end."""
     try:
-        outcome = store.RunFolder(place).outcome() or {}
+        outcome = run_folder.RunFolder(place).outcome() or {}
     except RunError:
         outcome = {}
     return outcome.get("status", "unfinished"), outcome.get("error")

@@ -12,7 +12,8 @@ from spectreg_lab.storage.claims import Watch
 from spectreg_lab.storage.errors import RunError
 from spectreg_lab.storage.progress import Progress, progress
 from spectreg_lab.storage.records import StudyFile
-from spectreg_lab.storage.store import REWRITTEN, RUNS, STUDY, read_json
+from spectreg_lab.storage.run_folder import read_json
+from spectreg_lab.storage.store import REWRITTEN, RUNS, STUDY
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from spectreg_lab.settings.config import Config
 
 if TYPE_CHECKING:
-    from spectreg_lab.storage.store import RunFolder
+    from spectreg_lab.storage.run_folder import RunFolder
 
 Status = Literal["finished", "failed", "elsewhere", "unwritable", "retried", "died"]
 
@@ -77,7 +77,7 @@ def carry_out(job: Job, accelerator: str = "cpu", threads: int = 1, node: str | 
 
     from spectreg_lab.storage.claims import ClaimedError, ClaimLostError
     from spectreg_lab.storage.errors import RunError
-    from spectreg_lab.storage.store import RunFolder
+    from spectreg_lab.storage.run_folder import RunFolder
     from spectreg_lab.studies.loggers import LogError
 
     torch.set_num_threads(threads)

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from spectreg_lab import data, measures, models
 from spectreg_lab.settings.config import Config, Measuring
+from spectreg_lab.storage.checkpoints import Checkpoint
+from spectreg_lab.storage.errors import RunError
 from spectreg_lab.storage.provenance import describe
-from spectreg_lab.storage.store import Checkpoint, RunError, RunFolder
+from spectreg_lab.storage.run_folder import RunFolder
 from spectreg_lab.training.devices import first_decides, one_device
 from spectreg_lab.training.memory import keep_freed_memory
 from spectreg_lab.training.train import Epoch, train

@@ -8,7 +8,7 @@ import folders
 import pytest
 
 from spectreg_lab.page import provenance, report
-from spectreg_lab.storage import store
+from spectreg_lab.storage import errors, run_folder, store
 
 
 def text(page: Path) -> str:
@@ -22,7 +22,7 @@ def test_every_run_that_is_missing_failed_or_of_another_format_is_named_with_its
     folders.lose(folder, "vgg-small-decay-0")
     folders.fail(folder, "vgg-large-spectral-1", "the loss became nan in epoch 7 <script>")
     folders.age(folder, "vgg-small-vanilla-2")
-    (folder / "runs" / "vgg-large-decay-2" / store.OUTCOME).unlink()
+    (folder / "runs" / "vgg-large-decay-2" / run_folder.OUTCOME).unlink()
     words = text(report.write(folder))
     assert "24 runs: 20 finished, 2 missing, 1 unfinished, 1 failed" in words
     for run in ("vgg-small-decay-0", "vgg-large-spectral-1", "vgg-small-vanilla-2", "vgg-large-decay-2"):
@@ -48,8 +48,8 @@ def test_a_study_with_nothing_finished_has_a_page_that_says_so(tmp_path: Path, b
 
 def test_the_foot_has_command_commit_versions_and_seeds_and_differing_versions_are_named(tmp_path: Path) -> None:
     folder = folders.write_study(tmp_path / "s")
-    other = folder / "runs" / "vgg-small-decay-0" / store.VERSIONS
-    store.write_json(other, folders.VERSIONS | {"torch": "2.99.0"})
+    other = folder / "runs" / "vgg-small-decay-0" / run_folder.VERSIONS
+    run_folder.write_json(other, folders.VERSIONS | {"torch": "2.99.0"})
     words = text(report.write(folder))
     for said in (
         "spectreg reproduce by-hand.toml",
@@ -65,9 +65,9 @@ def test_the_foot_has_epochs_learning_rates_strengths_and_the_rule_for_alpha(tmp
     case = {"model": {}, "data": {}, "epochs": 70, "learning_rate": {"small": 0.03, "large": 0.1}}
     settings = {"deep": case, "vgg": {"model": {}, "data": {}, "alpha": {"small": 0.7}}}
     folder = folders.write_study(tmp_path / "s", settings=settings)
-    described = store.read_json(folder / store.STUDY)
+    described = run_folder.read_json(folder / store.STUDY)
     described["study"]["methods"]["adversarial"] = {"name": "adversarial", "epsilon": 0.3, "alpha": 0.5}
-    store.write_json(folder / store.STUDY, described)
+    run_folder.write_json(folder / store.STUDY, described)
     foot = dict(provenance.foot(store.read_study(folder)))
     assert foot["epochs"] == "deep: 70; vgg: 2"
     assert foot["learning rates"] == "deep: 0.03 (small batch), 0.1 (large batch); vgg: not recorded"
@@ -93,7 +93,7 @@ def test_the_files_of_two_reports_of_one_study_are_the_same_but_for_the_hour(tmp
 
 def test_the_table_of_missing_runs_goes_away_when_they_are_there(tmp_path: Path) -> None:
     folder = folders.write_study(tmp_path / "s", seeds=(0,))
-    outcome = folder / "runs" / "vgg-small-decay-0" / store.OUTCOME
+    outcome = folder / "runs" / "vgg-small-decay-0" / run_folder.OUTCOME
     outcome.rename(tmp_path / "kept")
     table = report.write(folder).parent / "runs.md"
     assert "vgg-small-decay-0" in table.read_text() or "unfinished" in table.read_text()
@@ -103,19 +103,23 @@ def test_the_table_of_missing_runs_goes_away_when_they_are_there(tmp_path: Path)
 
 
 def test_a_folder_that_is_no_study_is_refused_with_what_makes_one(tmp_path: Path) -> None:
-    with pytest.raises(store.RunError, match=r"not a study folder.*spectreg reproduce"):
+    with pytest.raises(errors.RunError, match=r"not a study folder.*spectreg reproduce"):
         report.write(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
-        (store.MEASURES, "[1]", "measures.json holds no JSON object: delete it and spectreg measure its run again"),
-        (store.METRICS, '{"train_loss": 1}\n', "metrics.jsonl: line 1 has no epoch"),
-        (store.METRICS, "[]\n", "metrics.jsonl: line 1 has no epoch"),
-        (store.METRICS, "", "2 of its epochs are not in metrics.jsonl"),
-        (store.OUTCOME, "{}", "outcome.json has no status"),
-        (store.VERSIONS, "3", "versions.json holds no JSON object"),
+        (
+            run_folder.MEASURES,
+            "[1]",
+            "measures.json holds no JSON object: delete it and spectreg measure its run again",
+        ),
+        (run_folder.METRICS, '{"train_loss": 1}\n', "metrics.jsonl: line 1 has no epoch"),
+        (run_folder.METRICS, "[]\n", "metrics.jsonl: line 1 has no epoch"),
+        (run_folder.METRICS, "", "2 of its epochs are not in metrics.jsonl"),
+        (run_folder.OUTCOME, "{}", "outcome.json has no status"),
+        (run_folder.VERSIONS, "3", "versions.json holds no JSON object"),
     ],
 )
 def test_a_run_with_a_broken_file_is_named_with_it_and_the_others_are_shown(
@@ -131,7 +135,7 @@ def test_a_run_with_a_broken_file_is_named_with_it_and_the_others_are_shown(
 @pytest.mark.parametrize("content", ["[]", "{", "{}", '{"format": 1, "study": {}, "command": ""}', '{"points": [1]}'])
 def test_a_broken_record_of_a_study_is_refused_with_its_remedy(tmp_path: Path, content: str) -> None:
     (tmp_path / store.STUDY).write_text(content)
-    with pytest.raises(store.RunError, match=r"study\.json .*give the command that made it again"):
+    with pytest.raises(errors.RunError, match=r"study\.json .*give the command that made it again"):
         report.write(tmp_path)
 
 
@@ -180,5 +184,5 @@ def test_a_record_of_a_study_that_was_tampered_with_is_refused_by_name(
         inner = inner[step]
     inner[place[-1]] = value
     (folder / store.STUDY).write_text(json.dumps(content))
-    with pytest.raises(store.RunError, match=r"(study\.json|record of the study in .*) has a wrong "):
+    with pytest.raises(errors.RunError, match=r"(study\.json|record of the study in .*) has a wrong "):
         report.write(folder)

@@ -11,7 +11,8 @@ import pytest
 from spectreg_lab.page import report
 from spectreg_lab.settings.config import Config
 from spectreg_lab.storage import archive, store
-from spectreg_lab.storage.store import RunError, RunFolder
+from spectreg_lab.storage.errors import RunError
+from spectreg_lab.storage.run_folder import RunFolder
 
 
 def curve(regime: str, method: str, seed: int) -> list[tuple[float, float]]:

@@ -11,8 +11,9 @@ import time
 import pytest
 
 from spectreg_lab.storage import claims
+from spectreg_lab.storage.checkpoints import Checkpoint
 from spectreg_lab.storage.claims import ClaimedError, ClaimLostError, Watch, claim, holder
-from spectreg_lab.storage.store import Checkpoint, RunFolder
+from spectreg_lab.storage.run_folder import RunFolder
 from spectreg_lab.training.runs import run
 
 HOLD = """

@@ -11,9 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from spectreg_lab.storage import checkpoints, files, store
+from spectreg_lab.storage import checkpoints, files, run_folder, store
+from spectreg_lab.storage.checkpoints import Checkpoint
+from spectreg_lab.storage.errors import RunError
 from spectreg_lab.storage.files import write
-from spectreg_lab.storage.store import Checkpoint, RunError, RunFolder
+from spectreg_lab.storage.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def test_a_line_without_its_checkpoint_is_dropped_on_resuming(folder):
 
 def test_a_line_cut_short_is_dropped(folder):
     advance(folder, [1, 2])
-    with (folder.path / store.METRICS).open("a") as file:
+    with (folder.path / run_folder.METRICS).open("a") as file:
         file.write('{"epoch": 3, "lo')
     assert len(folder.metrics()) == 2
     assert folder.resume().epoch == 2
@@ -158,8 +160,8 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(fol
 
 def test_checkpoints_that_lie_ahead_of_the_metrics_do_not_push_out_those_that_are_needed(folder):
     advance(folder, range(1, 7))
-    lines = (folder.path / store.METRICS).read_text().splitlines(keepends=True)
-    (folder.path / store.METRICS).write_text("".join(lines[:2]))
+    lines = (folder.path / run_folder.METRICS).read_text().splitlines(keepends=True)
+    (folder.path / run_folder.METRICS).write_text("".join(lines[:2]))
     assert folder.resume() is None
     advance(folder, [1, 2])
     assert sorted(path.name for path in folder.path.glob("checkpoint-*")) == [
@@ -175,7 +177,7 @@ def snapshot(path):
 def test_numbers_that_are_not_finite_are_json_and_come_back_as_they_were(folder):
     folder.append({"epoch": 1, "train_loss": math.inf, "test_loss": -math.inf, "sigma": {"w": math.nan}})
     folder.save_measures({"hessian": {"test": {"value": math.nan, "residual": math.inf}}})
-    for name in (store.METRICS, store.MEASURES):
+    for name in (run_folder.METRICS, run_folder.MEASURES):
 
         def refuse(constant):
             raise AssertionError(f"{constant} is not JSON")
@@ -188,7 +190,7 @@ def test_numbers_that_are_not_finite_are_json_and_come_back_as_they_were(folder)
 
 
 def test_bare_nan_of_older_files_is_read(folder):
-    (folder.path / store.METRICS).write_text('{"epoch": 1, "train_loss": NaN}\n')
+    (folder.path / run_folder.METRICS).write_text('{"epoch": 1, "train_loss": NaN}\n')
     assert math.isnan(folder.metrics()[0]["train_loss"])
 
 
@@ -201,7 +203,7 @@ def test_with_no_readable_checkpoint_the_run_starts_anew(folder):
 
 def test_a_checkpoint_newer_than_the_metrics_is_not_used(folder):
     advance(folder, [1, 2])
-    (folder.path / store.METRICS).write_text('{"epoch": 1}\n')
+    (folder.path / run_folder.METRICS).write_text('{"epoch": 1}\n')
     assert folder.resume().epoch == 1
 
 
@@ -239,13 +241,13 @@ def test_a_folder_of_another_setting_is_refused_with_what_differs(folder, tiny):
 
 
 def test_a_folder_of_another_format_is_refused(folder, tiny):
-    (folder.path / store.CONFIG).write_text(json.dumps({"format": 99, "config": {}}))
+    (folder.path / run_folder.CONFIG).write_text(json.dumps({"format": 99, "config": {}}))
     with pytest.raises(RunError, match="has format 99; this version reads format 1"):
         folder.begin(tiny(), {})
 
 
 def test_a_broken_setting_is_refused_by_name(folder):
-    (folder.path / store.CONFIG).write_text("{")
+    (folder.path / run_folder.CONFIG).write_text("{")
     with pytest.raises(RunError, match=r"config.json is not JSON"):
         folder.config()
 

@@ -15,7 +15,7 @@ from test_execution import numbers
 from test_studies import STUDY
 
 from spectreg_lab.storage.claims import holder
-from spectreg_lab.storage.store import RunFolder
+from spectreg_lab.storage.run_folder import RunFolder
 from spectreg_lab.studies import local
 from spectreg_lab.studies.local import LocalEngine
 from spectreg_lab.studies.means import EngineName, Means

@@ -6,7 +6,7 @@ import pytest
 from test_studies import STUDY
 
 from spectreg_lab.settings.studies import Selection, Study, StudyError, read_study
-from spectreg_lab.storage import archive, store
+from spectreg_lab.storage import archive, errors, run_folder, store
 from spectreg_lab.studies import execution
 from spectreg_lab.studies.execution import UnwritableError, begin, check, execute
 from spectreg_lab.studies.local import LocalEngine
@@ -139,9 +139,9 @@ def test_a_run_whose_process_is_killed_goes_on_in_a_new_one_to_the_same_bits(one
     record = carry_out(one_run, tmp_path / "out", engine=engine, record=Killer(engine, tmp_path / "out", [2]))
     assert [note for note in record.notes if "its process ended with SIGKILL (out of memory?); trying once" in note]
     assert [status for _, status, _ in record.ends] == ["finished"]
-    (killed,) = [store.RunFolder(path.parent) for path in (tmp_path / "out").rglob(store.OUTCOME)]
+    (killed,) = [run_folder.RunFolder(path.parent) for path in (tmp_path / "out").rglob(run_folder.OUTCOME)]
     run(killed.config(), tmp_path / "alone")
-    assert numbers(killed) == numbers(store.RunFolder(tmp_path / "alone"))
+    assert numbers(killed) == numbers(run_folder.RunFolder(tmp_path / "alone"))
     assert len(killed.metrics()) == 30
     assert not list(killed.path.glob("claim*"))
 
@@ -162,7 +162,7 @@ def test_a_training_that_stops_for_whatever_cause_has_an_outcome(study, tmp_path
     ((place, point),) = begin(content, tmp_path / "out", "", Record(), only).items()
     monkeypatch.setattr(Training, "epoch", lambda *_: (_ for _ in ()).throw(RuntimeError("the device is gone")))
     assert run(point.config, place) == {"status": "failed", "error": "RuntimeError: the device is gone"}
-    assert "the device is gone" in store.RunFolder(place).outcome()["error"]
+    assert "the device is gone" in run_folder.RunFolder(place).outcome()["error"]
     monkeypatch.undo()
     assert run(point.config, place) == {"status": "finished"}
 
@@ -197,7 +197,7 @@ def test_what_cannot_work_is_said_before_the_first_run(study, old, new, message)
 
 
 def test_a_broken_outcome_counts_as_unfinished(tmp_path):
-    (tmp_path / store.OUTCOME).write_text("{")
+    (tmp_path / run_folder.OUTCOME).write_text("{")
     assert not execution._finished(Path(tmp_path))
 
 
@@ -249,7 +249,7 @@ def test_a_broken_record_of_a_study_says_that_the_same_command_rewrites_it_and_i
     begin(study(), tmp_path / "out", "", Record())
     (tmp_path / "out" / store.STUDY).write_bytes(broken)
     with pytest.raises(
-        store.RunError, match=r"study.json .*the command that made it again, which rewrites it and keeps"
+        errors.RunError, match=r"study.json .*the command that made it again, which rewrites it and keeps"
     ):
         store.read_study(tmp_path / "out")
     begin(study(), tmp_path / "out", "", Record())
@@ -262,10 +262,10 @@ def test_a_finished_run_without_its_metrics_is_run_again(study, tmp_path):
     ((place, point),) = begin(content, tmp_path / "out", "", Record(), only).items()
     run(point.config, place)
     assert not begin(content, tmp_path / "out", "", Record(), only)
-    (place / store.METRICS).unlink()
+    (place / run_folder.METRICS).unlink()
     assert [r.error for r in store.read_study(tmp_path / "out").runs if r.folder == place] == [
         "2 of its epochs are not in metrics.jsonl: `spectreg reproduce` runs it again"
     ]
     assert list(begin(content, tmp_path / "out", "", Record(), only)) == [place]
     assert run(point.config, place) == {"status": "finished"}
-    assert len(store.RunFolder(place).metrics()) == 2
+    assert len(run_folder.RunFolder(place).metrics()) == 2

@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 
 from spectreg_lab.settings.config import Spectral
-from spectreg_lab.storage.store import RunFolder
+from spectreg_lab.storage.run_folder import RunFolder
 from spectreg_lab.studies.loggers import LogError, check, flat, loggers
 from spectreg_lab.studies.worker import Job, carry_out
 

@@ -6,7 +6,7 @@ from test_studies import STUDY
 
 from spectreg_lab.settings.config import VGG, Config, Decay, Spectral, Vanilla
 from spectreg_lab.settings.studies import StudyError, read_study
-from spectreg_lab.storage import store
+from spectreg_lab.storage import run_folder, store
 from spectreg_lab.studies.search import check, choose, gather, judge, keep, own_strengths
 from spectreg_lab.tables import search
 
@@ -28,7 +28,7 @@ def folder(tmp_path):
     points = []
     for (method, rate), (training, validation) in GRID.items():
         config = Config(model=VGG(), method=method, batch_size=64, learning_rate=rate, epochs=1)
-        run = store.RunFolder(tmp_path / "runs" / config.name)
+        run = run_folder.RunFolder(tmp_path / "runs" / config.name)
         run.path.mkdir(parents=True)
         run.begin(config, {})
         run.append({"epoch": 1, "train_accuracy": training, "test_accuracy": validation})

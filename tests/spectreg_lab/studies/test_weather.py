@@ -16,8 +16,8 @@ from test_execution import Record, numbers
 from test_studies import STUDY
 
 from spectreg_lab.settings.studies import read_study
-from spectreg_lab.storage import claims, store
-from spectreg_lab.storage.store import RunFolder
+from spectreg_lab.storage import claims, run_folder
+from spectreg_lab.storage.run_folder import RunFolder
 from spectreg_lab.studies import execution
 from spectreg_lab.studies.execution import UnwritableError, begin, execute
 from spectreg_lab.studies.worker import carry_out
@@ -73,7 +73,7 @@ def take_part(study, folder):
 
 
 def outcomes(folder):
-    return [RunFolder(path.parent) for path in folder.rglob(store.OUTCOME)]
+    return [RunFolder(path.parent) for path in folder.rglob(run_folder.OUTCOME)]
 
 
 def test_three_who_work_on_one_folder_train_each_epoch_of_each_run_once(study, tmp_path, trained, monkeypatch):

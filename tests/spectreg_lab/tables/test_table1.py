@@ -15,7 +15,7 @@ from spectreg_lab.settings import studies
 from spectreg_lab.settings.config import Config, Data
 from spectreg_lab.statistics import frames, paper
 from spectreg_lab.statistics.paired import holm, interval, paired
-from spectreg_lab.storage import store
+from spectreg_lab.storage import run_folder, store
 from spectreg_lab.tables import table1
 
 pytestmark = pytest.mark.portable
@@ -138,7 +138,7 @@ def test_unfinished_failed_and_missing_runs_stay_out_of_table_1(tmp_path: Path) 
     folder = folders.write_study(tmp_path / "s")
     folders.lose(folder, "vgg-small-decay-0")
     folders.fail(folder, "vgg-small-decay-1", "the loss became nan")
-    (folder / "runs" / "vgg-small-spectral-2" / store.OUTCOME).unlink()
+    (folder / "runs" / "vgg-small-spectral-2" / run_folder.OUTCOME).unlink()
     _, table, _ = build(folder)
     counts = frames.select(table, metric="test_accuracy", regime="small").set_index("method").runs
     assert counts.to_dict() == {"vanilla": 3, "decay": 1, "adversarial": 3, "spectral": 2}

@@ -14,7 +14,7 @@ from test_studies import STUDY
 from spectreg_lab import measures
 from spectreg_lab.data import batches, load
 from spectreg_lab.settings.config import VGG, Adversarial, Config, Data, Measuring, Spectral, Vanilla
-from spectreg_lab.storage.store import RunFolder
+from spectreg_lab.storage.run_folder import RunFolder
 from spectreg_lab.studies.local import LocalEngine
 from spectreg_lab.training import runs
 from spectreg_lab.training.devices import DeviceError, one_device, several_devices, shape

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from spectreg_lab.settings.config import Data
-from spectreg_lab.storage.store import RunError, RunFolder
+from spectreg_lab.storage.errors import RunError
+from spectreg_lab.storage.run_folder import RunFolder
 from spectreg_lab.training.runs import run
 from spectreg_lab.training.train import Training
 
