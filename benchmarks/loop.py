@@ -19,13 +19,12 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.harness import ROUNDS, Call, failed, in_turn, ratio, record, same, spread
 from spectreg_lab import models
-from spectreg_lab.data import Images, Split, batches, load
-from spectreg_lab.settings.config import VGG, Augmentation, Config, Data, DenseNet, Spectral, Vanilla
-from spectreg_lab.training.evaluation import evaluate, read, spectral_norms
+from spectreg_lab.data import Images, batches, load
+from spectreg_lab.settings.config import VGG, Augmentation, Config, Data, DenseNet, Vanilla
 from spectreg_lab.training.train import Training
 
 NAME = "the loop"
-SECONDS = 130
+SECONDS = 100
 NETWORKS = {"VGG": VGG(width=16, stages=(1, 1, 2), hidden=64), "DenseNet": DenseNet(depth=10, growth=8)}
 LAB, HAND, TRAINER = "spectreg's loop", "by hand", "Lightning Trainer"
 EPOCHS, WARMUP = 2 * ROUNDS, 2
@@ -179,29 +178,6 @@ def compare(case: str, config: Config, images: Images, fabric: Fabric) -> None:
         record(spread(NAME, case, name, "the first step", "ms", [1e3 * t for t in taken]))
 
 
-def beyond_the_steps(fabric: Fabric, count: int = 12_500, rounds: int = 5) -> None:
-    """What an epoch costs beside its steps, for the VGG of studies/cpu.toml on as many images as it has there."""
-    draws = torch.Generator().manual_seed(0)
-    train, test = (
-        Split(torch.randn(n, 3, 16, 16, generator=draws), torch.randint(10, (n,), generator=draws))
-        for n in (count, count * 4 // 5)
-    )
-    network = VGG(width=24, stages=(1, 1, 2), hidden=128)
-    config = Config(model=network, method=Spectral(), batch_size=64, learning_rate=0.01, epochs=1000)
-    training = Training(config, Images(train, test, 10), fabric)
-    calls: dict[str, Call] = {
-        "steps": lambda: training.epoch(1),
-        "evaluation": lambda: [evaluate(training.model, split, 256, fabric) for split in (train, test)],
-        "norms and a copy of all tensors": lambda: (read(spectral_norms(training.model)), training.tensors()),
-    }
-    times = in_turn(calls, rounds, 1)
-    case = f"VGG of width 24, {count} and {count * 4 // 5} images of 16 px, B=64"
-    for name in list(calls)[1:]:
-        shares = [100 * a / b for a, b in zip(times[name], times["steps"], strict=True)]
-        note = "of every epoch that has one: `evaluate_every` says which" if name == "evaluation" else "of every epoch"
-        record(spread(NAME, case, name, "the steps of an epoch", "%", shares, note=note))
-
-
 def main() -> None:
     fabric = Fabric(accelerator="cpu", devices=1)
     data = Data(augmentation=Augmentation(pad=1, flip=True))
@@ -212,4 +188,3 @@ def main() -> None:
                 model=setting, method=Vanilla(), data=data, batch_size=size, learning_rate=0.01, epochs=1000
             )
             compare(f"{name}, B={size}, augmented", config, images, fabric)
-    beyond_the_steps(fabric)

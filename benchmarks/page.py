@@ -153,9 +153,9 @@ def elsewhere(folder: Path) -> Iterator[str]:
         yield f"### On another machine, before\n\n`results/{path.name}`: {origin(lines)}\n\n{goals(lines)}\n"
 
 
-def machine(lines: Sequence[Line]) -> str:
-    """What a record was measured on, for the head of a column."""
-    last = lines[-1]
+def machine(lines: Sequence[Line], rows: Sequence[tuple[str, str, str]]) -> str:
+    """What a record's answers in ``rows`` were measured on, for the head of a column."""
+    last = [line for line in lines if any(line["case"].startswith(case) for _, case, _ in rows)][-1]
     return f"{last['machine'].removeprefix('Linux x86_64, ').partition(' Processor')[0]} ({last['commit'][:7]})"
 
 
@@ -174,7 +174,8 @@ def short(records: Sequence[Sequence[Line]]) -> str:
     """One screen: what users ask, a column for each record."""
     parts = [SHORT]
     for question, rows in ASKED.items():
-        parts += [f"| {question} | {' | '.join(map(machine, records))} |", "|---" * (1 + len(records)) + "|"]
+        heads = " | ".join(machine(lines, rows) for lines in records)
+        parts += [f"| {question} | {heads} |", "|---" * (1 + len(records)) + "|"]
         for words, case, subject in rows:
             parts.append(f"| {words} | {' | '.join(answer(lines, case, subject) for lines in records)} |")
         parts.append("")

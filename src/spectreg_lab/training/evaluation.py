@@ -11,6 +11,13 @@ from torch.nn.functional import cross_entropy
 from spectreg.weights.selection import named_weights
 from spectreg_lab.data import Split
 
+CACHED = 128  # images whose activations stay in the caches of a CPU from layer to layer
+
+
+def portion(micro_batch: int, fabric: Fabric) -> int:
+    """How many images to evaluate at a time: what fits in the memory, and on a CPU in its caches."""
+    return min(micro_batch, CACHED) if fabric.device.type == "cpu" else micro_batch
+
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, split: Split, size: int, fabric: Fabric) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spectreg_lab import methods, models
 from spectreg_lab.data import Images, batches, generator, steps_per_epoch
 from spectreg_lab.settings.config import Config
-from spectreg_lab.training.evaluation import evaluate, read, spectral_norms
+from spectreg_lab.training.evaluation import evaluate, portion, read, spectral_norms
 
 
 class NonFiniteLossError(Exception):
@@ -183,9 +183,9 @@ def _metrics(training: Training, number: int, objective: Tensor) -> dict[str, An
     config = training.config
     due = number % config.evaluate_every == 0 or number == config.epochs
     splits = {"train": training.train, "test": training.test} if due else {}
-    values = {"objective": objective}
+    values, size = {"objective": objective}, portion(config.micro_batch, training.fabric)
     for side, split in splits.items():
-        found = evaluate(training.method.forward, split, config.micro_batch, training.fabric)
+        found = evaluate(training.method.forward, split, size, training.fabric)
         values[f"{side}_loss"], values[f"{side}_accuracy"] = found
     parts = {"sigma": spectral_norms(training.model), "sigma_estimate": training.method.estimates()}
     values |= {f"{part}/{name}": norm for part, norms in parts.items() for name, norm in norms.items()}
