@@ -155,7 +155,7 @@ def elsewhere(folder: Path) -> Iterator[str]:
 
 def machine(lines: Sequence[Line], rows: Sequence[tuple[str, str, str]]) -> str:
     """What a record's answers in ``rows`` were measured on, for the head of a column."""
-    last = [line for line in lines if any(line["case"].startswith(case) for _, case, _ in rows)][-1]
+    last = next((x for x in reversed(lines) if any(x["case"].startswith(case) for _, case, _ in rows)), lines[-1])
     return f"{last['machine'].removeprefix('Linux x86_64, ').partition(' Processor')[0]} ({last['commit'][:7]})"
 
 
