@@ -32,6 +32,7 @@ TABLES = {
     "embed", "embeds", "embedding", "embeddings", "emb", "pos", "position", "positions", "positional", "rel",
     "token", "tokens", "latent", "latents", "prompt", "prompts", "codebook", "codebooks", "codevectors",
 }  # fmt: skip
+HOLDERS = {"pos", "position", "positions", "positional", "wte", "wpe", "vocab", "codebook", "codebooks", "lookup"}
 MATRICES = {
     "proj", "projection", "weight", "weights", "kernel", "kernels", "matrix", "matrices", "linear", "router", "head",
     "heads", "expert", "experts", "mixer", "mixing",
@@ -87,7 +88,7 @@ def _role_of_a_bare_one(path: str, module: nn.Module, attribute: str, tensor: Te
     vector_in_disguise = sum(size > 1 for size in tensor.shape) < 2
     if vector_in_disguise or words & BIASES or _is_a_scale(holder, module, attribute):
         return Role.NONE
-    if attribute == "weight" and any(w.startswith("emb") for w in _words(holder)) and not _words(holder) & MATRICES:
+    if attribute == "weight" and _holds_a_table(_words(holder)):
         return Role.TABLE
     if _words(attribute.rpartition("_")[2]) & SCALES:  # weight_scale is the scale of a weight
         return Role.NONE
@@ -96,6 +97,11 @@ def _role_of_a_bare_one(path: str, module: nn.Module, attribute: str, tensor: Te
     if words & SCALES or "log" in words or attribute.lower().endswith(STATES):
         return Role.NONE
     return Role.TABLE if words & TABLES else Role.BARE
+
+
+def _holds_a_table(words: set[str]) -> bool:
+    """Whether a module of this name has a table for its weight."""
+    return (bool(words & HOLDERS) or any(word.startswith("emb") for word in words)) and not words & MATRICES
 
 
 def _is_a_scale(holder: str, module: nn.Module, attribute: str) -> bool:

@@ -13,6 +13,7 @@ from spectreg.weights.module_names import named_modules
 from spectreg.weights.patterns import Patterns, some
 from spectreg.weights.reading import read_weight
 from spectreg.weights.roles import Role, role_of
+from spectreg.weights.tables import is_looked_up
 
 Select = Callable[[str, Tensor], bool]
 Candidate = tuple[str, nn.Module, str, Tensor]
@@ -115,6 +116,8 @@ def _candidates(model: nn.Module, embeddings: bool, named: Container[str]) -> It
             name = f"{path}.{attribute}".lstrip(".")
             _refuse_hidden(name, tensor)
             role = role_of(path, module, attribute, tensor)
+            if role is Role.BARE and is_looked_up(module, attribute, tensor):
+                role = Role.TABLE
             if name in named and role is not Role.LAYER:
                 role = Role.BARE
             if role is not Role.NONE:
