@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from spectreg.baselines.buffers import kept_buffers
 from spectreg.linalg.directions import unit
-from spectreg.measures._examples import example_dimension
+from spectreg.measures._examples import example_dimension, may_be_one_step, refuse_one_step
 from spectreg.measures._forms import PairLoss, WholeLoss, call, loss_of
 from spectreg.measures._inputs import differentiable_input, gradient_by_input, with_input
+from spectreg.measures._model import check_there
 from spectreg.measures._nested import tensors
 from spectreg.measures._outputs import output_of
 from spectreg.measures._terms import LossFunction, scalar
@@ -46,7 +47,8 @@ def adversarial_loss(
         The loss; its ``backward()`` reaches the model's parameters and nothing else.
 
     Raises:
-        ValueError: The loss is not a scalar or does not depend on ``x``; a setting is out of range.
+        ValueError: The loss is not a scalar or does not depend on ``x``; a setting is out of range; a parameter has no
+            values (meta device).
 
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> _ = nn.init.ones_(layer.weight)
@@ -59,6 +61,7 @@ def adversarial_loss(
         raise ValueError(f"epsilon is {epsilon}: a perturbation needs a finite length of 0 or more.")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}: the share of the unperturbed loss lies between 0 and 1.")
+    check_there(model)
     loss = loss_of(loss_fn)
     batch = x if isinstance(loss, WholeLoss) else (x, y)
     place = loss.place(batch)
@@ -90,4 +93,6 @@ def dimension(x: Tensor, output: Any) -> int:
     told = len(y) == len(x) and x.shape[0] not in x.shape[1:2] and y.shape[1:2] != x.shape[1:2]
     if told and x.ndim in (2, 4):
         return 0
+    if may_be_one_step(x, output):
+        refuse_one_step(x.shape)
     return example_dimension(x, output) or 0

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from spectreg.baselines.buffers import without_updates
 from spectreg.measures._inputs import differentiable_input
+from spectreg.measures._model import check_there
 from spectreg.measures.jacobian import flat_output, jacobian_rows
 
 
@@ -37,6 +38,7 @@ def jacobian_penalty(
     >>> jacobian_penalty(model, torch.zeros(5, 3)).item()  # ‖W‖_F² = 6·2²
     24.0
     """
+    check_there(model)
     x = differentiable_input(x)
     with torch.enable_grad():
         return mean_square(flat_output(without_updates(model, x), x), x, projections, generator)
@@ -75,6 +77,8 @@ def layerwise_jacobian_penalty(
     >>> layerwise_jacobian_penalty(model, torch.zeros(2, 3)).item()  # without activations: Σ ‖W‖_F² = 9 + 3
     12.0
     """
+    for layer in [layers] if isinstance(layers, nn.Sequential) else layers:
+        check_there(layer)
     h = differentiable_input(x)
     penalties = []
     with torch.enable_grad():

@@ -122,7 +122,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         raise ValueError(f"parameter {lazy!r} is uninitialized (a lazy module): run the model forward once before.")
     attributes = [(module, dict(vars(module))) for module in model.modules()]
     containers = [(c, c.copy()) for _, own in attributes for c in own.values() if isinstance(c, dict | list)]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
     try:
         for module, _ in attributes:
             module.training = False

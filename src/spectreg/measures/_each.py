@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spectreg.linalg.directions import unit
-from spectreg.measures._examples import are_rows, checked_dimension, each_loss, example_weights
+from spectreg.measures._examples import are_rows, checked_dimension, each_loss, example_weights, may_be_one_step
 from spectreg.measures._forms import PairLoss, WholeLoss, call
 from spectreg.measures._inputs import differentiable_input, gradient_by_input, with_input
 from spectreg.measures._nested import mapped, rows_of, tensors
@@ -20,6 +20,7 @@ class Examples:
     """A batch of pairs whose inputs are about to be perturbed.
 
     ``clean`` holds the unperturbed outputs, a row an example; ``weights`` what each example adds to the terms.
+    ``is_open`` is for a batch that `may_be_one_step`.
     """
 
     model: nn.Module
@@ -27,6 +28,7 @@ class Examples:
     batch: Any
     clean: Tensor
     weights: Tensor
+    is_open: bool = False
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Any]:
         """The loss of each example at the inputs ``x``, and the outputs there."""
@@ -105,10 +107,11 @@ def examples_of(model: nn.Module, loss: PairLoss | WholeLoss, batch: Any, x: Ten
                 "the examples lie along the second dimension of the inputs (time first?): give them along the first, "
                 "and a model that turns them round."
             )
+        is_open = may_be_one_step(x, outputs.last)
     output = mapped(lambda t: t.detach(), outputs.last)
     clean = flat_rows(output, n)
     if isinstance(loss, WholeLoss):
-        return whole_examples(model, loss, batch, clean, value)
+        return whole_examples(model, loss, batch, clean, value, is_open)
     if not are_rows(n, output, batch[1]):
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors(batch[1]))
         raise ValueError(f"the targets have shape {shapes} for {n} examples: they need one row for each example.")
@@ -116,16 +119,18 @@ def examples_of(model: nn.Module, loss: PairLoss | WholeLoss, batch: Any, x: Ten
     if value.factor:
         is_mean = loss.known_terms.is_mean
         weights = example_weights(loss.of, output, batch[1], is_mean) * (value.count if is_mean else 1.0)
-    return Examples(model, loss, batch, clean, weights)
+    return Examples(model, loss, batch, clean, weights, is_open)
 
 
-def whole_examples(model: nn.Module, loss: WholeLoss, batch: Any, clean: Tensor, value: Any) -> WholeExamples:
+def whole_examples(
+    model: nn.Module, loss: WholeLoss, batch: Any, clean: Tensor, value: Any, is_open: bool
+) -> WholeExamples:
     """Weights from the function's own counts, which must add up to what it says of the whole batch."""
     n = len(clean)
     if not are_rows(n, batch):
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors(batch))
         raise ValueError(f"the batch has tensors of shapes {shapes}: one row for each of its {n} examples is needed.")
-    examples = WholeExamples(model, loss, batch, clean, torch.ones(n, device="cpu"))
+    examples = WholeExamples(model, loss, batch, clean, torch.ones(n, device="cpu"), is_open)
     with torch.no_grad():
         alone = examples.values(batch)
     examples.weights = weights = torch.tensor([v.count for v in alone], dtype=torch.float64, device="cpu")

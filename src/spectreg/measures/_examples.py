@@ -14,18 +14,21 @@ def example_dimension(x: Tensor, output: Any) -> int | None:
 
     Looks at the first, the middle and the last output; ``output`` keeps its graph.
     """
+    return next((d for d, places in enumerate(reached_places(x, output)) if all(len(p) <= 1 for p in places)), None)
+
+
+def reached_places(x: Tensor, output: Any) -> list[list[list[int]]]:
+    """For the first and the second dimension: the places along it that the first, middle and last output depend on."""
     flat = next(t for t in tensors(output) if t.is_floating_point()).flatten()
-    if not flat.requires_grad:
-        return 0
-    reached = []
-    for i in {0, len(flat) // 2, len(flat) - 1}:
+    masks = []
+    for i in sorted({0, len(flat) // 2, len(flat) - 1}) if flat.requires_grad else ():
         (g,) = torch.autograd.grad(flat[i], x, retain_graph=True, allow_unused=True)
         if g is not None:
-            reached.append(g != 0)
-    for d in range(min(2, x.ndim)):
-        if all(int(mask.movedim(d, 0).reshape(x.shape[d], -1).any(1).sum()) <= 1 for mask in reached):
-            return d
-    return None
+            masks.append(g != 0)
+    return [
+        [mask.movedim(d, 0).reshape(x.shape[d], -1).any(1).nonzero().flatten().tolist() for mask in masks]
+        for d in range(min(2, x.ndim))
+    ]
 
 
 def checked_dimension(x: Tensor, output: Any) -> int:
@@ -37,6 +40,23 @@ def checked_dimension(x: Tensor, output: Any) -> int:
             "attention across the batch?): there is no gradient of an example's own loss by its input."
         )
     return d
+
+
+def may_be_one_step(x: Tensor, output: Any) -> bool:
+    """Whether ``x`` is one example of several places, or one place of several examples, and no output tells which."""
+    if x.ndim < 3 or len(x) > 1:
+        return False
+    _, places = reached_places(x, output)
+    return all(len(p) <= 1 for p in places) and len({place for p in places for place in p}) > 1
+
+
+def refuse_one_step(shape: torch.Size) -> None:
+    """Raise since only inputs that `may_be_one_step` were given."""
+    raise ValueError(
+        f"inputs of shape {tuple(shape)} may be one example or, with time first, {shape[1]} of them at one step: no "
+        "output depends on two of these. Give a batch with more than one along the first dimension, or examples first "
+        "and a model that turns them round."
+    )
 
 
 def are_rows(n: int, *trees: Any) -> bool:
@@ -90,6 +110,8 @@ def example_weights(loss_fn: LossFunction, output: Any, y: Any, is_mean: bool) -
     squares = own.square().sum(1)
     known = squares.isfinite() & (squares > 0)
     if not known.any():  # flat everywhere: nothing tells one from another
+        if part.tells:
+            refuse("examples by themselves do nothing to it, and together they do")
         return torch.full((n,), 1 / n, dtype=torch.float64, device="cpu")
     weights = torch.where(known, (own * joined).sum(1) / squares, 0.0)
     off = torch.where(known[:, None], joined - weights[:, None] * own, joined).abs().max()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spectreg.measures._model import examples_in
 from spectreg.measures._nested import rows_of, tensors
-from spectreg.measures._terms import WAY_OUT, LossFunction, Part, Terms, scalar
+from spectreg.measures._terms import WAY_OUT, LossFunction, Part, Terms, refuse, scalar
 from spectreg.measures.losses import BatchLoss
 
 
@@ -61,29 +61,35 @@ class PairLoss:
         """The batches, each read once, after the first of them have shown what kind of loss it is."""
         following, output = iter(batches), None
         read: list[Any] = []
+        silent: list[Part] = []
         while self.terms is None:
             batch = next(following, None)
             if batch is None:
                 self.terms = Terms(None)
                 refuse_unseen(len(read), output)
+                refuse_seen_together(silent)
                 break
             check_pair(batch)
             read.append(batch)
             with torch.no_grad():
                 output = call(model, batch[0])
-            self.terms = self._terms_of(output, batch[1])
+            self.terms = self._terms_of(output, batch[1], silent)
         for batch in chain(read, following):
             check_pair(batch)
             yield batch
 
-    def _terms_of(self, output: Any, y: Any) -> Terms | None:
-        """What the loss weighs batches by, if this one tells."""
+    def _terms_of(self, output: Any, y: Any, silent: list[Part]) -> Terms | None:
+        """What the loss weighs batches by, if this one tells; else it is among the ``silent`` ones, two of them."""
         with torch.no_grad():
             self.of(output, y)
         if not any(x.is_floating_point() for x in tensors(output)):
             return None
         part = Part.of(self.of, output, y)
-        return Terms(part) if part.tells else None
+        if part.tells:
+            return Terms(part)
+        if len(silent) < 2:
+            silent.append(part)
+        return None
 
     def place(self, batch: Any) -> Any:
         """The input is the first of the pair."""
@@ -166,6 +172,12 @@ def refuse_unseen(batches: int, output: Any) -> None:
     """Raise where several batches have one number each as their output, which hides what it is the mean of."""
     if batches > 1 and not any(x.ndim for x in tensors(output)):
         raise ValueError(f"the model gives no outputs with rows, so that batches cannot be weighed: {WAY_OUT}.")
+
+
+def refuse_seen_together(silent: list[Part]) -> None:
+    """Raise where batches without a slope of their own have one together: of one example each, compared in pairs."""
+    if len(silent) > 1 and silent[0].with_examples_of(silent[1])[0].tells:
+        refuse("batches in which no output does anything to it do so together")
 
 
 def check_pair(batch: Any) -> None:

@@ -52,22 +52,32 @@ def as_found(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def check_values(model: nn.Module) -> None:
-    """Raise unless every parameter and buffer has values, and parameters finite ones."""
-    parameters = dict(model.named_parameters())
-    for name, tensor in (*parameters.items(), *model.named_buffers()):
-        kind = "parameter" if name in parameters else "buffer"
-        if tensor.is_meta:
-            raise ValueError(
-                f"{kind} {name!r} is on the meta device and has no values: offloaded to disk or CPU by accelerate, or "
-                "never loaded. Load the whole model onto one device (without device_map or with {'': 'cpu'})."
-            )
+    """Raise unless every parameter and buffer has values that can be differentiated by, and parameters finite ones."""
+    check_there(model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_inference():
             raise ValueError(
-                f"{kind} {name!r} was made in torch.inference_mode(), so nothing can be differentiated by it. "
-                "Build or load the model outside of it."
+                f"{kind_of(model, name)} {name!r} was made in torch.inference_mode(), so nothing can be differentiated "
+                "by it. Build or load the model outside of it."
             )
-        if name in parameters and not tensor.isfinite().all():
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
             raise ValueError(f"parameter {name!r} has entries that are NaN or infinite: there is nothing to measure.")
+
+
+def check_there(model: nn.Module) -> None:
+    """Raise unless every parameter and buffer has values."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"{kind_of(model, name)} {name!r} is on the meta device and has no values: offloaded to disk or CPU by "
+                "accelerate, or never loaded. Load the whole model onto one device (without device_map or with "
+                "{'': 'cpu'})."
+            )
+
+
+def kind_of(model: nn.Module, name: str) -> str:
+    return "parameter" if name in dict(model.named_parameters()) else "buffer"
 
 
 def refuse_sharded(model: nn.Module) -> None:

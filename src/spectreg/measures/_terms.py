@@ -56,6 +56,13 @@ class Part:
         gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, slopes, strict=True)]
         return loss.item(), [g.double() for g in gradients]
 
+    def with_examples_of(self, other: "Part") -> tuple["Part", list[int]]:
+        """Both in one batch, and along which dimension each floating point output is joined."""
+        outputs = [join(x, z) for x, z in zip(tensors(self.output), tensors(other.output), strict=True)]
+        targets = [join(x, z)[0] for x, z in zip(tensors(self.y), tensors(other.y), strict=True)]
+        both = Part(self.loss_fn, with_tensors(self.output, [x for x, _ in outputs]), with_tensors(self.y, targets))
+        return both, [d for x, d in outputs if x.is_floating_point() and x.ndim]
+
     @property
     def tells(self) -> bool:
         """Whether the loss is finite and has a slope, so that its share in a joined loss can be seen."""
@@ -101,12 +108,8 @@ def shares(a: Part, b: Part) -> tuple[float, float]:
     Raises:
         ValueError: The joined loss is neither the weighted mean nor the sum of theirs.
     """
-    outputs = [join(x, z) for x, z in zip(tensors(a.output), tensors(b.output), strict=True)]
-    targets = [join(x, z)[0] for x, z in zip(tensors(a.y), tensors(b.y), strict=True)]
-    y = with_tensors(a.y, targets)
-    both = Part(a.loss_fn, with_tensors(a.output, [x for x, _ in outputs]), y)
+    both, dims = a.with_examples_of(b)
     loss, joined = both.loss_and_gradients
-    dims = [d for x, d in outputs if x.is_floating_point() and x.ndim]
     own, other = a.loss_and_gradients[1], b.loss_and_gradients[1]
     firsts = [g.narrow(d, 0, x.shape[d]) for g, x, d in zip(joined, own, dims, strict=True)]
     lasts = [g.narrow(d, x.shape[d], z.shape[d]) for g, x, z, d in zip(joined, own, other, dims, strict=True)]

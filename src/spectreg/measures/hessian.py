@@ -15,7 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from spectreg.linalg.directions import gaussian_like, length, own_generator
 from spectreg.linalg.lanczos import Eigenvalues, Goal, Operator, lanczos
 from spectreg.measures._forms import PairLoss, WholeLoss, loss_of
-from spectreg.measures._model import Batches, as_found, batches_on, device_of, refuse_sharded
+from spectreg.measures._model import Batches, as_found, batches_on, check_there, device_of, refuse_sharded
 from spectreg.measures._terms import LossFunction
 from spectreg.measures.losses import BatchLoss
 
@@ -65,6 +65,7 @@ def hessian_top_eigenvalues(
             f"tolerance is {tolerance}, max_products {max_products}: use 0 < tolerance < 1 and at least 1."
         )
     refuse_sharded(model)
+    check_there(model)
     like = torch.cat([p.detach().flatten()[:0] for p in parameters])
     like = like.new_zeros(n, dtype=torch.promote_types(like.dtype, torch.float32))
     # The fused attention kernels have no second derivative.

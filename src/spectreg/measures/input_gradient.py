@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from spectreg.linalg.directions import lengths
-from spectreg.measures._examples import are_rows, checked_dimension, example_weights
+from spectreg.measures._examples import (
+    are_rows,
+    checked_dimension,
+    example_weights,
+    may_be_one_step,
+    refuse_one_step,
+)
 from spectreg.measures._forms import PairLoss, WholeLoss, loss_of
 from spectreg.measures._inputs import differentiable_input, gradient_by_input, perturbable, with_input
 from spectreg.measures._model import Batches, as_found, batches_on, device_of
@@ -49,7 +55,7 @@ def input_gradient_norm(model: nn.Module, loss_fn: LossFunction | BatchLoss, bat
     InputGradientNorm(value=1.41421..., standard_error=0.0, examples=4)
     """
     loss = loss_of(loss_fn)
-    rows, terms, dimension = [], 0.0, None
+    rows, terms, dimension, unclear = [], 0.0, None, None
     with as_found(model), torch.enable_grad():
         for batch in loss.begin(model, perturbable(loss, batches_on(device_of(model), batches))):
             place = loss.place(batch)
@@ -58,14 +64,18 @@ def input_gradient_norm(model: nn.Module, loss_fn: LossFunction | BatchLoss, bat
                 value = loss(model, with_input(batch, place, x))
             if not value.factor:
                 continue
-            if dimension is None:
+            if dimension is None and may_be_one_step(x, outputs.last):
+                unclear = x.shape
+            elif dimension is None:
                 dimension = checked_dimension(x, outputs.last)
-            g = gradient_by_input(value.loss, x).movedim(dimension, 0)
+            g = gradient_by_input(value.loss, x).movedim(dimension or 0, 0)
             norms = value.factor * lengths(g).double().cpu()
             rows.append(torch.stack([norms, counted(loss, value.count, outputs.last, batch, len(norms))]))
             terms += value.count
     if not rows:
         raise ValueError("no target counts in the loss: there is nothing to average.")
+    if unclear is not None and dimension != 0:
+        refuse_one_step(unclear)
     norms, weights = torch.cat(rows, 1)
     return mean_of(norms, weights, terms)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spectreg.linalg.directions import along, gaussian_like, lengths, own_generator, unit
 from spectreg.measures._each import Examples, examples_of
+from spectreg.measures._examples import refuse_one_step
 from spectreg.measures._forms import loss_of
 from spectreg.measures._inputs import differentiable_input, perturbable
 from spectreg.measures._model import Batches, as_found, batches_on, device_of
@@ -83,14 +84,18 @@ def perturbation_curve(
     attack = Attack(steps, restarts, own_generator(generator))
     loss = loss_of(loss_fn)
     rows: list[list[Tensor]] = [[] for _ in radii]
+    is_open = True
     with as_found(model):
         for batch in loss.begin(model, perturbable(loss, batches_on(device_of(model), batches))):
             x = differentiable_input(batch[loss.place(batch)]).detach()
             examples = examples_of(model, loss, batch, x)
+            is_open = is_open and examples.is_open
             first = unit(gaussian_like(x, attack.generator)) if kind == "random" else attack.direction(examples, x)
             for row, radius in zip(rows, radii, strict=True):
                 direction = attack.search(examples, x, radius, first) if kind == "pgd" else first
                 row.append(readings(examples, x, radius * direction))
+    if is_open:
+        refuse_one_step(x.shape)
     return tuple(point(radius, torch.cat(row, 1)) for radius, row in zip(radii, rows, strict=True))
 
 

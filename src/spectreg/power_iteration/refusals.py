@@ -36,7 +36,8 @@ def refuse_unfit(weights: Sequence[Weight], tensors: Sequence[Tensor]) -> None:
     for weight, W in zip(weights, tensors, strict=True):
         if W.is_meta:
             raise ValueError(
-                f"weight {weight.name!r} is on the meta device and has no values: to_empty() and load first."
+                f"weight {weight.name!r} is on the meta device and has no values: offloaded by accelerate, or never "
+                "loaded. Load the whole model first (after to_empty(), or without device_map)."
             )
         if tuple(W.shape) != weight.shape:
             raise ValueError(

@@ -43,6 +43,13 @@ def input_sizes(model: nn.Module, *example: Any, **keywords: Any) -> dict[str, S
     try:
         with torch.no_grad(), undisturbed(model):
             model(*example, **keywords)
+    except Exception as error:
+        if missing := next((name for name, p in model.named_parameters() if p.is_meta), None):
+            raise ValueError(
+                f"parameter {missing!r} is on the meta device and has no values, and the forward pass fails: {error}. "
+                "The sizes can be found without values: give the whole model and the example with .to('meta')."
+            ) from error
+        raise
     finally:
         for handle in handles:
             handle.remove()

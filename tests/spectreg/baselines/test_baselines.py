@@ -205,3 +205,25 @@ def test_a_jacobian_penalty_names_a_wrong_argument(penalty, model, options, mess
 def test_an_empty_list_of_layers_is_named():
     with pytest.raises(ValueError, match="layers is empty"):
         layerwise_jacobian_penalty([], torch.zeros(1, 2))
+
+
+def offloaded(model):
+    from accelerate import cpu_offload
+
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    return model
+
+
+@pytest.mark.parametrize("lose", [lambda model: model.to("meta"), offloaded])
+def test_weights_that_are_not_there_are_named(lose):
+    model = lose(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
+    x, y = torch.zeros(5, 4), torch.zeros(5, dtype=torch.long)
+    for call in (
+        lambda: adversarial_loss(model, F.cross_entropy, x, y),
+        lambda: jacobian_penalty(model, x),
+        lambda: layerwise_jacobian_penalty(model, x),
+    ):
+        with pytest.raises(ValueError, match=r"parameter '0\.weight' is on the meta device .* Load the whole model"):
+            call()
+    with pytest.raises(ValueError, match="parameter 'weight' is on the meta device"):
+        layerwise_jacobian_penalty(list(model), x)

@@ -82,3 +82,11 @@ def test_reading_sizes_moves_no_buffer_and_sets_no_attribute():
 def test_a_lazy_model_is_told_to_run_first():
     with pytest.raises(ValueError, match=r"'weight' is uninitialized \(a lazy module\): run the model forward once"):
         input_sizes(nn.LazyConv2d(3, 3), torch.zeros(1, 1, 5, 5))
+
+
+def test_the_sizes_of_inputs_are_found_without_values_and_an_input_with_values_is_refused_by_name():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3)).to("meta")
+    example = torch.zeros(1, 3, 32, 32)
+    assert input_sizes(network, example.to("meta")) == {"0.weight": (32, 32), "3.weight": (15, 15)}
+    with pytest.raises(ValueError, match=r"parameter '0\.weight' is on the meta device .* example with \.to\('meta'\)"):
+        input_sizes(network, example)

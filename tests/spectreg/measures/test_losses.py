@@ -475,6 +475,10 @@ def test_weights_that_are_not_there_are_named(measure):
     model, batches = linear().to("meta"), [(randn(12, 4), classes(12))]
     with pytest.raises(ValueError, match=r"parameter '0\.weight' is on the meta device and has no values: offloaded"):
         measure(model, F.cross_entropy, batches)
+    partly = linear()
+    partly[2].to("meta")
+    with pytest.raises(ValueError, match=r"parameter '2\.weight' is on the meta device"):
+        measure(partly, F.cross_entropy, batches)
     with torch.inference_mode():
         model = linear()
     with pytest.raises(ValueError, match=r"parameter '0\.weight' was made in torch\.inference_mode"):
@@ -552,3 +556,72 @@ def measure_sharded() -> None:
 
 def test_the_hessian_of_a_sharded_model_is_refused_with_the_way_to_a_whole_one():
     on_ranks(1, measure_sharded)
+
+
+def distances(output, y):
+    """Between the outputs of a batch: of one example there are none."""
+    return torch.pdist(output).sum()
+
+
+def standardized(output, y):
+    return F.cross_entropy((output - output.mean(0)) / (1 + output.std(0, correction=0)), y)
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+@pytest.mark.parametrize("loss_fn", [distances, standardized])
+def test_batches_of_one_example_do_not_hide_that_a_loss_compares_examples(measure, loss_fn):
+    x, y = randn(4, 4), classes(4)
+    with pytest.raises(ValueError, match="neither the mean nor the sum"):
+        measure(linear(), loss_fn, list(zip(x.split(1), y.split(1), strict=True)))
+
+
+def test_a_loss_that_only_compares_examples_has_none_of_one_example():
+    with pytest.raises(ValueError, match="examples by themselves do nothing to it"):
+        perturbation_curve(linear(), standardized, [(randn(4, 4), classes(4))], [0.0])
+
+
+class Steps(nn.Module):
+    """One linear layer at every place: nothing tells time from examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 3, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.inner(x).tanh()
+
+
+@pytest.mark.parametrize("build", [Steps, Recurrent])
+def test_a_single_step_that_may_be_a_single_example_is_refused(build):
+    x, y = randn(1, 5, 4), classes(1, 5)
+    for call in (
+        lambda: input_gradient_norm(build(), by_token, [(x, y)]),
+        lambda: perturbation_curve(build(), by_token, [(x, y)], [1.0]),
+        lambda: adversarial_loss(build(), by_token, x, y),
+    ):
+        with pytest.raises(ValueError, match=r"\(1, 5, 4\) may be one example or, with time first, 5 of them"):
+            call()
+
+
+@pytest.mark.parametrize("sizes", [(1, 3), (3, 1)])
+def test_a_batch_of_one_example_is_one_where_another_batch_tells(sizes):
+    model, x, y = Steps(), randn(4, 5, 4), classes(4, 5)
+    cut = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    value = input_gradient_norm(model, by_token, [(x, y)]).value
+    assert input_gradient_norm(model, by_token, cut).value == pytest.approx(value)
+    (point,), (whole,) = (perturbation_curve(model, by_token, batches, [0.0]) for batches in (cut, [(x, y)]))
+    assert point.loss == pytest.approx(whole.loss)
+
+
+def test_a_step_of_several_examples_among_longer_ones_is_refused():
+    x, y = randn(3, 5, 4), classes(3, 5)
+    with pytest.raises(ValueError, match=r"\(1, 5, 4\) may be one example or, with time first, 5 of them"):
+        input_gradient_norm(Recurrent(), by_token, [(x[:1], y[:1]), (x[1:], y[1:])])
+
+
+def test_one_example_whose_places_are_mixed_is_one():
+    model = nn.Sequential(Steps(), nn.Flatten(), nn.Linear(15, 2, dtype=torch.float64))
+    x, y = randn(1, 5, 4), classes(1) % 2
+    leaf = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(F.cross_entropy(model(leaf), y), leaf)
+    assert input_gradient_norm(model, F.cross_entropy, [(x, y)]).value == pytest.approx(g.norm().item())
