@@ -73,3 +73,34 @@ def test_a_search_in_which_every_run_failed_says_so_and_is_no_success(tmp_path, 
         main()
     assert end.value.code == 2
     assert "no run of this search has finished" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"digits"', '"digitz"', "settings.vgg: data 'digitz': no such folder or name"),
+        ("stages = [1, 1]", "stages = [1, 1, 1, 1]", "settings.vgg: an image of 8×8 is too small"),
+        ("train_size = 96", "train_size = 1, validation = 0.5", "settings.vgg: validation = 0.5 of 1 training images"),
+    ],
+)
+@pytest.mark.parametrize("words", [("reproduce", "--dry-run"), ("reproduce",)])
+def test_what_shows_only_with_the_data_is_refused_with_file_and_field(
+    tmp_path, monkeypatch, capsys, old, new, message, words
+):
+    path = tmp_path / "small.toml"
+    path.write_text(STUDY.replace(old, new))
+    out = () if len(words) > 1 else ("--out", str(tmp_path / "out"))
+    monkeypatch.setattr(sys, "argv", ["spectreg", *words, str(path), *out])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert f"spectreg: study file {path}: {message}" in capsys.readouterr().err.replace("\n", " ")
+    assert [p.name for p in tmp_path.iterdir()] == ["small.toml"]
+
+
+def test_a_search_without_a_table_for_it_is_refused_with_its_file(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "small.toml"
+    path.write_text(STUDY)
+    monkeypatch.setattr(sys, "argv", ["spectreg", "search", str(path)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert f"study file {path}: the study 'small' has no [search] table" in capsys.readouterr().err

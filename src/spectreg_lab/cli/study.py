@@ -98,7 +98,7 @@ def _list() -> None:
 
 
 def _plan(study: Path, only: "Selection", precision: str | None, compiled: bool, elsewhere: dict[str, Any]) -> None:
-    from spectreg_lab.settings.studies import read_study
+    from spectreg_lab.settings.studies import naming, read_study
     from spectreg_lab.studies.plan import plan
 
     if given := [option for option, value in elsewhere.items() if value]:
@@ -106,7 +106,10 @@ def _plan(study: Path, only: "Selection", precision: str | None, compiled: bool,
             f"--dry-run counts what is to be done, wherever that is: {', '.join(given)} would change nothing, so leave "
             "that out"
         )
-    typer.echo(plan(read_study(study, precision, compiled), only, lambda text: typer.echo(text, err=True)))
+    content = read_study(study, precision, compiled)
+    with naming(study):
+        planned = plan(content, only, lambda text: typer.echo(text, err=True))
+    typer.echo(planned)
 
 
 def search(
@@ -121,12 +124,14 @@ def search(
 ) -> None:
     """Try a grid of learning rates and strengths on held-out training images, and say which to use."""
     from spectreg_lab.settings.shipped import find
-    from spectreg_lab.settings.studies import read_study
+    from spectreg_lab.settings.studies import naming, read_study
     from spectreg_lab.storage.store import SEARCH
     from spectreg_lab.studies.search import check, choose
 
     study = find(study)
-    check(read_study(study))
+    content = read_study(study)
+    with naming(study):
+        check(content)
     means = _means(
         engine,
         address=address,
@@ -162,7 +167,7 @@ def _execute(
     compiled: bool = False,
 ) -> tuple[Path, list[str], bool]:
     """Carry a study out; returns its folder, the runs that failed, and whether this process is the one that speaks."""
-    from spectreg_lab.settings.studies import Selection, read_study
+    from spectreg_lab.settings.studies import Selection, naming, read_study
     from spectreg_lab.storage.provenance import command
     from spectreg_lab.studies.display import StudyDisplay
     from spectreg_lab.studies.execution import begin, execute, execute_together
@@ -177,7 +182,7 @@ def _execute(
     with several_devices(means.accelerator, local, machines, content.training.precision) as fabric:
         first = fabric is None or fabric.global_rank == 0
         with StudyDisplay(console(quiet=not first)) as display:
-            start = partial(begin, content, folder, command(), display, only or Selection(), searched)
+            start = naming(study)(partial(begin, content, folder, command(), display, only or Selection(), searched))
             try:
                 if engine is not None:
                     execute(start(), engine, display, means.log)

@@ -222,7 +222,7 @@ class Config(Setting):
         1, description="epochs between evaluations of both whole splits; the last epoch always has one"
     )
 
-    compile: bool = Field(False, description="compile the network with torch.compile: equal to rounding")
+    compile: Switch = Field(False, description="compile the network with torch.compile: equal to rounding")
 
     added: ClassVar[tuple[str, ...]] = ("evaluate_every", "compile")
 

@@ -2,7 +2,8 @@
 
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import product
@@ -28,6 +29,7 @@ from spectreg_lab.settings.config import (
     Seed,
     Setting,
     Strength,
+    Switch,
     Vanilla,
     check_compiles,
 )
@@ -39,6 +41,15 @@ LARGEST = 10**6  # bytes of a study file
 
 class StudyError(Exception):
     """A study file that cannot be used; the message names the file and the field."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What is wrong with a study is said with the file that it is in."""
+    try:
+        yield
+    except StudyError as error:
+        raise StudyError(f"study file {path}: {error}") from error
 
 
 class Regime(Setting):
@@ -79,7 +90,7 @@ class Training(Setting):
     micro_batch: Positive = 1024
     precision: Precision = "32-true"
     evaluate_every: Positive = 1
-    compile: bool = False
+    compile: Switch = False
 
 
 class Search(Setting):
@@ -109,7 +120,7 @@ class Study(Setting):
     training: Training = Training()
     measure: Measuring | None = None
     search: Search | None = Field(None, description="makes the study one for `spectreg search`")
-    registered: str | None = Field(
+    registered: Annotated[str, Field(pattern=r"^[0-9a-f]{7,40}$")] | None = Field(
         None, description="the commit that fixed the claims, their directions and the rule before the first run"
     )
     searched: tuple[Place, ...] = Field(
@@ -307,16 +318,15 @@ def read_study(path: Path, precision: str | None = None, compile: bool = False) 
     replaced |= {"compile": True} if compile else {}
     if replaced and isinstance(training := content.get("training", {}), dict):
         content["training"] = {**training, **replaced}
-    try:
-        study = Study.model_validate(content)
-    except ValidationError as error:
-        raise StudyError(f"study file {path}: " + "; ".join(explain(error, Study))) from None
-    except StudyError as error:
-        raise StudyError(f"study file {path}: {error}") from None
-    for table in study.searched:
-        if not (path.parent / table).is_file():
-            raise StudyError(f"study file {path}: searched: there is no file {table}; `spectreg search` writes one")
-    return study
+    with naming(path):
+        try:
+            study = Study.model_validate(content)
+        except ValidationError as error:
+            raise StudyError("; ".join(explain(error, Study))) from None
+        for table in study.searched:
+            if not (path.parent / table).is_file():
+                raise StudyError(f"searched: there is no file {table}; `spectreg search` writes one")
+        return study
 
 
 def _toml(path: Path) -> dict[str, Any]:

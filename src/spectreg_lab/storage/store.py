@@ -99,9 +99,11 @@ def read_study(folder: Path) -> StudyRecord:
 def _read_run(folder: Path, *, setting: str, regime: str, method: str, seed: int, run: str) -> RunRecord:
     point = RunFolder(folder / run)
     label = (setting, regime, method, seed, point.path)
-    if not (point.path / CONFIG).exists():
-        return RunRecord(*label, "missing", None, {}, {}, [], {})
     try:
+        if not (point.path / CONFIG).exists():  # not begun, or its process died before it could begin
+            outcome = point.outcome() or {}
+            cause = outcome.get("error")
+            return RunRecord(*label, "failed" if cause else "missing", cause, {}, {}, [], {})
         outcome = point.outcome() or {"status": "unfinished"}
         if outcome["status"] == "finished" and (lost := point.lost()):
             raise RunError(f"{lost} of its epochs are not in {METRICS}: `spectreg reproduce` runs it again")

@@ -37,6 +37,8 @@ BAD = {
     "a text for a number": (changed("epochs = 2", 'epochs = "2"'), "epochs: .*valid integer, got '2'"),
     "a fraction for a whole number": (changed("epochs = 2", "epochs = 2.0"), "epochs: .*valid integer, got 2.0"),
     "a number for a truth value": (changed("hidden = 8", "hidden = 8, batch_norm = 1"), "batch_norm: .*valid boolean"),
+    "a number for a truth value of the training": (STUDY + "[training]\ncompile = 0\n", "training.compile: .*boolean"),
+    "no commit": (changed("epochs = 2", 'epochs = 2\nregistered = "a\\nb"'), "registered: .*match pattern"),
     "a text for a rate": (changed("large = 0.1", 'large = "0.1"'), "learning_rate.large: .*valid number"),
     "no epochs at all": (changed("epochs = 2", "epochs = 0"), "epochs: .*greater than 0"),
     "epochs for ever": (changed("epochs = 2", "epochs = 1_000_000_000_000"), "epochs: .*less than or equal"),

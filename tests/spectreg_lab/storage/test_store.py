@@ -281,3 +281,13 @@ def test_no_text_in_a_csv_is_a_formula_and_numbers_stay_numbers(text):
 
 def test_a_csv_has_the_digits_that_are_alike_on_all_processors():
     assert files.csv(pd.DataFrame({"p": [0.123456789012345, math.nan]})) == b'p\n0.123457\n""\n'
+
+
+def test_a_run_whose_process_died_before_it_could_begin_is_failed_with_its_cause(tmp_path):
+    point = {"setting": "vgg", "regime": "small", "method": "decay", "seed": 0}
+    store.begin_study(tmp_path, {"name": "s"}, [point | {"run": "dead"}, point | {"run": "waiting"}], "spectreg")
+    (tmp_path / "runs" / "dead").mkdir()
+    RunFolder(tmp_path / "runs" / "dead").end("failed", error="its process ended with SIGKILL, 2 times")
+    dead, waiting = store.read_study(tmp_path).runs
+    assert (dead.status, dead.error) == ("failed", "its process ended with SIGKILL, 2 times")
+    assert (waiting.status, waiting.error) == ("missing", None)
