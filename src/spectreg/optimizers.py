@@ -1,5 +1,6 @@
 """The tie between a regularizer or a cap and the optimizers with whose steps it acts."""
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -137,9 +138,12 @@ def acting(optimizer: Any) -> Optimizer:
 def _runs_hooks(optimizer: Optimizer) -> bool:
     """Whether step hooks are kept and run: not where ``Optimizer.__init__`` was not called, or ``step`` was replaced.
 
+    Nor where there is no ``step`` but torch's own, which raises: such an optimizer moves weights by other calls.
+
     torch marks a step that it has wrapped, and `functools.wraps` hands the mark on, as learning rate schedulers do.
     """
-    return hasattr(optimizer, "_optimizer_step_pre_hooks") and getattr(optimizer.step, "hooked", False)
+    is_own = getattr(inspect.unwrap(optimizer.step), "__code__", None) is not Optimizer.step.__code__
+    return is_own and hasattr(optimizer, "_optimizer_step_pre_hooks") and getattr(optimizer.step, "hooked", False)
 
 
 def _parameters(optimizer: Optimizer) -> set[int]:

@@ -178,6 +178,24 @@ class Unhooked(Optimizer):
         pass
 
 
+class Rateless(Optimizer):
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    def step(self):
+        pass
+
+
+class Extrapolating(Optimizer):
+    """Moves weights by a call of its own, and has no step."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": RATE})
+
+    def extrapolate(self):
+        pass
+
+
 class NoOptimizer:
     def __init__(self, params):
         self.param_groups = [{"params": list(params)}]
@@ -197,6 +215,7 @@ class Averaging(SGD):
 REFUSED = {
     "made without __init__": (Unhooked, {}, ValueError, r"this Unhooked, which runs no hooks .* call add_gradient\(\)"),
     "a step that was replaced": (lambda p: replaced(SGD(p, lr=RATE)), {}, ValueError, "this SGD, which runs no hooks"),
+    "no step": (Extrapolating, {}, ValueError, r"this Extrapolating, which runs no hooks .* call add_gradient\(\)"),
     "several inside": (
         lambda p: Several(SGD(p, lr=RATE), SGD(p, lr=RATE)), {}, ValueError, r"several optimizers \(first, second\)",
     ),
@@ -207,8 +226,8 @@ REFUSED = {
         lambda p: Averaging(p, lr=RATE), {"decoupled": True}, ValueError, "under Averaging are between two averages",
     ),
     "no learning rate": (
-        lambda p: TwoSteps(p, lambda groups: Optimizer(groups, {})), {"decoupled": True}, ValueError,
-        "Optimizer has parameter groups without 'lr'",
+        lambda p: TwoSteps(p, Rateless), {"decoupled": True}, ValueError,
+        "Rateless has parameter groups without 'lr'",
     ),
 }  # fmt: skip
 

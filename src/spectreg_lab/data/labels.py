@@ -1,6 +1,6 @@
 """Labels as classes 0 … n − 1: those that are so already, others by their order, names by the alphabet."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,12 +28,14 @@ def integers(column: Any, where: str) -> np.ndarray:
 
 
 def as_classes(
-    train: np.ndarray, test: np.ndarray, source: str, progress: Callable[[str], None]
+    train: np.ndarray, test: np.ndarray, source: str, progress: Callable[[str], None], names: Sequence[str] = ()
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Both splits' labels as 0 … n − 1, and n; every class is one that training images have.
 
+    ``names`` are those of labels that are numbers, for errors.
+
     Raises:
-        DataError: test images have a class that no training image has.
+        DataError: test images have a class that no training image has, or there is one class alone.
     """
     values = np.unique(train)
     if train.dtype.kind == "i" and (lowest := min(train.min(), test.min())) < 0:
@@ -44,12 +46,14 @@ def as_classes(
             "images out"
         )
     if unknown := sorted(set(test.tolist()) - set(values.tolist()), key=str):
-        raise DataError(f"{source}: the test images have labels that no training image has: {_listed(unknown)}")
+        raise DataError(f"{source}: the test images have labels that no training image has: {_listed(unknown, names)}")
+    if len(values) < 2:
+        raise DataError(f"{source}: all training images are of one class, {_listed(values.tolist(), names)}")
     if not np.array_equal(values, np.arange(len(values))):
         progress(f"{source}: the labels {_listed(values.tolist())} are classes 0 to {len(values) - 1}, in this order")
     return np.searchsorted(values, train), np.searchsorted(values, test), len(values)
 
 
-def _listed(values: list[Any]) -> str:
+def _listed(values: list[Any], names: Sequence[str] = ()) -> str:
     more = f" and {len(values) - SHOWN} more" if len(values) > SHOWN else ""
-    return ", ".join(str(value)[:40] for value in values[:SHOWN]) + more
+    return ", ".join(str(names[value] if names else value)[:40] for value in values[:SHOWN]) + more

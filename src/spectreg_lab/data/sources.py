@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,10 @@ def locate(name: str) -> tuple[str, list[Path]]:
         raise DataError(f"data {name!r}: set the environment variable that it names to the folder of the data")
     if path.is_dir():
         path = path.resolve()
-        parquet = sorted(path.rglob("*.parquet"))
-        if parquet:
+        files = sorted(_files(path))
+        if parquet := [p for p in files if p.suffix == ".parquet"]:
             return f"parquet:{path}", parquet
-        images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS or _describes(p))
-        if images:
+        if images := [p for p in files if p.suffix.lower() in IMAGE_ENDINGS or _describes(p)]:
             return f"folder:{path}", images
         raise DataError(f"data {name!r}: the folder holds neither .parquet files nor images in train/ and test/")
     known = [*DIGITS, *ALIASES]
@@ -46,6 +46,14 @@ def locate(name: str) -> tuple[str, list[Path]]:
         return f"hub:{ALIASES.get(name, name)}", []
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}, a hub name such as 'user/name'"
     raise DataError(f"data {name!r}: no such folder or name; {hint} (a folder holds train*.parquet and test*.parquet)")
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below ``folder``, through links too, without those that are hidden or in hidden folders."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        above = {Path(place).resolve(), *Path(place).resolve().parents}
+        folders[:] = [n for n in folders if not n.startswith(".") and (Path(place) / n).resolve() not in above]
+        yield from (Path(place) / name for name in names if not name.startswith("."))
 
 
 def _describes(path: Path) -> bool:
@@ -79,10 +87,12 @@ def _from_datasets(source: str, files: list[Path], progress: Callable[[str], Non
     try:
         if kind == "hub":
             found = datasets.load_dataset(place)
+        elif kind == "parquet":
+            found = datasets.load_dataset("parquet", data_files=_by_split(Path(place), files))
         else:
-            described = any(_describes(path) for path in files)
-            where: dict[str, Any] = {"data_dir": place} if described else {"data_files": _by_split(Path(place), files)}
-            found = datasets.load_dataset("parquet" if kind == "parquet" else "imagefolder", **where)
+            found = datasets.load_dataset("imagefolder", **_image_folder(Path(place), files))
+    except DataError:
+        raise
     except Exception as error:  # whatever the reader of the format raises, the user sees one line
         raise DataError(f"{source} cannot be read: {type(error).__name__}: {_first_line(error)}") from error
     test = "test" if "test" in found else "validation"
@@ -90,8 +100,9 @@ def _from_datasets(source: str, files: list[Path], progress: Callable[[str], Non
         raise DataError(f"{source} has the splits {sorted(found)}: train and test are needed")
     feature = found["train"].features[_column(found["train"], LABELS, source)]
     train, other = (_labels(found[split], f"{source} {split}") for split in ("train", test))
-    train, other, classes = as_classes(train, other, source, progress)
-    if (named := getattr(feature, "names", None)) and classes < len(named):
+    named = getattr(feature, "names", None) or ()
+    train, other, classes = as_classes(train, other, source, progress, named)
+    if classes < len(named):
         progress(f"{source}: {len(named) - classes} of {len(named)} named classes have no training image")
     labels = {"train": train, "test": other}
     pictures = {"train": found["train"], "test": found[test]}
@@ -117,7 +128,7 @@ def _pictures(split: Any, source: str, progress: Callable[[str], None]) -> np.nd
     image, found = _column(split, IMAGES, source), []
     for i in range(len(split)):
         try:
-            found.append(pixels(split[i][image]))
+            found.append(pixels(_opened(split[i][image])))
         except Exception as error:  # whatever a damaged file makes its reader raise
             raise DataError(f"{source}: image {i} cannot be decoded: {_first_line(error)}") from error
         if found[i].shape[:2] != found[0].shape[:2]:
@@ -131,15 +142,52 @@ def _pictures(split: Any, source: str, progress: Callable[[str], None]) -> np.nd
     return np.stack([np.broadcast_to(picture, (*picture.shape[:2], channels)) for picture in found])
 
 
+def _opened(picture: Any) -> Any:
+    """A picture, which parquet files of other tools than ``datasets`` hold as its file's bytes."""
+    content = picture.get("bytes") if isinstance(picture, dict) else picture
+    if not isinstance(content, bytes):
+        return picture
+    from PIL import Image
+
+    return Image.open(BytesIO(content))
+
+
+def _image_folder(folder: Path, files: list[Path]) -> dict[str, Any]:
+    """What the reader of image folders is told: the files of each split, and whether folders are classes."""
+    labels = [path for path in files if _describes(path)]
+    if any(_split_of(folder, path) is None for path in labels):  # one for all splits
+        return {"data_dir": str(folder)}
+    if not labels:
+        for path in files:
+            _check_class_folder(folder, path)
+    return {"data_files": _by_split(folder, files)} | ({} if labels else {"drop_labels": False})
+
+
+def _check_class_folder(folder: Path, path: Path) -> None:
+    """Raise unless an image of a split lies in a folder of its class, and not deeper."""
+    if (place := _split_of(folder, path)) is None:
+        return
+    between = path.relative_to(folder).parts[place[1] + 1 : -1]
+    if len(between) != 1:
+        why = f"is {len(between)} folders below" if between else "is in no folder of a class below"
+        raise DataError(f"{path} {why} its split: an image lies in train/CLASS/ or test/CLASS/, or has metadata.csv")
+
+
 def _by_split(folder: Path, files: list[Path]) -> dict[str, list[str]]:
     """The files of each split: what the first folder or file below ``folder`` that is called so belongs to."""
     named: dict[str, list[str]] = {}
     for path in files:
-        parts = (re.split(r"[^a-z]", part.lower())[0] for part in path.relative_to(folder).parts)
-        split = next((SPLITS[part] for part in parts if part in SPLITS), None)
-        if split:
-            named.setdefault(split, []).append(str(path))
+        if place := _split_of(folder, path):
+            named.setdefault(place[0], []).append(str(path))
     return named
+
+
+def _split_of(folder: Path, path: Path) -> tuple[str, int] | None:
+    """The split that a file belongs to, and the number of the part of its path that says so."""
+    for i, part in enumerate(path.relative_to(folder).parts):
+        if split := SPLITS.get(re.split(r"[^a-z]", part.lower())[0]):
+            return split, i
+    return None
 
 
 def _first_line(error: Exception) -> str:

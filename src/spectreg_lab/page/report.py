@@ -117,7 +117,7 @@ def page(study: store.StudyRecord, shown: list[Exhibit], drawings: dict[str, Dra
     folder = files("spectreg_lab") / "page"
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["code"] = _code
-    template = environment.from_string((folder / "report.html.jinja").read_text())
+    template = environment.from_string((folder / "report.html.jinja").read_text("utf-8"))
     colours = labels.colours(study)
     return template.render(
         study=study.study,
@@ -131,6 +131,6 @@ def page(study: store.StudyRecord, shown: list[Exhibit], drawings: dict[str, Dra
         tones=verdicts.TONES,
         foot=provenance.foot(study),
         written=pd.Timestamp.now("UTC").strftime("%Y-%m-%d %H:%M UTC"),
-        style=Markup((folder / "report.css").read_text()),
-        script=Markup((folder / "report.js").read_text()),
+        style=Markup((folder / "report.css").read_text("utf-8")),
+        script=Markup((folder / "report.js").read_text("utf-8")),
     )

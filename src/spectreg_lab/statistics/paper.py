@@ -52,7 +52,7 @@ class PaperRow:
 @cache
 def table1() -> pd.DataFrame:
     """Table 1 of arXiv:1705.10941 as printed: a row for each model, data set, batch size and metric."""
-    with (files("spectreg_lab") / "table1.csv").open() as file:
+    with (files("spectreg_lab") / "table1.csv").open(encoding="utf-8") as file:
         return pd.read_csv(file)
 
 

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -200,18 +200,24 @@ class RunFolder:
         return None
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; nothing in the folder changes.
+        """The newest checkpoint that is whole, None where there is none at all; nothing in the folder changes.
 
         Raises:
             OSError: a checkpoint cannot be read now, whatever is in it.
+            RunError: all of them are damaged.
         """
+        damaged = None
         for epoch, path in self._checkpoints().items():
-            with suppress(DamagedCheckpointError):
+            try:
                 return self._read(epoch, path)
+            except DamagedCheckpointError as error:
+                damaged = damaged or f"{path} is damaged ({error}): run it in another folder"
+        if damaged:
+            raise RunError(damaged)
         return None
 
     def _read(self, epoch: int, path: Path) -> Checkpoint:
-        checkpoint = checkpoints.read(path, self._checkpoints().values())
+        checkpoint = checkpoints.read(path)
         if checkpoint.epoch != epoch or not epoch:
             raise DamagedCheckpointError(f"it says epoch {checkpoint.epoch}")
         return checkpoint

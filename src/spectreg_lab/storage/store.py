@@ -92,8 +92,15 @@ def read_study(folder: Path) -> StudyRecord:
         raise RunError(f"{folder / STUDY} has format {found['format']!r}; this version reads format {FORMAT}")
     found = read_json(folder / STUDY, records.StudyFile, REWRITTEN)
     runs = [_read_run(folder / RUNS, **point) for point in found["points"]]
-    search = (folder / SEARCH).read_text() if (folder / SEARCH).exists() else None
-    return StudyRecord(folder, {**found["study"], "command": found["command"]}, runs, search)
+    return StudyRecord(folder, {**found["study"], "command": found["command"]}, runs, _table(folder / SEARCH))
+
+
+def _table(path: Path) -> str | None:
+    """The table of a search, as it is; None where there is none."""
+    try:
+        return path.read_text("utf-8") if path.exists() else None
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path} is not text ({error}): `spectreg search` writes it anew") from None
 
 
 def _read_run(folder: Path, *, setting: str, regime: str, method: str, seed: int, run: str) -> RunRecord:
@@ -102,8 +109,8 @@ def _read_run(folder: Path, *, setting: str, regime: str, method: str, seed: int
     try:
         if not (point.path / CONFIG).exists():  # not begun, or its process died before it could begin
             outcome = point.outcome() or {}
-            cause = outcome.get("error")
-            return RunRecord(*label, "failed" if cause else "missing", cause, {}, {}, [], {})
+            status = "failed" if outcome.get("status") == "failed" else "missing"
+            return RunRecord(*label, status, outcome.get("error"), {}, {}, [], {})
         outcome = point.outcome() or {"status": "unfinished"}
         if outcome["status"] == "finished" and (lost := point.lost()):
             raise RunError(f"{lost} of its epochs are not in {METRICS}: `spectreg reproduce` runs it again")

@@ -378,3 +378,90 @@ def test_a_few_digits_are_tested_on_the_last_thousand_none_of_which_is_trained_o
     assert (len(few.train), len(few.test)) == (797, 1000)
     assert torch.equal(few.train.images, all_.train.images[:797])
     assert torch.equal(few.test.images, torch.cat([all_.train.images[797:], all_.test.images]))
+
+
+def test_pictures_that_a_parquet_file_holds_as_bytes_are_read(tmp_path, pictures):
+    import io
+
+    import pyarrow
+    import pyarrow.parquet
+
+    labels = [0, 1] * 3
+    for split in ("train", "test"):
+        write_parquet(tmp_path / "typed", pictures, labels, split)
+        content = []
+        for picture in pictures:
+            Image.fromarray(picture).save(file := io.BytesIO(), "PNG")
+            content.append(file.getvalue())
+        for name, column in (("plain", content), ("nested", [{"bytes": c, "path": None} for c in content])):
+            (tmp_path / name).mkdir(exist_ok=True)
+            pyarrow.parquet.write_table(
+                pyarrow.table({"image": column, "label": labels}), tmp_path / name / f"{split}.parquet"
+            )
+    expected = load(Data(name=str(tmp_path / "typed")))
+    for name in ("plain", "nested"):
+        assert torch.equal(load(Data(name=str(tmp_path / name))).train.images, expected.train.images)
+
+
+@pytest.mark.parametrize("names", [("Train", "TEST"), ("training", "testing"), ("train", "val")])
+def test_labels_beside_the_images_are_read_in_splits_of_any_name(tmp_path, pictures, names):
+    for split in names:
+        (tmp_path / split).mkdir()
+        for i, picture in enumerate(pictures):
+            Image.fromarray(picture).save(tmp_path / split / f"{i}.png")
+        rows = "".join(f"{i}.png,{i % 3 + 1}\n" for i in range(6))
+        (tmp_path / split / "metadata.csv").write_text(f"file_name,label\n{rows}")
+    images = load(Data(name=str(tmp_path)))
+    assert (len(images.train), len(images.test), images.classes) == (6, 6, 3)
+    expected = global_contrast_normalization(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255)
+    for label in range(3):
+        torch.testing.assert_close(images.train.images[images.train.labels == label], expected[label::3])
+
+
+def test_classes_that_are_links_count_and_hidden_files_and_links_in_a_circle_do_not(tmp_path):
+    folder_of_classes(tmp_path / "elsewhere", ["a", "b", "c"], 2)
+    for split in ("train", "test"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for name in ("a", "b", "c"):
+            (tmp_path / "data" / split / name).symlink_to(tmp_path / "elsewhere" / split / name)
+    (tmp_path / "elsewhere" / "train" / "a" / "._0.png").write_bytes(b"no picture")
+    hidden = tmp_path / "data" / "train" / ".ipynb_checkpoints"
+    hidden.mkdir()
+    Image.new("RGB", (8, 8)).save(hidden / "0.png")
+    (tmp_path / "data" / "train" / "back").symlink_to(tmp_path / "data")
+    images = load(Data(name=str(tmp_path / "data")))
+    assert (len(images.train), len(images.test), images.classes) == (6, 6, 3)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("train/a/deeper/0.png", "is 2 folders below its split: an image lies in train/CLASS/"),
+        ("train/0.png", "is in no folder of a class below its split"),
+    ],
+)
+def test_an_image_whose_class_its_folder_does_not_say_is_refused(tmp_path, place, message):
+    folder_of_classes(tmp_path, ["a", "b"], 2)
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / place)
+    with pytest.raises(DataError, match=f"{place} {message}"):
+        load(Data(name=str(tmp_path)))
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_a_single_class_is_refused(tmp_path, pictures, kind):
+    if kind == "folder":
+        folder_of_classes(tmp_path, ["a"], 2)
+    else:
+        for split in ("train", "test"):
+            write_parquet(tmp_path, pictures, [0] * 6, split)
+    with pytest.raises(DataError, match=r"all training images are of one class, [a0]$"):
+        load(Data(name=str(tmp_path)))
+
+
+def test_a_class_of_test_images_alone_is_refused_by_the_name_of_its_folder(tmp_path):
+    folder_of_classes(tmp_path, ["b", "c"], 2)
+    (tmp_path / "test" / "a").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "test" / "a" / "0.png")
+    with pytest.raises(DataError, match=r"the test images have labels that no training image has: a$"):
+        load(Data(name=str(tmp_path)))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from spectreg_lab.storage import checkpoints, files, run_folder, store
@@ -85,13 +86,23 @@ def rewrite(path, drop=(), **metadata):
     save_file(tensors, path, metadata or None)
 
 
+def metadata_of(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
 BROKEN = {
     "no metadata": rewrite,
     "no epoch": lambda path: rewrite(path, format="1"),
     "epoch -1": lambda path: rewrite(path, epoch="-1"),
     "epoch of another": lambda path: rewrite(path, epoch="1"),
     "epoch no number": lambda path: rewrite(path, epoch="²"),
-    "a tensor less, from before there were checksums": lambda path: rewrite(path, ["model/w"], epoch="2"),
+    "no checksum": lambda path: rewrite(path, format="1", epoch="2"),
+    "a tensor less": lambda path: rewrite(path, ["model/w"], **metadata_of(path)),
+    "a tensor more": lambda path: save_file(load_file(path) | {"x": torch.ones(2)}, path, metadata_of(path)),
+    "another shape": lambda path: save_file(
+        {name: t.reshape(1, -1) for name, t in load_file(path).items()}, path, metadata_of(path)
+    ),
     "no file of tensors": lambda path: path.write_bytes(b"<html>not found</html>"),
 }
 
@@ -124,10 +135,14 @@ def test_a_checkpoint_with_one_flipped_bit_is_the_same_or_falls_back(folder, pos
     )
 
 
-def test_a_checkpoint_from_before_there_were_checksums_is_gone_on_from(folder):
-    advance(folder, [1, 2])
-    rewrite(folder.path / "checkpoint-2.safetensors", format="1", epoch="2")
-    assert folder.resume().epoch == 2
+def test_a_run_all_of_whose_checkpoints_are_damaged_says_so_when_it_is_to_be_measured(folder):
+    advance(folder, [1])
+    path = folder.path / "checkpoint-1.safetensors"
+    rewrite(path, **(metadata_of(path) | {"checksum": "0"}))
+    before = snapshot(folder.path)
+    with pytest.raises(RunError, match=r"checkpoint-1\.safetensors is damaged \(its checksum .* another folder"):
+        folder.newest()
+    assert snapshot(folder.path) == before
 
 
 @pytest.mark.parametrize("name", ["checkpoint-x", "checkpoint--3", "checkpoint-²", "checkpoint-", "checkpoint-2.old"])
@@ -291,3 +306,10 @@ def test_a_run_whose_process_died_before_it_could_begin_is_failed_with_its_cause
     dead, waiting = store.read_study(tmp_path).runs
     assert (dead.status, dead.error) == ("failed", "its process ended with SIGKILL, 2 times")
     assert (waiting.status, waiting.error) == ("missing", None)
+
+
+def test_a_table_of_a_search_that_is_no_text_is_refused_by_name(tmp_path):
+    store.begin_study(tmp_path, {"name": "s"}, [], "spectreg")
+    (tmp_path / store.SEARCH).write_bytes(b"\xff\xfe")
+    with pytest.raises(RunError, match=r"search\.csv is not text .*: `spectreg search` writes it anew"):
+        store.read_study(tmp_path)
