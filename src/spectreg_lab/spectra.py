@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,8 @@ def patterns(given: list[str] | None) -> Wanted:
         return parts[0][1]
     if not all(pattern for pattern, _ in parts):
         raise ValueError("--map: give one value for all weights, or PATTERN=VALUE each time.")
+    if twice := [pattern for pattern, times in Counter(pattern for pattern, _ in parts).items() if times > 1]:
+        raise ValueError(f"--map: {twice[0]} is given more than once: leave one out.")
     return dict(parts)
 
 

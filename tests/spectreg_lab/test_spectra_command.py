@@ -118,6 +118,7 @@ def test_an_output_never_replaces_an_input(checkpoint, tmp_path, monkeypatch, ca
         (["--map", "other"], "map 'other' does not fit"),
         (["--map", "nothing*=each"], "map: no weight matches 'nothing\\*'"),
         (["--map", "each", "--map", "fc*=2"], "--map: give one value for all weights, or PATTERN=VALUE"),
+        (["--map", "fc*=2", "--map", "fc*=3"], r"--map: fc\* is given more than once"),
     ],
 )
 def test_an_option_that_cannot_be_used_is_one_line_and_writes_nothing(

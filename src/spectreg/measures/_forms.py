@@ -118,11 +118,14 @@ class WholeLoss:
 
     def begin(self, model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, with a look at what the function gives for the first two."""
+        uneven = None
         for i, batch in enumerate(batches):
-            if not self.checked and i == 0:
-                self._refuse_sum(model, batch)
-            if not self.checked and i == 1 and self._counted(model, batch) is None:
-                raise ValueError("BatchLoss: with several batches the function must return (mean loss, count).")
+            if not self.checked and i < 2:
+                if i == 1 and self._counted(model, batch) is None:
+                    raise ValueError("BatchLoss: with several batches the function must return (mean loss, count).")
+                uneven = uneven or self._unequal_to_its_halves(model, batch)
+                if i == 1 and uneven:  # of a single batch the count does not matter
+                    raise ValueError(uneven)
             self.checked = self.checked or i == 1
             yield batch
 
@@ -132,20 +135,32 @@ class WholeLoss:
         if not isinstance(self.given.function(model, batch), tuple):
             return None
         value = self(model, batch)
-        return value.loss.item(), value.count
+        return value.loss.item() if value.count else 0.0, value.count
 
-    def _refuse_sum(self, model: nn.Module, batch: Any) -> None:
-        """Compare a batch with its halves: the losses of a mean must not add up."""
+    def _unequal_to_its_halves(self, model: nn.Module, batch: Any) -> str | None:
+        """What is wrong where a batch's loss is not the mean of those of its halves by their counts.
+
+        Raises:
+            ValueError: The losses of the halves add up.
+        """
         n = examples_in(batch)
         whole = self._counted(model, batch)
         if n < 2 or whole is None or any(x.ndim and len(x) != n for x in tensors(batch)):
-            return
-        halves = [rows_of(batch, 0, n // 2), rows_of(batch, n // 2, n)]
-        first, second = (self._counted(model, half) or (math.nan, math.nan) for half in halves)
-        is_mean = math.isclose(whole[0] * whole[1], first[0] * first[1] + second[0] * second[1], rel_tol=1e-3)
-        is_sum = math.isclose(whole[0], first[0] + second[0], rel_tol=1e-3) and whole[1] == first[1] + second[1]
-        if is_sum and not is_mean:
+            return None
+        halves = [self._counted(model, rows_of(batch, *rows)) for rows in ((0, n // 2), (n // 2, n))]
+        (first, count), (second, other) = (half or (math.nan, math.nan) for half in halves)
+        with torch.no_grad():
+            tolerance = 4 * torch.finfo(self(model, batch).loss.dtype).eps ** 0.5
+        size = abs(first * count) + abs(second * other)
+        if abs(whole[0] * whole[1] - first * count - second * other) <= tolerance * size:
+            return None
+        if abs(whole[0] - first - second) <= tolerance * (abs(first) + abs(second)) and whole[1] == count + other:
             raise ValueError("BatchLoss: the function returns the sum of its terms: return (sum / count, count).")
+        return (
+            f"BatchLoss: a batch has loss {whole[0]:.6g} and count {whole[1]:g}, its halves {first:.6g} with {count:g} "
+            f"and {second:.6g} with {other:g}: that is not their mean by these counts. Return (mean loss, number of "
+            "terms it is the mean of), or give one batch."
+        )
 
     def place(self, batch: Any) -> Any:
         """Key or index of the input in ``batch``."""

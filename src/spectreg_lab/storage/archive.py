@@ -43,7 +43,7 @@ def read(path: Path) -> StudyRecord:
     Raises:
         RunError: there is no study in ``path``, or one of another format version.
     """
-    if path.is_dir() or not path.exists():
+    if not path.is_file():  # a pipe or device might never end
         return store.read_study(path)
     packed = path.read_bytes()
     try:

@@ -98,7 +98,7 @@ def _row(study: dict[str, Any], point: dict[str, Any]) -> Row:
 def _epoch(row: Row) -> float | None:
     """Seconds an epoch of this run."""
     seconds, status = row.progress.seconds, row.progress.status
-    if seconds is None or status == "failed":
+    if seconds is None or status == "failed" or row.epochs < 1:
         return None
     return seconds / row.epochs if status == "finished" else seconds
 

@@ -383,6 +383,32 @@ def test_a_wrong_batch_loss_is_named(function, message):
         hessian_top_eigenvalues(linear(), BatchLoss(halves), mappings(randn(12, 4), classes(12)))
 
 
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, b: (F.cross_entropy(m(b["x"]), b["y"]), len(b["y"])),
+        lambda m, b: (F.cross_entropy(m(b["x"]), b["y"], weight=WEIGHT), (b["y"] >= 0).sum()),
+        lambda m, b: (F.mse_loss(m(b["x"]), m(b["x"]).mean(0).expand(len(b["x"]), -1)), len(b["x"])),
+    ],
+    ids=["ignored targets counted", "class weights not counted", "a spread"],
+)
+def test_counts_that_are_not_those_of_the_mean_are_refused_on_several_batches(measure, function):
+    x = randn(12, 4)
+    batches = mappings(x, ignored.where(torch.arange(12) > 2, 0))
+    with pytest.raises(
+        ValueError, match=r"BatchLoss: .*(not their mean by these counts|the mean over its examples by)"
+    ):
+        measure(linear(), BatchLoss(function), batches)
+
+
+def test_of_a_single_batch_the_count_does_not_matter():
+    wrong = BatchLoss(lambda m, b: (F.cross_entropy(m(b["x"]), b["y"]), len(b["y"])))
+    x = randn(12, 4)
+    ours = hessian_top_eigenvalues(linear(), wrong, mappings(x, ignored, 12), tolerance=1e-8)
+    assert ours.values[0] == pytest.approx(largest_eigenvalue(linear(), F.cross_entropy, x, ignored), rel=1e-9)
+
+
 def test_the_input_of_a_batch_with_several_candidates_has_to_be_named():
     batch = {"x": randn(4, 4), "z": randn(4, 4)}
     function = lambda model, b: (model(b["x"] + 2 * b["z"]).square().mean(), 4)  # noqa: E731

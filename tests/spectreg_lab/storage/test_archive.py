@@ -96,3 +96,8 @@ def test_unpacking_never_touches_a_folder_that_has_something_in_it(tmp_path: Pat
     archive.export(study, tmp_path / "kept.jsonl.gz")
     with pytest.raises(RunError, match="is not empty"):
         archive.unpack(tmp_path / "kept.jsonl.gz", study)
+
+
+def test_a_device_that_never_ends_is_no_study():
+    with pytest.raises(RunError, match="/dev/zero is not a study folder"):
+        archive.read(Path("/dev/zero"))

@@ -139,3 +139,16 @@ def test_a_record_that_is_no_study_is_refused_by_name(folder):
     (folder / "study.json").write_text('{"study": 3}')
     with pytest.raises(RunError, match=r"study.json "):
         Overview(folder)
+
+
+@pytest.mark.parametrize("epochs", [0, -1, None])
+def test_a_record_without_its_epochs_is_shown_without_a_pace(folder, epochs):
+    record = json.loads((folder / "study.json").read_text())
+    if epochs is None:
+        del record["study"]["epochs"]
+    else:
+        record["study"]["epochs"] = epochs
+    (folder / "study.json").write_text(json.dumps(record))
+    found = overview(folder)
+    assert len(found.of("finished")) == 4
+    assert "by-hand" in shown(found)
