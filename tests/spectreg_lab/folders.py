@@ -116,3 +116,11 @@ def age(folder: Path, run: str) -> None:
     """Mark a run as written by another format version."""
     path = folder / "runs" / run / run_folder.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+
+
+def foreign(folder: Path, number: int = 1, token: str = "theirs", **owner: Any) -> Path:
+    """A claim of another machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"claim-{number}.json"
+    path.write_text(json.dumps({"host": "node-b", "process": 7, "token": token, "machine": "node-b", **owner}))
+    return path

@@ -5,7 +5,7 @@ import sys
 import time
 
 import pytest
-from test_studies import STUDY
+from small_study import STUDY
 
 MAIN = "import sys; sys.argv[0] = 'spectreg'; from spectreg_lab.cli import main; main()"
 

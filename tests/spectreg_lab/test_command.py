@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_studies import SEARCH, STUDY
+from small_study import SEARCH, STUDY
 from typer.testing import CliRunner
 
 from spectreg_lab.cli import app, main

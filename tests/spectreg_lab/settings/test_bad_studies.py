@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_studies import SEARCH, STUDY
+from small_study import SEARCH, STUDY
 
 from spectreg_lab.settings.studies import Study, StudyError, read_study
 from spectreg_lab.studies.execution import check

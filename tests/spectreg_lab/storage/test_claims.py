@@ -1,6 +1,5 @@
 """Claims: one worker a run among processes and machines that share nothing but a folder."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import threading
 import time
 
 import pytest
+from folders import foreign
 
 from spectreg_lab.storage import claims
 from spectreg_lab.storage.checkpoints import Checkpoint
@@ -30,14 +30,6 @@ with claim(Path(sys.argv[1])):
 def fast(monkeypatch):
     monkeypatch.setattr(claims, "BEAT", 0.02)
     monkeypatch.setattr(claims, "STALE", 0.4)
-
-
-def foreign(folder, number=1, token="theirs", **owner):
-    """A claim of another machine."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"claim-{number}.json"
-    path.write_text(json.dumps({"host": "node-b", "process": 7, "token": token, "machine": "node-b", **owner}))
-    return path
 
 
 def hold(folder):

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from small_study import STUDY
 from test_cli import spectreg, start
 from test_execution import numbers
-from test_studies import STUDY
 
 from spectreg_lab.storage.claims import holder
 from spectreg_lab.storage.run_folder import RunFolder

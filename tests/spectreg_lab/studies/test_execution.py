@@ -3,7 +3,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from test_studies import STUDY
+from small_study import STUDY
 
 from spectreg_lab.settings.studies import Selection, Study, StudyError, read_study
 from spectreg_lab.storage import archive, errors, run_folder, store

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from test_studies import STUDY
+from small_study import STUDY
 
 from spectreg_lab import data
 from spectreg_lab.settings.shipped import find

@@ -2,7 +2,7 @@ import json
 
 import pandas as pd
 import pytest
-from test_studies import STUDY
+from small_study import STUDY
 
 from spectreg_lab.settings.config import VGG, Config, Decay, Spectral, Vanilla
 from spectreg_lab.settings.studies import StudyError, read_study

@@ -5,9 +5,8 @@ import os
 import time
 
 import pytest
-from folders import fail, lose, write_study
+from folders import fail, foreign, lose, write_study
 from rich.console import Console
-from test_claims import foreign
 from test_cli import spectreg
 
 from spectreg_lab.storage import claims

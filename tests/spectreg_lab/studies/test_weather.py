@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import psutil
 import pytest
+from small_study import STUDY
 from test_cli import spectreg, start
 from test_engines import claimed, equal_to_uninterrupted, wait_for
 from test_execution import Record, numbers
-from test_studies import STUDY
 
 from spectreg_lab.settings.studies import read_study
 from spectreg_lab.storage import claims, run_folder

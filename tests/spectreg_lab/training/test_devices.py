@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 from lightning_fabric import Fabric
+from small_study import STUDY
 from test_cli import spectreg
-from test_studies import STUDY
 
 from spectreg_lab import measures
 from spectreg_lab.data import batches, load
