@@ -43,7 +43,7 @@ WHY = (
 def timed(config: Config, size: tuple[int, int, int], fabric: Fabric, folder: Path) -> dict[str, list[float]]:
     """Seconds of an epoch's steps, of an evaluation of both sets, and of what every epoch has beside, in each round."""
     count, tested, side = size
-    some = max(config.batch_size, 512) if size != PAPERS else config.batch_size
+    some = max(config.batch_size, 256) if size != PAPERS else config.batch_size
     draws = torch.Generator().manual_seed(0)
     split = Split(torch.randn(some, 3, side, side, generator=draws), torch.randint(10, (some,), generator=draws))
     training, place = Training(config, Images(split, split, 25), fabric), RunFolder(folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import write_study
 from small_study import SEARCH, STUDY
 from typer.testing import CliRunner
 
@@ -52,6 +53,15 @@ def test_the_command_tells_its_version_without_loading_torch():
     code = "import sys; from spectreg_lab.__main__ import main; main(); print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines() == [f"spectreg {version('spectreg')}", "False"]
+
+
+def test_the_command_tells_how_far_a_study_is_without_loading_torch(tmp_path):
+    write_study(tmp_path / "study", seeds=(0,), methods=("vanilla",))
+    code = "import sys; from spectreg_lab.cli import app; app(standalone_mode=False); print('torch' in sys.modules)"
+    words = [sys.executable, "-c", code, "status", str(tmp_path / "study")]
+    found = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "2 runs, 2 finished" in found.stdout
+    assert found.stdout.splitlines()[-1] == "False"
 
 
 def test_more_devices_than_a_cpu_has_cores_are_refused_before_any_is_started(monkeypatch):

@@ -1,16 +1,20 @@
-"""A checkpoint file: tensors and the epoch after which they are, with a checksum that every reading verifies."""
+"""A checkpoint file: tensors and the epoch after which they are, with a checksum that every reading verifies.
+
+Torch is imported where tensors are read or written: how far a study is can be told without it.
+"""
 
 import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from spectreg_lab.storage.files import write as write_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 1
 
@@ -24,9 +28,9 @@ class Checkpoint:
     """Everything a run needs to go on after ``epoch``: tensors by ``part/name``."""
 
     epoch: int
-    tensors: dict[str, Tensor]
+    tensors: dict[str, "Tensor"]
 
-    def part(self, name: str) -> dict[str, Tensor]:
+    def part(self, name: str) -> dict[str, "Tensor"]:
         """The tensors below ``name/``, without that prefix."""
         prefix = name + "/"
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
@@ -34,6 +38,8 @@ class Checkpoint:
 
 def write(path: Path, checkpoint: Checkpoint) -> None:
     """Write ``checkpoint`` at ``path``, whole or not at all."""
+    from safetensors.torch import save
+
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
     metadata = {"format": str(FORMAT), "epoch": str(checkpoint.epoch)}
     write_file(path, save(tensors, metadata | {"checksum": _checksum(checkpoint.epoch, tensors)}))
@@ -63,8 +69,10 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(int(epoch), tensors)
 
 
-def _checksum(epoch: int, tensors: dict[str, Tensor]) -> str:
+def _checksum(epoch: int, tensors: dict[str, "Tensor"]) -> str:
     """A CRC-32 of the epoch and of every tensor's name, type, shape and bytes: any single changed bit shows."""
+    import torch
+
     found = zlib.crc32(str(epoch).encode())
     for name, tensor in sorted(tensors.items()):
         found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), found)

@@ -13,30 +13,32 @@ from rich.text import Text
 
 from spectreg_lab.settings.studies import Point
 from spectreg_lab.storage.claims import Owner
-from spectreg_lab.studies.status import Overview
+from spectreg_lab.studies.status import Overview, Row
 
-SHOWN = 12  # failed runs; the others are counted
+SHOWN = {"running": 40, "failed": 12}  # runs that are listed; the others are counted
 REFRESH = 1.0  # seconds
 
 
 def picture(overview: Overview) -> RenderableType:
     """The study as it stands: how many runs are done, each one that is running, those that failed and why."""
     running, failed = overview.of("running"), overview.of("failed")
-    parts: list[RenderableType] = [Text(summary(overview)), _bar(overview)]
+    parts: list[RenderableType] = [Text(summary(overview)), _bar(overview), ""]  # a bar ends no line
     if running:
         table = Table("running", "epoch", "left", "where", box=None, header_style="bold", pad_edge=False)
-        for row in running:
+        for row in running[: SHOWN["running"]]:
             epoch = f"{row.progress.epoch}/{row.epochs}"
             table.add_row(row.name, epoch, _time(overview.left_of(row)), str(row.progress.owner))
-        parts += ["", table]
+        parts += [table, *_more("running", running)]
     if failed:
         table = Table("failed", "cause", box=None, header_style="bold red", pad_edge=False)
-        for row in failed[:SHOWN]:
+        for row in failed[: SHOWN["failed"]]:
             table.add_row(row.name, Text(row.progress.error or "no cause recorded"))
-        parts += ["", table]
-        if len(failed) > SHOWN:
-            parts.append(f"and {len(failed) - SHOWN} more")
+        parts += ["", table, *_more("failed", failed)]
     return Group(*parts)
+
+
+def _more(state: str, rows: list[Row]) -> list[RenderableType]:
+    return [f"and {len(rows) - SHOWN[state]} more"] if len(rows) > SHOWN[state] else []
 
 
 def summary(overview: Overview) -> str:

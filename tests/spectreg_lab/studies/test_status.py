@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from contextlib import ExitStack
 
 import pytest
 from folders import fail, foreign, lose, write_study
@@ -97,6 +98,18 @@ def test_a_run_that_nobody_has_seen_alive_for_long_is_waiting_and_not_running(fo
     time.sleep(0.15)
     found.refresh()
     assert found.rows[VANILLA].state == "waiting"
+
+
+def test_runs_beyond_what_a_screen_shows_are_counted(folder, monkeypatch):
+    monkeypatch.setattr(display, "SHOWN", {"running": 1, "failed": 1})
+    for run in (VANILLA, SPECTRAL):
+        fail(folder, run, "NonFiniteLossError: epoch 3")
+    with ExitStack() as claims_held:
+        for run in ("vgg-large-vanilla-0", "vgg-large-spectral-0"):
+            claims_held.enter_context(claim(begin(folder, run, [1])))
+        text = shown(overview(folder))
+    assert text.count("and 1 more") == 2
+    assert text.count("NonFiniteLossError") == text.count("process ") == 1
 
 
 def test_finished_runs_are_read_once(folder, monkeypatch):
