@@ -39,15 +39,15 @@ def during(model: nn.Module, images: Images, setting: Measuring, names: tuple[Cu
 
 def after(model: nn.Module, images: Images, setting: Measuring) -> dict[str, Any]:
     """All measures of a finished run."""
-    found = during(model, images, setting, get_args(Curve))
+    measures = during(model, images, setting, get_args(Curve))
     bound = spectreg.lipschitz_bound(model, images.shape)
-    found["jacobian"]["bound"] = bound.value
-    found["jacobian"]["layers"] = {factor.name: factor.constant for factor in bound.factors}
-    found["spectra"] = {
+    measures["jacobian"]["bound"] = bound.value
+    measures["jacobian"]["layers"] = {factor.name: factor.constant for factor in bound.factors}
+    measures["spectra"] = {
         name: spectrum.values.flatten().sort(descending=True).values.tolist()
         for name, spectrum in spectreg.singular_values(model).items()
     }
-    return found
+    return measures
 
 
 def _input_gradient(model: nn.Module, batches: Batches) -> float:
@@ -65,10 +65,10 @@ def _hessian(model: nn.Module, batches: Batches) -> dict[str, Any]:
 
 
 def _jacobian(model: nn.Module, batches: Batches) -> dict[str, Any]:
-    found = [spectreg.jacobian_norm(model, x, tolerance=0.01) for x, _ in batches]
+    norms = [spectreg.jacobian_norm(model, x, tolerance=0.01) for x, _ in batches]
     return {
-        "norms": torch.cat([norm.value for norm in found]).tolist(),
-        "converged": all(bool(norm.converged.all()) for norm in found),
+        "norms": torch.cat([norm.value for norm in norms]).tolist(),
+        "converged": all(bool(norm.converged.all()) for norm in norms),
     }
 
 

@@ -32,8 +32,8 @@ def _panels(study: StudyRecord, epochs: pd.DataFrame, runs: pd.DataFrame, settin
 
 
 def _unconverged(study: StudyRecord) -> list[dict[str, Any]]:
-    found = [line.get("hessian") or {} for run in study.runs for line in [*run.metrics, run.measures]]
-    return [side for both in found for side in both.values() if side and side.get("converged") is False]
+    measured = [line.get("hessian") or {} for run in study.runs for line in [*run.metrics, run.measures]]
+    return [side for both in measured for side in both.values() if side and side.get("converged") is False]
 
 
 def exhibit(study: StudyRecord, epochs: pd.DataFrame, runs: pd.DataFrame) -> Exhibit:

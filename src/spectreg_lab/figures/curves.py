@@ -11,13 +11,13 @@ from spectreg_lab.storage.store import StudyRecord
 COLUMNS = {"test_accuracy": ("test", "solid"), "train_accuracy": ("training", "dashed"), "gap": ("gap", "dotted")}
 
 
-def _lines(study: StudyRecord, here: pd.DataFrame) -> list[Line]:
-    found = {column: over_seeds(here, ["method"], "epoch", column) for column in COLUMNS}
+def _lines(study: StudyRecord, epochs: pd.DataFrame) -> list[Line]:
+    means = {column: over_seeds(epochs, ["method"], "epoch", column) for column in COLUMNS}
     return [
-        Line(f"{method}, {name}", method, **found[column][(method,)], dash=dash)
+        Line(f"{method}, {name}", method, **means[column][(method,)], dash=dash)
         for method in study.study["methods"]
         for column, (name, dash) in COLUMNS.items()
-        if (method,) in found[column]
+        if (method,) in means[column]
     ]
 
 

@@ -46,29 +46,29 @@ def each(study: StudyRecord, groups: Mapping[Any, T]) -> Iterator[tuple[str, str
                 yield regime, method, groups[regime, method]
 
 
-def _rows(here: pd.DataFrame) -> dict[Any, pd.DataFrame]:
-    return dict(iter(here.groupby(["regime", "method"])))
+def _rows(frame: pd.DataFrame) -> dict[Any, pd.DataFrame]:
+    return dict(iter(frame.groupby(["regime", "method"])))
 
 
-def by_regime(study: StudyRecord, here: pd.DataFrame, x: str, y: str) -> list[Line]:
+def by_regime(study: StudyRecord, frame: pd.DataFrame, x: str, y: str) -> list[Line]:
     """One line a method and regime, the first regime solid, the second dashed."""
     return [
         Line(f"{method}, {regime} batch", method, **line, dash=labels.dash(study, regime))
-        for regime, method, line in each(study, over_seeds(here, ["regime", "method"], x, y))
+        for regime, method, line in each(study, over_seeds(frame, ["regime", "method"], x, y))
     ]
 
 
-def trajectory(study: StudyRecord, here: pd.DataFrame, x: str, y: str) -> list[Line]:
+def trajectory(study: StudyRecord, frame: pd.DataFrame, x: str, y: str) -> list[Line]:
     """``y`` against ``x``, both mean over seeds at each epoch: one path through training a method and regime."""
     lines = []
-    for regime, method, rows in each(study, _rows(finite(here, x, y))):
+    for regime, method, rows in each(study, _rows(finite(frame, x, y))):
         means = rows.groupby("epoch")[[x, y]].mean()
         name, dash = f"{method}, {regime} batch", labels.dash(study, regime)
         lines.append(Line(name, method, list(means[x]), list(means[y]), dash=dash))
     return lines
 
 
-def scatter(study: StudyRecord, here: pd.DataFrame, x: str, y: str) -> list[Line]:
+def scatter(study: StudyRecord, frame: pd.DataFrame, x: str, y: str) -> list[Line]:
     """One mark a run, its shape by regime."""
     order = list(study.study["regimes"])
     return [
@@ -79,21 +79,21 @@ def scatter(study: StudyRecord, here: pd.DataFrame, x: str, y: str) -> list[Line
             list(rows[y]),
             marker=MARKERS[min(order.index(regime), 2)],
         )
-        for regime, method, rows in each(study, _rows(finite(here, x, y)))
+        for regime, method, rows in each(study, _rows(finite(frame, x, y)))
     ]
 
 
-def strip(study: StudyRecord, here: pd.DataFrame, column: str, **panel: Any) -> Panel:
-    """One mark a run above the name of its regime, the methods side by side; ``here`` is of one setting."""
-    setting = next(iter(here.setting), None)
+def strip(study: StudyRecord, frame: pd.DataFrame, column: str, **panel: Any) -> Panel:
+    """One mark a run above the name of its regime, the methods side by side; ``frame`` is of one setting."""
+    setting = next(iter(frame.setting), None)
     places = {regime: place for place, regime in enumerate(study.study["regimes"])}
     methods = list(study.study["methods"])
     lines = []
     for method in methods:
-        found = select(finite(here, column), method=method)
+        own = select(finite(frame, column), method=method)
         aside = (methods.index(method) - (len(methods) - 1) / 2) * SPREAD / len(methods)
-        x = [places[regime] + aside for regime in found.regime]
-        lines.append(Line(method, method, x, list(found[column]), marker="circle"))
+        x = [places[regime] + aside for regime in own.regime]
+        lines.append(Line(method, method, x, list(own[column]), marker="circle"))
     ticks = {float(place): labels.batch(study, regime, setting) for regime, place in places.items()}
     return Panel(**{"x": "", "y": "", "ticks": ticks, "lines": [line for line in lines if line.y]} | panel)
 

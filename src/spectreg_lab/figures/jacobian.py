@@ -16,26 +16,26 @@ def values(study: StudyRecord) -> pd.DataFrame:
     """One row for each measured run: local norms over its examples, and the product of the layers' norms."""
     rows = []
     for run in study.runs:
-        found = run.measures.get("jacobian") if run.status == "finished" else None
-        if found:
-            norms = np.array([number(norm) for norm in found.get("norms") or [None]])
+        jacobian = run.measures.get("jacobian") if run.status == "finished" else None
+        if jacobian:
+            norms = np.array([number(norm) for norm in jacobian.get("norms") or [None]])
             point = (run.setting, run.regime, run.method, run.seed)
-            bound = number(found.get("bound"))
-            rows.append((*point, len(norms), np.median(norms), norms.max(), bound, found.get("converged")))
+            bound = number(jacobian.get("bound"))
+            rows.append((*point, len(norms), np.median(norms), norms.max(), bound, jacobian.get("converged")))
     return pd.DataFrame(rows, columns=[*POINT, "examples", *MARKS, "converged"])
 
 
-def _positive(here: pd.DataFrame, column: str) -> pd.DataFrame:
-    found = drawing.finite(here, column)
-    return found.loc[found[column] > 0]
+def _positive(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+    known = drawing.finite(frame, column)
+    return known.loc[known[column] > 0]
 
 
-def _panel(study: StudyRecord, here: pd.DataFrame, setting: str, regime: str) -> Panel:
+def _panel(study: StudyRecord, norms: pd.DataFrame, setting: str, regime: str) -> Panel:
     lines = [
-        Line(f"{method}, {column}", method, [method] * len(found), list(found[column]), marker=mark)
+        Line(f"{method}, {column}", method, [method] * len(positive), list(positive[column]), marker=mark)
         for method in study.study["methods"]
         for column, mark in MARKS.items()
-        if not (found := _positive(select(here, method=method), column)).empty
+        if not (positive := _positive(select(norms, method=method), column)).empty
     ]
     return Panel(setting, labels.batch(study, regime, setting), "", "norm", lines, log=True)
 

@@ -13,16 +13,16 @@ def values(study: StudyRecord) -> pd.DataFrame:
     """One row for each operation of each measured run whose constant is not 1, in the order of the graph."""
     rows = []
     for run in study.runs:
-        found = (run.measures.get("jacobian") or {}) if run.status == "finished" else {}
-        norms = {name: number(norm) for name, norm in (found.get("layers") or {}).items()}
+        jacobian = (run.measures.get("jacobian") or {}) if run.status == "finished" else {}
+        norms = {name: number(norm) for name, norm in (jacobian.get("layers") or {}).items()}
         point = (run.setting, run.regime, run.method, run.seed)
         counting = [(name, norm) for name, norm in norms.items() if norm != 1]
         rows += [(*point, index, name, norm) for index, (name, norm) in enumerate(counting, start=1)]
     return pd.DataFrame(rows, columns=[*POINT, "index", "layer", "norm"])
 
 
-def _panel(study: StudyRecord, here: pd.DataFrame, setting: str) -> Panel:
-    lines = drawing.by_regime(study, select(here, setting=setting), "index", "norm")
+def _panel(study: StudyRecord, norms: pd.DataFrame, setting: str) -> Panel:
+    lines = drawing.by_regime(study, select(norms, setting=setting), "index", "norm")
     return Panel(setting, "", "layer, in the order of the graph", "norm", lines, drawing.positive(lines))
 
 

@@ -29,17 +29,17 @@ def values(study: StudyRecord) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*POINT, "kind", *COLUMNS])
 
 
-def _panels(study: StudyRecord, here: pd.DataFrame, setting: str) -> list[Panel]:
+def _panels(study: StudyRecord, points: pd.DataFrame, setting: str) -> list[Panel]:
     return [
         Panel(
             setting,
             KINDS.get(kind, kind),
             "radius",
             label,
-            drawing.by_regime(study, select(here, kind=kind), "radius", column),
+            drawing.by_regime(study, select(points, kind=kind), "radius", column),
         )
         for column, label in MEASURED.items()
-        for kind in dict.fromkeys(here.kind)
+        for kind in dict.fromkeys(points.kind)
     ]
 
 

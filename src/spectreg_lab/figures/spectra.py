@@ -12,21 +12,21 @@ from spectreg_lab.storage.store import StudyRecord
 
 def values(study: StudyRecord) -> pd.DataFrame:
     """One row for each singular value of each weight of each measured run; ``index`` 1 is the largest."""
-    found = [
+    measured = [
         ((run.setting, run.regime, run.method, run.seed, weight), np.asarray(spectrum, dtype=float))
         for run in study.runs
         if run.status == "finished"
         for weight, spectrum in (run.measures.get("spectra") or {}).items()
     ]
-    points = pd.DataFrame([point for point, _ in found], columns=[*POINT, "weight"])
-    frame = points.loc[points.index.repeat([len(spectrum) for _, spectrum in found])].reset_index(drop=True)
-    spectra = [spectrum for _, spectrum in found] or [np.empty(0)]
+    points = pd.DataFrame([point for point, _ in measured], columns=[*POINT, "weight"])
+    frame = points.loc[points.index.repeat([len(spectrum) for _, spectrum in measured])].reset_index(drop=True)
+    spectra = [spectrum for _, spectrum in measured] or [np.empty(0)]
     indices = [np.arange(1, len(spectrum) + 1) for spectrum in spectra]
     return frame.assign(index=np.concatenate(indices), value=np.concatenate(spectra))
 
 
-def _panels(study: StudyRecord, here: pd.DataFrame, setting: str) -> list[Panel]:
-    weights = list(dict.fromkeys(here.weight))
+def _panels(study: StudyRecord, values: pd.DataFrame, setting: str) -> list[Panel]:
+    weights = list(dict.fromkeys(values.weight))
     shown = {weights[i] for i in (0, len(weights) // 2, -1)} if weights else set()
     return [
         Panel(
@@ -34,7 +34,7 @@ def _panels(study: StudyRecord, here: pd.DataFrame, setting: str) -> list[Panel]
             weight,
             "index",
             "singular value",
-            drawing.by_regime(study, select(here, weight=weight), "index", "value"),
+            drawing.by_regime(study, select(values, weight=weight), "index", "value"),
             folded=weight not in shown,
         )
         for weight in weights

@@ -132,10 +132,10 @@ def _lines_of(samples: Sequence[tuple[int, str]], width: int) -> int:
 
 
 def _laid_out(samples: Sequence[tuple[int, str]], width: int, top: int) -> list[str]:
-    x, y, found = 12, top + LEGEND // 2, []
+    x, y, placed = 12, top + LEGEND // 2, []
     for needed, sample in samples:
         if x + needed > width and x > 12:
             x, y = 12, y + LEGEND
-        found.append(f'<g transform="translate({x} {y})">{sample}</g>\n')
+        placed.append(f'<g transform="translate({x} {y})">{sample}</g>\n')
         x += needed
-    return found
+    return placed

@@ -10,12 +10,12 @@ VARYING = ("started", "seconds", "command")  # differ between runs that are othe
 
 def versions(study: StudyRecord) -> dict[str, list[str]]:
     """Each recorded version, with every value that the study's runs have of it, the commonest first."""
-    found: dict[str, dict[str, int]] = {}
+    counted: dict[str, dict[str, int]] = {}
     for run in study.runs:
         for name, value in run.versions.items():
-            counts = found.setdefault(name, {})
+            counts = counted.setdefault(name, {})
             counts[str(value)] = counts.get(str(value), 0) + 1
-    return {name: sorted(counts, key=lambda value: -counts[value]) for name, counts in found.items()}
+    return {name: sorted(counts, key=lambda value: -counts[value]) for name, counts in counted.items()}
 
 
 def differing(study: StudyRecord) -> list[str]:

@@ -118,8 +118,8 @@ class Exceeds:
         for setting in numbers.settings:
             for regime in numbers.regimes:
                 for method in self.methods:
-                    found = numbers.of(setting, regime, method, self.measure)
-                    first, second = (found, _constant(found, self.least))[:: self.sign]
+                    own = numbers.of(setting, regime, method, self.measure)
+                    first, second = (own, _constant(own, self.least))[:: self.sign]
                     what = " − ".join((method, f"{self.least:g}")[:: self.sign]) if self.least else method
                     what, of = f"{what}, {regime} batch", unit(self.measure)
                     yield Comparison(setting, what, first, second, (low, high), of)
@@ -152,8 +152,8 @@ class Correlates:
 
     @staticmethod
     def _mean(numbers: Numbers, setting: str, regime: str, column: str) -> pd.Series:
-        found = [numbers.of(setting, regime, method, column) for method in numbers.methods]
-        return pd.concat(found, axis=1).mean(axis=1) if found else pd.Series(dtype=float)
+        by_method = [numbers.of(setting, regime, method, column) for method in numbers.methods]
+        return pd.concat(by_method, axis=1).mean(axis=1) if by_method else pd.Series(dtype=float)
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ def regimes(study: StudyRecord) -> Iterator[tuple[str, str]]:
     return ((setting, regime) for setting in study.study["settings"] for regime in study.study["regimes"])
 
 
-def measured(found: dict[str, Any]) -> dict[str, float]:
+def measured(measures: dict[str, Any]) -> dict[str, float]:
     """Gradient norms, Hessian eigenvalues and their residuals in a metrics line or a run's measures, else NaN."""
-    gradient, hessian = found.get("input_gradient") or {}, found.get("hessian") or {}
+    gradient, hessian = measures.get("input_gradient") or {}, measures.get("hessian") or {}
     values = {f"input_gradient_{side}": number(gradient.get(side)) for side in SIDES}
     names = {"value": "hessian_{}", "residual": "hessian_{}_residual"}
     return values | {

@@ -126,7 +126,7 @@ def notes(study: StudyRecord) -> list[str]:
     titles = {name: labels.setting(study, name) for name in keys}
     differing = {name: _differing(study, name) for name, key in keys.items() if key}
     said = [f"“paper”: {SOURCE}."] if differing else []
-    if not_comparable := [f"{titles[name]} ({', '.join(found)})" for name, found in differing.items() if found]:
+    if not_comparable := [f"{titles[name]} ({', '.join(reasons)})" for name, reasons in differing.items() if reasons]:
         said.append(f"† Not comparable with ours, because these differ: {'; '.join(not_comparable)}.")
     if study.study.get("against") and (alone := [titles[name] for name, key in keys.items() if not key]):
         said.append(f"The paper has no setting with the network and the images of: {'; '.join(alone)}.")
@@ -136,4 +136,4 @@ def notes(study: StudyRecord) -> list[str]:
 def _differing(study: StudyRecord, setting: str) -> list[str]:
     metrics = ("test_accuracy", "generalization_gap")
     rows = [row(study, setting, regime, metric) for regime in study.study["regimes"] for metric in metrics]
-    return list(dict.fromkeys(what for found in rows for what in found.differing))
+    return list(dict.fromkeys(what for theirs in rows for what in theirs.differing))

@@ -46,9 +46,9 @@ class Pooled(Difference):
         if math.isnan(self.low) or self.low == self.high:
             return f"{shown(self.mean, unit)} in each of {self.n} seeds, {where}"
         ends = f"[{shown(self.low, unit)}, {shown(self.high, unit)}]"
-        found = f"{shown(self.mean, unit)} {ends} over {where}, n = {self.n}"
+        interval = f"{shown(self.mean, unit)} {ends} over {where}, n = {self.n}"
         least = "" if unit == "correlation" else f", least detectable {shown(self.detectable, unit).lstrip('+')}"
-        return f"{found}; P(improvement) {self.improvement:.2f}{least}"
+        return f"{interval}; P(improvement) {self.improvement:.2f}{least}"
 
 
 def pool(
@@ -69,15 +69,15 @@ def pool(
     values = [differences[i] for i in kept]
     if not values:
         return Pooled(math.nan, math.nan, math.nan, math.nan, 0)
-    sizes = np.array([len(found) for found in values])
-    means = np.array([found.mean() for found in values])
-    variances = np.array([found.var(ddof=1) if np.ptp(found) >= ROUNDING else 0.0 for found in values])
+    sizes = np.array([len(seeds) for seeds in values])
+    means = np.array([seeds.mean() for seeds in values])
+    variances = np.array([seeds.var(ddof=1) if np.ptp(seeds) >= ROUNDING else 0.0 for seeds in values])
     n, mean, improvement = int(sizes.sum()), float(means.mean()), _improvement([pairs[i] for i in kept])
     if not variances.any():
         at_bound = any(np.allclose(np.concatenate(values), bound) for bound in bounds)
         end, p = (mean, 0.0) if at_bound else (math.nan, 1.0 if mean == 0 else math.nan)
         return Pooled(mean, end, end, p, n, len(values), math.nan, None, *improvement)
-    half, p = (float(found) for found in welch(means, variances, sizes, level))
+    half, p = (float(seeds) for seeds in welch(means, variances, sizes, level))
     ends = max(mean - half, bounds[0]), min(mean + half, bounds[1])
     seen = _detectable(variances, sizes, level), _needed(mean, variances, level)
     return Pooled(mean, *ends, p, n, len(values), *seen, *improvement)

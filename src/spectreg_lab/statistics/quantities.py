@@ -139,8 +139,8 @@ def _through(epochs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for point, curve in epochs.groupby(POINT):
         known = curve.dropna(subset=["input_gradient_test"])
-        found = {through(*pair): rank_correlation(known, *pair) for pair in THROUGH_TRAINING}
-        scaled = {name: r if math.isnan(r) else fisher(r, len(known)) for name, r in found.items()}
+        correlations = {through(*pair): rank_correlation(known, *pair) for pair in THROUGH_TRAINING}
+        scaled = {name: r if math.isnan(r) else fisher(r, len(known)) for name, r in correlations.items()}
         rows.append(dict(zip(POINT, point, strict=True)) | scaled)
     columns = [*POINT, *(through(*pair) for pair in THROUGH_TRAINING)]
     return pd.DataFrame(rows, columns=columns).astype({name: epochs[name].dtype for name in POINT})
@@ -175,28 +175,27 @@ def _spectra(run: RunRecord) -> dict[str, float]:
     """Logarithms, mean over the weights."""
     shapes = [shape(np.asarray(values, dtype=float)) for values in (run.measures.get("spectra") or {}).values()]
     return {
-        f"log_{name}": float(np.mean([_log(found[name]) for found in shapes])) if shapes else math.nan
-        for name in WEIGHTS
+        f"log_{name}": float(np.mean([_log(one[name]) for one in shapes])) if shapes else math.nan for name in WEIGHTS
     }
 
 
 def _perturbations(run: RunRecord) -> dict[str, float]:
     """Under perturbations of test images, mean over the radii: how far outputs move for their length, and accuracy."""
-    found = {}
+    quantities = {}
     for kind in PERTURBATIONS:
         points = (run.measures.get("perturbation") or {}).get(kind) or []
         stretches = [_log(number(point.get("ratio"))) for point in points]
-        found[f"log_stretch_{kind}"] = float(np.mean(stretches)) if points else math.nan
+        quantities[f"log_stretch_{kind}"] = float(np.mean(stretches)) if points else math.nan
         accuracies = [number(point.get("accuracy")) for point in points]
-        found[f"accuracy_{kind}"] = float(np.mean(accuracies)) if points else math.nan
-    return found
+        quantities[f"accuracy_{kind}"] = float(np.mean(accuracies)) if points else math.nan
+    return quantities
 
 
 def _jacobian(run: RunRecord) -> dict[str, float]:
     """The median local norm on test images, and how often the largest fits into the product of the layers' norms."""
-    found = run.measures.get("jacobian") or {}
-    norms = np.array([number(norm) for norm in found.get("norms") or [None]])
-    bound = number(found.get("bound"))
+    jacobian = run.measures.get("jacobian") or {}
+    norms = np.array([number(norm) for norm in jacobian.get("norms") or [None]])
+    bound = number(jacobian.get("bound"))
     return {"log_local": _log(float(np.median(norms))), "log_loose": _log(bound) - _log(float(norms.max()))}
 
 

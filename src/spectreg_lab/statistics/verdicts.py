@@ -21,6 +21,7 @@ from spectreg_lab.storage.store import StudyRecord
 HELD, NOT, OPEN = "held", "did not hold", "not decided"
 TONES = {HELD: "good", NOT: "bad", OPEN: "open"}
 LEVEL = 0.05
+POINTING = ("It", "So", "They")  # first words of claims that speak of the claim before
 NOTES = (
     "A statement is a difference paired over the seeds that both sides have, and pooled: its mean over settings, "
     "each weighing the same, with the interval of Welch and Satterthwaite for the spread of the seeds. Positive, or "
@@ -83,10 +84,16 @@ def judge(differences: Sequence[Difference], level: float = LEVEL) -> list[str]:
     Holm's correction for all of them; otherwise it is not decided. Only that side is corrected: a single failure
     refutes a claim, so many statements are many chances of one by accident, whereas all must hold.
     """
-    opposite = holm({i: found.p if found.mean < 0 else 1.0 for i, found in enumerate(differences) if found.n > 1})
+    opposite = holm(
+        {
+            i: difference.p if difference.mean < 0 else 1.0
+            for i, difference in enumerate(differences)
+            if difference.n > 1
+        }
+    )
     return [
-        HELD if found.low > 0 else NOT if opposite.get(i, math.nan) < level else OPEN
-        for i, found in enumerate(differences)
+        HELD if difference.low > 0 else NOT if opposite.get(i, math.nan) < level else OPEN
+        for i, difference in enumerate(differences)
     ]
 
 
@@ -109,29 +116,29 @@ def judged(claim: Claim, numbers: Numbers) -> Judged:
     compared = claim.comparisons(numbers)
     level = LEVEL / len(compared)
     alternatives = tuple(statements(comparisons, level) for comparisons in compared)
-    verdicts = tuple(tuple(judge([s.pooled for s in found], level)) for found in alternatives)
-    return Judged(claim, alternatives, verdicts, either([outcome(found) for found in verdicts]))
+    verdicts = tuple(tuple(judge([s.pooled for s in group], level)) for group in alternatives)
+    return Judged(claim, alternatives, verdicts, either([outcome(group) for group in verdicts]))
 
 
-def worst(found: Sequence[Statement]) -> Statement:
+def worst(group: Sequence[Statement]) -> Statement:
     """The statement that speaks most against its claim, or least for it."""
-    return min(found, key=lambda statement: (statement.pooled.evidence, statement.pooled.mean))
+    return min(group, key=lambda statement: (statement.pooled.evidence, statement.pooled.mean))
 
 
 def deciding(decision: Judged) -> Statement | None:
     """The statement that decides: the worst one of the alternative that has most for it; None without any number."""
-    known = [found for found in ([s for s in all_ if s.pooled.n] for all_ in decision.alternatives) if found]
+    known = [group for group in ([s for s in all_ if s.pooled.n] for all_ in decision.alternatives) if group]
     return max(map(worst, known), key=lambda statement: statement.pooled.evidence, default=None)
 
 
 def singles(decision: Judged, numbers: Numbers) -> list[dict[str, Any]]:
     """Each single comparison with its interval, and its p as Table 1 corrects it, or for the claim in that setting."""
-    compared = [single for found in decision.alternatives for statement in found for single in statement.singles]
+    compared = [single for group in decision.alternatives for statement in group for single in statement.singles]
     differences = [interval((c.first - c.second).dropna(), c.bounds, decision.level) for c in compared]
     by_setting: dict[str, dict[int, float]] = {}
     for i, (single, difference) in enumerate(zip(compared, differences, strict=True)):
         by_setting.setdefault(single.setting, {})[i] = difference.p
-    corrected = {i: p for found in by_setting.values() for i, p in holm(found).items()}
+    corrected = {i: p for group in by_setting.values() for i, p in holm(group).items()}
     for i, single in enumerate(compared):
         if single.pair is not None:
             regime, measure, methods = single.pair
@@ -186,8 +193,8 @@ def _tables(study: StudyRecord, decision: Judged, singles: list[dict[str, Any]])
             Cell(f"{statement.pooled.needed or '> 1000'}" if statement.pooled.n else "–"),
             Cell(verdict, tone=TONES[verdict]),
         ]
-        for found, verdicts in zip(decision.alternatives, decision.verdicts, strict=True)
-        for statement, verdict in zip(found, verdicts, strict=True)
+        for group, verdicts in zip(decision.alternatives, decision.verdicts, strict=True)
+        for statement, verdict in zip(group, verdicts, strict=True)
     ]
     single = [
         [
@@ -208,8 +215,8 @@ def _frame(decision: Judged, singles: list[dict[str, Any]]) -> list[dict[str, ob
     head = {"section": decision.claim.section, "claim": decision.claim.sentence, "outcome": decision.outcome}
     rows: list[dict[str, object]] = [
         head | {"setting": "all", "comparison": statement.what, **vars(statement.pooled), "verdict": verdict}
-        for found, verdicts in zip(decision.alternatives, decision.verdicts, strict=True)
-        for statement, verdict in zip(found, verdicts, strict=True)
+        for group, verdicts in zip(decision.alternatives, decision.verdicts, strict=True)
+        for statement, verdict in zip(group, verdicts, strict=True)
     ]
     return rows + [
         head
@@ -245,14 +252,24 @@ def _compared(study: StudyRecord, numbers: Numbers) -> str:
     )
 
 
-def _seen(found: Sequence[Judged]) -> str:
+def _seen(decisions: Sequence[Judged]) -> str:
     """What differences of accuracy the study can tell from none: those of the statement that decides who is best."""
-    best = next(decision for decision in found if decision.claim.sentence == BEST)
+    best = next(decision for decision in decisions if decision.claim.sentence == BEST)
     statement = deciding(best)
     if statement is None or math.isnan(statement.pooled.detectable):
         return ""
     least = f"{100 * statement.pooled.detectable:.2g}"
     return f"It can tell a difference in test accuracy from none where that is {least} points or more. "
+
+
+def _standing_alone(place: int) -> str:
+    """The sentence of a claim; where it begins with “it”, with the sentence that says what that is."""
+    sentence, before = CLAIMS[place].sentence, place - 1
+    if sentence.split()[0] not in POINTING:
+        return sentence
+    while CLAIMS[before].sentence.split()[0] in POINTING:
+        before -= 1
+    return f"{sentence.rstrip('.')} (said after “{CLAIMS[before].sentence.rstrip('.')}”)."
 
 
 def _registered(study: StudyRecord) -> str:
@@ -264,24 +281,24 @@ def _registered(study: StudyRecord) -> str:
 
 def exhibit(study: StudyRecord, numbers: Numbers, table: pd.DataFrame) -> Exhibit:
     """Every claim with its verdict, and where spectral does not win."""
-    found = [judged(claim, numbers) for claim in CLAIMS]
-    beneath = [singles(decision, numbers) for decision in found]
-    counted = Counter(decision.outcome for decision in found)
+    decisions = [judged(claim, numbers) for claim in CLAIMS]
+    beneath = [singles(decision, numbers) for decision in decisions]
+    counted = Counter(decision.outcome for decision in decisions)
     tally = ", ".join(f"{counted[name]} {name}" for name in (NOT, OPEN, HELD))
-    against = [decision.claim.sentence for decision in found if decision.outcome == NOT]
+    against = [_standing_alone(i) for i, decision in enumerate(decisions) if decision.outcome == NOT]
     measured = " to ".join(map(str, numbers.measured)) or "none"
     return Exhibit(
         name="verdicts",
         title="What the paper claims, and what held",
         claim="",
-        frame=pd.DataFrame([row for pair in zip(found, beneath, strict=True) for row in _frame(*pair)]),
+        frame=pd.DataFrame([row for pair in zip(decisions, beneath, strict=True) for row in _frame(*pair)]),
         verdicts=[
             Verdict(d.claim.section, d.claim.sentence, d.outcome, _line(d, rows), _tables(study, d, rows))
-            for d, rows in zip(found, beneath, strict=True)
+            for d, rows in zip(decisions, beneath, strict=True)
         ],
         summary=[
             _compared(study, numbers),
-            f"Of {len(found)} claims: {tally}. {_seen(found)}{_registered(study)}",
+            f"Of {len(decisions)} claims: {tally}. {_seen(decisions)}{_registered(study)}",
             *([f"Against the paper or the method: {' '.join(against)}"] if against else []),
             _rows_won(study, table, "test_accuracy", "Test accuracy"),
             _rows_won(study, table, "generalization_gap", "Generalization gap"),

@@ -124,8 +124,8 @@ def claim(
 
 def holder(folder: Path) -> Owner | None:
     """Who holds the run in ``folder``; None if nobody does."""
-    found = _claims(folder)
-    return _read(found[max(found)]) if found else None
+    numbered = _claims(folder)
+    return _read(numbered[max(numbered)]) if numbered else None
 
 
 class Seen(NamedTuple):
@@ -143,10 +143,10 @@ class Watch:
 
     def look(self, folder: Path) -> Seen | None:
         """Who holds the run in ``folder``; None if nobody does."""
-        found = _claims(folder)
-        if not found:
+        numbered = _claims(folder)
+        if not numbered:
             return None
-        path = found[max(found)]
+        path = numbered[max(numbered)]
         owner, touched, now = _read(path), _touched(path), time.monotonic()
         if not touched:
             return None
@@ -161,9 +161,9 @@ class Watch:
 
 
 def _take(folder: Path, token: str, dead: Collection[str], node: str | None) -> Claim:
-    found = _claims(folder)
-    last = max(found, default=0)
-    before = _read(found[last]) if found else None
+    numbered = _claims(folder)
+    last = max(numbered, default=0)
+    before = _read(numbered[last]) if numbered else None
     if before is not None and not (before.token in dead or before.gone()):
         raise ClaimedError(_taken(folder, before))
     mine = Claim(folder / f"claim-{last + 1}.json", token)

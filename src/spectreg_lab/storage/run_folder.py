@@ -51,14 +51,14 @@ def read_json(
         RunError: it does not; the message names the file and the ``remedy``.
     """
     try:
-        found = parse(path.read_bytes())
+        content = parse(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is not JSON ({error}): {remedy}") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise RunError(f"{path} holds no JSON object: {remedy}")
-    if fault := records.fault(kind, found):
+    if fault := records.fault(kind, content):
         raise RunError(f"{path} {fault}: {remedy}")
-    return found
+    return content
 
 
 class RunFolder:
@@ -88,8 +88,8 @@ class RunFolder:
             write_json(self.path / CONFIG, {"format": FORMAT, "config": config.model_dump(mode="json")})
             write_json(self.path / VERSIONS, versions)
             return
-        if (found := self.config()) != config:
-            differing = sorted(name for name, value in config if getattr(found, name) != value)
+        if (recorded := self.config()) != config:
+            differing = sorted(name for name, value in config if getattr(recorded, name) != value)
             raise RunError(
                 f"{self.path} holds a run with another setting (differs in: {', '.join(differing)}): "
                 "use another folder, or delete this one"
@@ -107,13 +107,13 @@ class RunFolder:
             write_json(self.path / VERSIONS, first)
 
     def _setting(self) -> Any:
-        found = read_json(self.path / CONFIG)
-        if found.get("format") != FORMAT:
+        content = read_json(self.path / CONFIG)
+        if content.get("format") != FORMAT:
             raise RunError(
-                f"{self.path} has format {found.get('format')!r}; this version reads format {FORMAT}: "
+                f"{self.path} has format {content.get('format')!r}; this version reads format {FORMAT}: "
                 "use the spectreg version that wrote it, or delete the folder and run again"
             )
-        return found.get("config")
+        return content.get("config")
 
     def config(self) -> Config:
         """The run's setting, as it was recorded."""
@@ -148,15 +148,15 @@ class RunFolder:
         lines: list[dict[str, Any]] = []
         for line in path.read_bytes().splitlines() if path.exists() else ():
             try:
-                found = numbers.loads(line)
+                epoch = numbers.loads(line)
             except ValueError:
                 break
             number = len(lines) + 1
-            if not isinstance(found, dict) or found.get("epoch") != number:
+            if not isinstance(epoch, dict) or epoch.get("epoch") != number:
                 raise RunError(f"{path}: line {number} has no epoch {number}: {RUN_AGAIN}")
-            if fault := records.fault(records.Line, found):
+            if fault := records.fault(records.Line, epoch):
                 raise RunError(f"{path}: line {number} {fault}: {RUN_AGAIN}")
-            lines.append(found)
+            lines.append(epoch)
         return lines
 
     def save(self, checkpoint: Checkpoint) -> None:

@@ -87,12 +87,12 @@ def read_study(folder: Path) -> StudyRecord:
     """Read a study folder, whatever state its runs are in; needs neither the data nor the weights."""
     if not (folder / STUDY).exists():
         raise RunError(f"{folder} is not a study folder: it has no {STUDY}; `spectreg reproduce` makes one")
-    found = read_json(folder / STUDY, remedy=REWRITTEN)
-    if found.get("format", FORMAT) != FORMAT:
-        raise RunError(f"{folder / STUDY} has format {found['format']!r}; this version reads format {FORMAT}")
-    found = read_json(folder / STUDY, records.StudyFile, REWRITTEN)
-    runs = [_read_run(folder / RUNS, **point) for point in found["points"]]
-    return StudyRecord(folder, {**found["study"], "command": found["command"]}, runs, _table(folder / SEARCH))
+    content = read_json(folder / STUDY, remedy=REWRITTEN)
+    if content.get("format", FORMAT) != FORMAT:
+        raise RunError(f"{folder / STUDY} has format {content['format']!r}; this version reads format {FORMAT}")
+    content = read_json(folder / STUDY, records.StudyFile, REWRITTEN)
+    runs = [_read_run(folder / RUNS, **point) for point in content["points"]]
+    return StudyRecord(folder, {**content["study"], "command": content["command"]}, runs, _table(folder / SEARCH))
 
 
 def _table(path: Path) -> str | None:

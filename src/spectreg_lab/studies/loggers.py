@@ -71,13 +71,13 @@ def flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
     >>> flat({"epoch": 3, "sigma": {"a.weight": 0.5}, "curves": {"test": [1, 2]}})
     {'epoch': 3.0, 'sigma/a.weight': 0.5}
     """
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for key, value in metrics.items():
         if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}/")
+            numbers |= flat(value, f"{prefix}{key}/")
         elif isinstance(value, int | float):
-            found[f"{prefix}{key}"] = float(value)
-    return found
+            numbers[f"{prefix}{key}"] = float(value)
+    return numbers
 
 
 def _tensorboard(name: str, config: Config, folder: Path) -> tuple[Log, Callable[[], None]]:

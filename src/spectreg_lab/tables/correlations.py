@@ -28,8 +28,8 @@ def values(study: StudyRecord, runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["setting", "seed", "predictor", "correlation", "runs"])
 
 
-def _cell(here: pd.DataFrame) -> Cell:
-    known = here.dropna(subset="correlation")
+def _cell(correlations: pd.DataFrame) -> Cell:
+    known = correlations.dropna(subset="correlation")
     if known.empty:
         return Cell("–", tone="muted")
     runs = " to ".join(str(count) for count in sorted({known.runs.min(), known.runs.max()}))

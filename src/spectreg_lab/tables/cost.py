@@ -18,11 +18,11 @@ def ratios(runs: pd.DataFrame) -> pd.DataFrame:
     return joined.assign(relative=joined.seconds / joined.vanilla)
 
 
-def _cell(found: pd.DataFrame) -> Cell:
-    if found.seconds.dropna().empty:
+def _cell(costs: pd.DataFrame) -> Cell:
+    if costs.seconds.dropna().empty:
         return Cell("–", tone="muted")
-    relative = found.relative.dropna()
-    small = [f"{found.seconds.median():.3g} s an epoch"]
+    relative = costs.relative.dropna()
+    small = [f"{costs.seconds.median():.3g} s an epoch"]
     return Cell(f"{plus_minus(relative, 2)} ×", small) if len(relative) else Cell("–", [*small, "no vanilla beside it"])
 
 
@@ -31,8 +31,8 @@ def exhibit(study: StudyRecord, runs: pd.DataFrame) -> Exhibit:
     values = ratios(runs)
     rows = []
     for setting, regime in regimes(study):
-        here = select(values, setting=setting, regime=regime)
-        cells = [_cell(select(here, method=method)) for method in study.study["methods"]]
+        costs = select(values, setting=setting, regime=regime)
+        cells = [_cell(select(costs, method=method)) for method in study.study["methods"]]
         rows.append([Cell(labels.setting(study, setting), [labels.batch(study, regime, setting)]), *cells])
     panels = [
         drawing.strip(

@@ -9,12 +9,14 @@ from spectreg_lab.statistics.registered import ENOUGH
 from spectreg_lab.storage.store import StudyRecord
 
 
-def _cell(found: pd.Series) -> Cell:
-    if found.empty:
+def _cell(accuracies: pd.Series) -> Cell:
+    if accuracies.empty:
         return Cell("–", ["no finished run"], tone="muted")
-    short = int((~(found > ENOUGH)).sum())
+    short = int((~(accuracies > ENOUGH)).sum())
     return Cell(
-        plus_minus(found), [f"{short} of {len(found)} seeds did not fit"] if short else [], tone="bad" * bool(short)
+        plus_minus(accuracies),
+        [f"{short} of {len(accuracies)} seeds did not fit"] if short else [],
+        tone="bad" * bool(short),
     )
 
 
@@ -23,11 +25,11 @@ def exhibit(study: StudyRecord, runs: pd.DataFrame) -> Exhibit:
     done = finished(runs)
     rows, warnings = [], []
     for setting, regime in regimes(study):
-        here = select(done, setting=setting, regime=regime)
+        ended = select(done, setting=setting, regime=regime)
         title, batch = labels.setting(study, setting), labels.batch(study, regime, setting)
-        found = {method: select(here, method=method).train_accuracy for method in study.study["methods"]}
-        rows.append([Cell(title, [batch]), *map(_cell, found.values())])
-        if short := [method for method, values in found.items() if not (values > ENOUGH).all()]:
+        reached = {method: select(ended, method=method).train_accuracy for method in study.study["methods"]}
+        rows.append([Cell(title, [batch]), *map(_cell, reached.values())])
+        if short := [method for method, values in reached.items() if not (values > ENOUGH).all()]:
             warnings.append(
                 f"{title}, {batch}: {', '.join(short)} did not reach a training accuracy over {ENOUGH} in every seed, "
                 "so this comparison is between models that have not all fitted their training data."

@@ -20,22 +20,22 @@ def values(study: StudyRecord) -> pd.DataFrame:
     return search.read(StringIO(study.search), study.folder / SEARCH)
 
 
-def _cell(found: pd.DataFrame) -> Cell:
-    if found.empty:
+def _cell(rows: pd.DataFrame) -> Cell:
+    if rows.empty:
         return Cell("–", tone="muted")
-    (tried,) = records(found)
+    (tried,) = records(rows)
     return Cell(f"{tried['validation']:.3f}", [f"training {tried['training']:.3f}"], bold=bool(tried["chosen"]))
 
 
 def _table(study: StudyRecord, tried: pd.DataFrame, setting: str, regime: str) -> Table:
-    here = select(tried, setting=setting, regime=regime)
-    rates = sorted(here.learning_rate.unique())
+    trials = select(tried, setting=setting, regime=regime)
+    rates = sorted(trials.learning_rate.unique())
     rows = [
         [
             Cell(f"{method} {strength:g}" if strength else str(method)),
-            *(_cell(select(found, learning_rate=r)) for r in rates),
+            *(_cell(select(group, learning_rate=r)) for r in rates),
         ]
-        for (method, strength), found in here.groupby(["method", "strength"], sort=False)
+        for (method, strength), group in trials.groupby(["method", "strength"], sort=False)
     ]
     title = labels.setting(study, setting) if setting in study.study["settings"] else setting
     return Table(["method, strength", *(f"rate {rate:g}" for rate in rates)], rows, f"{title}, {regime} batch")
@@ -51,27 +51,27 @@ def _own_table(study: StudyRecord, tried: pd.DataFrame) -> Table:
     return Table(["network", *methods], rows, "Each network's own best strength, and the one chosen for all")
 
 
-def _own_cell(found: pd.DataFrame) -> Cell:
-    if found.empty:
+def _own_cell(rows: pd.DataFrame) -> Cell:
+    if rows.empty:
         return Cell("–", tone="muted")
-    (row,) = records(found)
+    (row,) = records(rows)
     shared = f"{row['strength_shared']:g}: {row['validation_shared']:.3f}"
     return Cell(f"{row['strength']:g}: {row['validation']:.3f}", [f"for all, {shared}"])
 
 
 def departures(study: StudyRecord, tried: pd.DataFrame) -> list[str]:
     """Where the study's rates and strengths are not those that the search chose."""
-    found = []
+    departing = []
     for row in records(tried[tried.chosen.astype(bool)]):
         method = study.study["methods"].get(row["method"], {})
         rates = study.study["settings"].get(row["setting"], {}).get("learning_rate") or {}
         strength, rate = method.get("epsilon", method.get("strength")), rates.get(row["regime"])
         if strength not in (None, row["strength"]):
-            found.append(f"{row['method']} {strength:g} (chosen: {row['strength']:g})")
+            departing.append(f"{row['method']} {strength:g} (chosen: {row['strength']:g})")
         if rate not in (None, row["learning_rate"]):
             place = f"rate of {row['setting']}, {row['regime']} batch"
-            found.append(f"{place}, {rate:g} (chosen: {row['learning_rate']:g})")
-    return list(dict.fromkeys(found))
+            departing.append(f"{place}, {rate:g} (chosen: {row['learning_rate']:g})")
+    return list(dict.fromkeys(departing))
 
 
 def exhibit(study: StudyRecord, tried: pd.DataFrame) -> Exhibit:

@@ -49,24 +49,24 @@ def _against_spectral(by_method: dict[str, pd.Series]) -> dict[str, tuple[Differ
     }
 
 
-def _row(study: StudyRecord, here: pd.DataFrame, label: dict[str, str]) -> list[dict[str, Any]]:
+def _row(study: StudyRecord, runs: pd.DataFrame, label: dict[str, str]) -> list[dict[str, Any]]:
     metric = label["metric"]
-    by_method = {m: select(here, method=m).set_index("seed")[metric].astype(float) for m in study.study["methods"]}
+    by_method = {m: select(runs, method=m).set_index("seed")[metric].astype(float) for m in study.study["methods"]}
     winners, versus = best(by_method, metric), _against_spectral(by_method)
     theirs = paper.row(study, label["setting"], label["regime"], metric)
     rows = []
-    for method, found in by_method.items():
+    for method, numbers in by_method.items():
         difference, p_holm = versus.get(method, (NONE, math.nan))
         rows.append(
             label
             | {
                 "batch_size": labels.batch_size(study, label["regime"], label["setting"]),
-                "alpha": here.alpha.max() if metric == "generalization_gap" else math.nan,
+                "alpha": runs.alpha.max() if metric == "generalization_gap" else math.nan,
                 "method": method,
-                "runs": len(found),
-                "reached": int(found.notna().sum()),
-                "mean": found.mean(),
-                "sd": found.std(ddof=1),
+                "runs": len(numbers),
+                "reached": int(numbers.notna().sum()),
+                "mean": numbers.mean(),
+                "sd": numbers.std(ddof=1),
                 "best": method in winners,
                 "spectral_minus_this": difference.mean,
                 "low": difference.low,
@@ -96,7 +96,7 @@ def frame(study: StudyRecord, values: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _cell(row: dict[str, Any], found: pd.Series) -> Cell:
+def _cell(row: dict[str, Any], numbers: pd.Series) -> Cell:
     if not row["runs"]:
         return Cell("–", ["no finished run"], tone="muted")
     small = []
@@ -109,7 +109,7 @@ def _cell(row: dict[str, Any], found: pd.Series) -> Cell:
         small.append(f"paper {row['paper']:.3f}{'†' if row['not_comparable_in'] else ''}")
     if not row["reached"]:
         return Cell("never reached", small, tone="muted")
-    return Cell(plus_minus(found.dropna(), DIGITS), small, bold=row["best"])
+    return Cell(plus_minus(numbers.dropna(), DIGITS), small, bold=row["best"])
 
 
 def _head(study: StudyRecord, row: dict[str, Any]) -> list[Cell]:
@@ -123,9 +123,9 @@ def _table(study: StudyRecord, table: pd.DataFrame, values: pd.DataFrame, metric
     rows = []
     for setting, regime in regimes(study):
         cells = records(select(table, metric=metric, setting=setting, regime=regime))
-        here = select(values, setting=setting, regime=regime)
-        found = [_cell(cell, select(here, method=cell["method"])[metric].astype(float)) for cell in cells]
-        rows.append([*_head(study, cells[0]), *found])
+        runs = select(values, setting=setting, regime=regime)
+        columns_of_methods = [_cell(cell, select(runs, method=cell["method"])[metric].astype(float)) for cell in cells]
+        rows.append([*_head(study, cells[0]), *columns_of_methods])
     columns = ["setting", *(["α"] if metric == "generalization_gap" else []), *study.study["methods"]]
     return Table(columns, rows, METRICS[metric])
 

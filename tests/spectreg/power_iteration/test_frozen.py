@@ -55,9 +55,9 @@ class Counting:
 
     def __init__(self, inner, products, name):
         self.inner, self.products, self.name = inner, products, name
-
-    def __getattr__(self, attribute):
-        return getattr(self.inner, attribute)
+        for attribute in dir(inner):  # set, since protocols look attributes up without calling __getattr__
+            if not attribute.startswith("_") and attribute not in dir(self):
+                setattr(self, attribute, getattr(inner, attribute))
 
     def forward(self, *given):
         self.products.append(self.name)

@@ -334,3 +334,12 @@ def test_a_study_that_names_the_commit_of_its_claims_says_so_at_the_top(tmp_path
     path.write_text(json.dumps(record))
     shown = {exhibit.name: exhibit for exhibit in exhibits(store.read_study(tmp_path / "s"))}
     assert "fixed before the first run, in commit 0123abc" in shown["verdicts"].summary[1]
+
+
+def test_a_claim_that_points_back_is_quoted_with_the_claim_it_points_to() -> None:
+    place = next(i for i, c in enumerate(verdicts.CLAIMS) if c.sentence.startswith("It does so at any point"))
+    assert verdicts._standing_alone(place) == (
+        "It does so at any point: on training data, too (said after “Spectral reduces the gradient norm on test data "
+        "(against vanilla)”)."
+    )
+    assert verdicts._standing_alone(place - 1) == verdicts.CLAIMS[place - 1].sentence
