@@ -18,15 +18,15 @@ def rounds(k: int, device: torch.device, dtype: torch.dtype) -> list[tuple[Tenso
     >>> [sign.tolist() for _, sign in rounds(3, torch.device("cpu"), torch.float32)]
     [[0.0, 1.0, -1.0], [1.0, 0.0, -1.0], [1.0, -1.0, 0.0]]
     """
-    seats, found = list(range(k + k % 2)), []
+    seats, rounds = list(range(k + k % 2)), []
     for _ in range(k - 1 + k % 2 if k > 1 else 0):
         partner = dict(zip(seats, reversed(seats), strict=True))
         order = [partner[i] if partner[i] < k else i for i in range(k)]
         signs = [(j > i) - (j < i) for i, j in enumerate(order)]
         swap = torch.eye(k, dtype=dtype, device=device)[order]
-        found.append((swap, torch.tensor(signs, dtype=dtype, device=device)))
+        rounds.append((swap, torch.tensor(signs, dtype=dtype, device=device)))
         seats = [seats[0], seats[-1], *seats[1:-1]]
-    return found
+    return rounds
 
 
 def eigenbasis(G: Matrices) -> tuple[Float[Tensor, "batch k"], Matrices]:

@@ -79,9 +79,9 @@ class Scaled:
             self.scale = 2.0 ** math.frexp(largest)[1] if self.known else 1.0
         return w / self.scale
 
-    def unscaled(self, found: Eigenvalues) -> Eigenvalues:
-        values, residuals = (tuple(self.scale * x for x in numbers) for numbers in (found.values, found.residuals))
-        return Eigenvalues(values, residuals, found.products, found.converged)
+    def unscaled(self, scaled: Eigenvalues) -> Eigenvalues:
+        values, residuals = (tuple(self.scale * x for x in numbers) for numbers in (scaled.values, scaled.residuals))
+        return Eigenvalues(values, residuals, scaled.products, scaled.converged)
 
 
 def lanczos_largest(A: Operator, start: Float[Tensor, " n"], goal: Goal) -> Eigenvalues:

@@ -139,11 +139,11 @@ def iterated(
     def gram(x: Tensor) -> Tensor:
         return m.adjoint(m.forward(x.flatten(1))).reshape(x.shape)
 
-    found, _ = largest_of_blocks(gram, start.view(len(start), m.blocks, -1), goal)
-    value = max(found.values[0], 0.0) ** 0.5
-    residual = found.residuals[0] / value if value else 0.0
+    top, _ = largest_of_blocks(gram, start.view(len(start), m.blocks, -1), goal)
+    value = max(top.values[0], 0.0) ** 0.5
+    residual = top.residuals[0] / value if value else 0.0
     return OperatorNorm(
-        scale * value, scale * residual, found.products, found.converged, lambda: scale * bound() * ROUNDING
+        scale * value, scale * residual, top.products, top.converged, lambda: scale * bound() * ROUNDING
     )
 
 

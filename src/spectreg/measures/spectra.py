@@ -198,11 +198,11 @@ def spectrum_of(
         return Spectrum(name, shape, values, frobenius, complete=top is None or top >= count)
     unit = 2.0 ** math.frexp(frobenius)[1]  # W/unit has squares that neither overflow nor vanish
     scaled = blocks.to(torch.promote_types(blocks.dtype, torch.float32)) / unit
-    found = [top_eigenvalues_of_gram(W, top, tolerance, generator) for W in scaled]
-    squares = torch.tensor([e.values for e in found], dtype=torch.float64, device="cpu").clamp_min(0)
-    residuals = torch.tensor(
-        [e.residuals for e in found], dtype=torch.float64, device="cpu"
-    ) / squares.sqrt().clamp_min(1e-300)
+    tops = [top_eigenvalues_of_gram(W, top, tolerance, generator) for W in scaled]
+    squares = torch.tensor([e.values for e in tops], dtype=torch.float64, device="cpu").clamp_min(0)
+    residuals = torch.tensor([e.residuals for e in tops], dtype=torch.float64, device="cpu") / squares.sqrt().clamp_min(
+        1e-300
+    )
     return Spectrum(
         name,
         shape,
@@ -210,8 +210,8 @@ def spectrum_of(
         frobenius,
         complete=False,
         residual=unit * residuals.max().item(),
-        products=sum(e.products for e in found),
-        converged=all(e.converged for e in found),
+        products=sum(e.products for e in tops),
+        converged=all(e.converged for e in tops),
     )
 
 
