@@ -1,6 +1,7 @@
 """What a study would do, without doing it: runs, steps, sizes and arithmetic, counted on networks without memory."""
 
 from collections.abc import Callable
+from functools import cache
 
 import pandas as pd
 import torch
@@ -9,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spectreg_lab import data, models
 from spectreg_lab.data import steps_per_epoch
-from spectreg_lab.settings.config import Config
+from spectreg_lab.settings.config import Config, Model
 from spectreg_lab.settings.studies import Point, Selection, Study, StudyError
 
 SHAPES = {"cifar10": ((3, 32, 32), 50_000, 10_000, 10), "cifar100": ((3, 32, 32), 50_000, 10_000, 100)}
@@ -47,9 +48,25 @@ def plan(study: Study, only: Selection, progress: Callable[[str], None]) -> str:
 
 def _count(config: Config, runs: int, progress: Callable[[str], None]) -> dict[str, object]:
     shape, train, test, classes = _images(config, progress)
-    network = models.outline(config.model, shape, classes)
-    parameters = sum(parameter.numel() for parameter in network.parameters())
+    parameters, kept, flops = _of_an_image(config.model, shape, classes)
     bytes_each = 8 if config.precision == "64-true" else 4
+    steps = steps_per_epoch(train, config.batch_size)
+    seen = steps * min(config.batch_size, train) * config.epochs
+    of_a_batch = kept * min(config.micro_batch, config.batch_size, train)
+    images = (train + test) * shape[0] * shape[1] * shape[2]
+    return {
+        "runs": runs,
+        "parameters": parameters,
+        "steps an epoch": steps,
+        "GiB": round((3 * parameters + of_a_batch + images) * bytes_each / 2**30, 2),
+        "PFLOP": float(f"{runs * seen * flops / 1e15:.2g}"),
+    }
+
+
+@cache
+def _of_an_image(setting: Model, shape: tuple[int, int, int], classes: int) -> tuple[int, float, float]:
+    """Parameters of a network; numbers kept between its two passes and operations of both, for an image."""
+    network = models.outline(setting, shape, classes)
     kept: list[int] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -59,17 +76,7 @@ def _count(config: Config, runs: int, progress: Callable[[str], None]) -> dict[s
     x = torch.empty(2, *shape, device="meta")  # batch normalization needs two
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda found: found):
         network(x).sum().backward()
-    steps = steps_per_epoch(train, config.batch_size)
-    seen = steps * min(config.batch_size, train) * config.epochs
-    of_a_batch = sum(kept) / 2 * min(config.micro_batch, config.batch_size, train)
-    images = (train + test) * shape[0] * shape[1] * shape[2]
-    return {
-        "runs": runs,
-        "parameters": parameters,
-        "steps an epoch": steps,
-        "GiB": round((3 * parameters + of_a_batch + images) * bytes_each / 2**30, 2),
-        "PFLOP": float(f"{runs * seen * counter.get_total_flops() / 2 / 1e15:.2g}"),
-    }
+    return sum(parameter.numel() for parameter in network.parameters()), sum(kept) / 2, counter.get_total_flops() / 2
 
 
 def _images(config: Config, progress: Callable[[str], None]) -> tuple[tuple[int, int, int], int, int, int]:

@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 from small_study import STUDY
 
-from spectreg_lab import data
+from spectreg_lab import data, models
 from spectreg_lab.settings.shipped import find
 from spectreg_lab.settings.studies import Selection, StudyError, read_study
-from spectreg_lab.studies.plan import plan
+from spectreg_lab.studies.plan import _of_an_image, plan
 
 
 def rows(text):
@@ -62,3 +62,11 @@ def test_a_plan_of_what_cannot_be_is_refused_with_the_setting(tmp_path, old, new
     path.write_text(STUDY.replace(old, new))
     with pytest.raises(StudyError, match=r"settings.vgg: (an image of 8×8 is too small|the network has|data 'digitz')"):
         plan(read_study(path), Selection(), print)
+
+
+def test_each_network_is_counted_once_however_many_methods_and_regimes_it_is_in(monkeypatch):
+    counted, real = [], models.outline
+    monkeypatch.setattr(models, "outline", lambda *network: counted.append(network) or real(*network))
+    _of_an_image.cache_clear()
+    plan(read_study(find(Path("paper"))), Selection(), print)
+    assert len(counted) == 4
