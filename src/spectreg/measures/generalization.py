@@ -8,7 +8,7 @@ def generalization_gap(training: Sequence[float], test: Sequence[float], alpha: 
     """The least training accuracy minus test accuracy, over the epochs whose test accuracy exceeds ``alpha``.
 
     Args:
-        training: Accuracy after each epoch, as a share.
+        training: Accuracy after each epoch, as a share; epochs in which one is NaN are left out.
         test: The same epochs.
 
     Returns:
@@ -21,7 +21,8 @@ def generalization_gap(training: Sequence[float], test: Sequence[float], alpha: 
     """
     if len(training) != len(test):
         raise ValueError(f"the curves have {len(training)} and {len(test)} epochs: both must have the same.")
-    return min((a - b for a, b in zip(training, test, strict=True) if b > alpha), default=None)
+    gaps = (a - b for a, b in zip(training, test, strict=True) if b > alpha)
+    return min((gap for gap in gaps if not math.isnan(gap)), default=None)
 
 
 def common_threshold(test_curves: Iterable[Sequence[float]]) -> float:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from spectreg.linalg.directions import along, gaussian_like, lengths, own_generator, unit
+from spectreg.measures._examples import example_dimension
 from spectreg.measures._inputs import differentiable_input
 from spectreg.measures._model import as_found
 
@@ -53,6 +54,7 @@ def jacobian_norm(
     to the input. The model is left as found.
 
     Args:
+        x: Examples along the first dimension; none may influence another's output.
         exact: Form J, one backward an output, and take its norm; by default for up to 16 outputs.
         tolerance: Share of the value that the residual may be.
         generator: Draws the first vectors; by default a private one with seed 0.
@@ -70,6 +72,7 @@ def jacobian_norm(
     with as_found(model), torch.enable_grad():
         x = differentiable_input(x)
         y = flat_output(model(x), x)
+        refuse_mixed(x, y)
         if exact or (exact is None and y.shape[1] <= FEW_OUTPUTS):
             J = torch.stack([row.flatten(1) for row in jacobian_rows(y, x)], 1).double()
             short = J if J.shape[1] <= J.shape[2] else J.mT
@@ -116,6 +119,7 @@ def jacobian_frobenius_norm(
     with as_found(model), torch.enable_grad():
         x = differentiable_input(x)
         y = flat_output(model(x), x)
+        refuse_mixed(x, y)
         rows = jacobian_rows(y, x, projections, generator)
         norms = torch.stack([lengths(row) for row in rows], 1)
     value = lengths(norms)
@@ -133,6 +137,16 @@ def flat_output(y: Any, x: Tensor) -> Float[Tensor, "batch outputs"]:
         shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"the model gave {shape} for {len(x)} examples: a Jacobian needs one output for each.")
     return y.flatten(1) if y.ndim > 1 else y[:, None]
+
+
+def refuse_mixed(x: Tensor, y: Tensor) -> None:
+    """Raise where an output depends on several examples: the rows of all, added up, would be taken for those of one."""
+    if len(x) > 1 and example_dimension(x, y) != 0:
+        raise ValueError(
+            "an output depends on more than one example along the first dimension (time first? batch normalization "
+            "without running statistics?): no example has a Jacobian of its own. Give a model that takes examples "
+            "first, or one example at a time."
+        )
 
 
 def pull_back(y: Tensor, x: Tensor, u: Tensor, create_graph: bool = False) -> Tensor:

@@ -37,9 +37,10 @@ def is_looked_up(module: nn.Module, attribute: str, weight: Tensor) -> bool:
             first, second = (_slope(module, attribute, weight, x) for x in (one, other))
             if first is None or second is None:
                 continue
-            is_one_row = all(int(slope.flatten(0, -2).any(1).sum()) == 1 for slope in (first, second))
+            rows = [slope.flatten(0, -2) for slope in (first, second)]
+            is_one_row = all(int(slope.any(1).sum()) == 1 for slope in rows)
             # what is added has the same slope whatever it is added to; a factor has not
-            return is_one_row and (not one.is_floating_point() or torch.equal(first, second))
+            return is_one_row and (not one.is_floating_point() or torch.equal(rows[0].sum(0), rows[1].sum(0)))
     return False
 
 

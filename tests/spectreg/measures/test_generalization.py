@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -36,3 +38,10 @@ def test_curves_of_different_length_and_no_curves_are_named():
         common_threshold([[0.1], []])
     with pytest.raises(ValueError, match="0 test curves"):
         common_threshold([])
+
+
+@pytest.mark.parametrize("training", [[math.nan, 0.8, 0.9], [0.8, 0.9, math.nan], [0.8, math.nan, 0.9]])
+def test_epochs_without_a_number_are_left_out_of_the_gap(training):
+    test = [0.7, 0.75, 0.7]
+    known = [(a, b) for a, b in zip(training, test, strict=True) if not math.isnan(a)]
+    assert generalization_gap(training, test, 0.5) == min(a - b for a, b in known)

@@ -107,3 +107,42 @@ def test_a_model_that_cuts_the_graph_is_named(x):
     for measure in (jacobian_norm, jacobian_frobenius_norm):
         with pytest.raises(ValueError, match="does not depend on x in a differentiable way"):
             measure(Cut(), x)
+
+
+class Spread(nn.Module):
+    """Every output has a share of the batch's mean."""
+
+    def forward(self, x):
+        return (x - x.mean(0)).tanh()
+
+
+@pytest.mark.parametrize("measure", [jacobian_norm, jacobian_frobenius_norm])
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (Spread, (4, 6)),
+        (lambda: nn.BatchNorm1d(6, track_running_stats=False), (4, 6)),
+        (lambda: Outputs(nn.RNN(6, 3)), (5, 4, 6)),
+        (lambda: Outputs(nn.MultiheadAttention(6, 2), 3), (5, 4, 6)),
+    ],
+    ids=["a mean", "batch normalization", "recurrent, time first", "attention, time first"],
+)
+def test_examples_that_influence_each_other_have_no_jacobian_of_their_own(measure, build, shape):
+    torch.manual_seed(0)
+    model = build().double()
+    x = torch.randn(shape, dtype=torch.float64)
+    with pytest.raises(ValueError, match="depends on more than one example along the first dimension"):
+        measure(model, x)
+    if not isinstance(model, nn.BatchNorm1d):  # which refuses a single example itself
+        measure(model, x[:1])
+
+
+class Outputs(nn.Module):
+    """The first of what a layer gives for its input, as all of its inputs."""
+
+    def __init__(self, layer, inputs=1):
+        super().__init__()
+        self.layer, self.inputs = layer, inputs
+
+    def forward(self, x):
+        return self.layer(*[x] * self.inputs)[0]

@@ -40,6 +40,13 @@ class Sequences(Table):
         return self.weight[torch.arange(length)].expand(batch, -1, -1)
 
 
+class Nearest(Table):
+    """A codebook: the row that is nearest to the input."""
+
+    def forward(self, x):
+        return self.weight[torch.cdist(x, self.weight).argmin(-1)]
+
+
 class PositionsInFront(Table):
     def forward(self, x):
         return F.relu(x + self.weight[:, : x.shape[1]])
@@ -76,7 +83,7 @@ def names(model, **settings):
     return [w.name for w in named_weights(model, **settings)]
 
 
-@pytest.mark.parametrize("build", [Indexed, Scaled, OneHot, Positions, Sequences])
+@pytest.mark.parametrize("build", [Indexed, Scaled, OneHot, Positions, Sequences, Nearest])
 @pytest.mark.parametrize("shape", [(7, 4), (2, 4), (4, 4)])
 def test_what_is_looked_up_a_row_at_a_time_is_a_table(build, shape):
     model = nn.ModuleDict({"words": build(*shape), "head": nn.Linear(4, 2)})
