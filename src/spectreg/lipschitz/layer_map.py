@@ -59,6 +59,7 @@ class OwnMap:
         self._graphs: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         self.sides = prod(shape), self.graph(1)[1].numel()
         self._require_linear()
+        self._require_examples_apart()
 
     @cached_property
     def scale(self) -> float:
@@ -127,6 +128,17 @@ class OwnMap:
                     f"{self.name} is not a linear map plus a constant, by its outputs and gradients at random inputs: "
                     "it has no operator norm. Use jacobian_norm or lipschitz_bound."
                 )
+
+    def _require_examples_apart(self) -> None:
+        """An input's output is the same beside another one, since many are run at a time."""
+        with torch.enable_grad():
+            x = self._gaussian(2).view(2, *self.shape).requires_grad_()
+            alone, beside = self._output(x[:1]), self._output(x)
+        if not close(beside[:1].detach(), alone.detach()):
+            raise ValueError(
+                f"{self.name} gives an example another output beside others: it has no operator norm. Look for means, "
+                "sums or norms over the first dimension, and for what changes from call to call."
+            )
 
 
 def dense(m: ConvolutionMap | OwnMap) -> Float[Tensor, "blocks outputs inputs"] | None:

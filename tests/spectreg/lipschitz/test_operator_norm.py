@@ -389,3 +389,15 @@ def test_a_shape_that_is_none_is_refused_with_what_one_looks_like(shape):
 def test_a_layer_without_entries_has_no_norm_and_says_so():
     with pytest.raises(ValueError, match="has a parameter without entries: it has no norm"):
         operator_norm(nn.Linear(0, 3), (1,))
+
+
+class Centred(nn.Linear):
+    """Takes the mean of the batch off, which of one example is all of it."""
+
+    def forward(self, x):
+        return super().forward(x - x.mean(0))
+
+
+def test_a_layer_whose_examples_influence_each_other_is_refused():
+    with pytest.raises(ValueError, match="Centred gives an example another output beside others"):
+        operator_norm(Centred(5, 4), (3, 5))
