@@ -113,11 +113,14 @@ class OwnMap:
         )
 
     def _require_linear(self) -> None:
-        """The outputs of random inputs, small and large, and the gradients there, are those of the map."""
+        """The outputs of random inputs and their opposites, and the gradients there, are those of the map.
+
+        Opposites, since a half-space of inputs in which a unit is active, or not, holds all multiples of one.
+        """
         v = self._gaussian(1)
         _, at_zero, _, _ = self.graph(1)
         u = torch.ones_like(at_zero)
-        for size in (1.0, 1e3):
+        for size in (1.0, -1.0, 1e3, -1e3):
             with torch.enable_grad():
                 x = (size * v).view(1, *self.shape).requires_grad_()
                 y = self._output(x)

@@ -51,8 +51,9 @@ def hooks(module: nn.Module) -> list[Any]:
 def acts_as(layer: nn.Module, A: LinearMap, shape: tuple[int, ...]) -> bool:
     """Whether ``layer`` maps inputs of ``shape`` as ``A`` does with its weight, and its gradients alike.
 
-    Certain where ``calls_torch``; else found by random inputs of two sizes, in evaluation mode. Of sharded weights and
-    those without storage only the forward's origin is known; the hooks of ``fully_shard`` change nothing.
+    Certain where ``calls_torch``; else found by random inputs of two sizes and their opposites, in evaluation mode. Of
+    sharded weights and those without storage only the forward's origin is known; the hooks of ``fully_shard`` change
+    nothing.
     """
     if calls_torch(layer):
         return True
@@ -63,7 +64,8 @@ def acts_as(layer: nn.Module, A: LinearMap, shape: tuple[int, ...]) -> bool:
     with undisturbed(layer), torch.inference_mode(False), torch.enable_grad():
         W: Any = layer.weight  # before a hook of the forward pass can set it
         try:
-            return all(agree(layer, A, W.detach(), scale * gaussian(shape, W, generator)) for scale in (1.0, 1e3))
+            inputs = [scale * gaussian(shape, W, generator) for scale in (1.0, 1e3)]
+            return all(agree(layer, A, W.detach(), sign * x) for x in inputs for sign in (1.0, -1.0))
         except Exception:  # the layer's own code, which can raise anything on an input of one tensor
             return False
 

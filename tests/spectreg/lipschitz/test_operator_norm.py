@@ -401,3 +401,20 @@ class Centred(nn.Linear):
 def test_a_layer_whose_examples_influence_each_other_is_refused():
     with pytest.raises(ValueError, match="Centred gives an example another output beside others"):
         operator_norm(Centred(5, 4), (3, 5))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_network_that_is_linear_on_one_side_of_zero_is_refused(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 1), nn.ReLU(), nn.Linear(1, 3))
+    with pytest.raises(ValueError, match="is not a linear map plus a constant"):
+        operator_norm(model, (5,))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_hook_that_changes_one_side_of_zero_is_noticed(seed):
+    torch.manual_seed(seed)
+    layer = nn.Linear(5, 1)
+    layer.register_forward_hook(lambda module, inputs, output: output.relu())
+    with pytest.raises(ValueError, match="is not a linear map plus a constant"):
+        operator_norm(layer, (5,))
