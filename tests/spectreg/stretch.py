@@ -32,15 +32,16 @@ def largest_stretch(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]
         return torch.randn(1, *shape, generator=generator, dtype=torch.float64)
 
     points = [torch.zeros(1, *shape, dtype=torch.float64)] + [s * gaussian() for s in SCALES for _ in range(3)]
-    found = 0.0
+    largest = 0.0
     for x in points:
+        value = function(x)
         directions = [gaussian(), gaussian(), local_direction(function, x)]
         directions += [e.view_as(x) for e in torch.eye(x.numel(), dtype=torch.float64)[:8]]
         for d in directions:
             for scale in SCALES:
                 z = x + scale * d / d.norm()
-                found = max(found, ((function(z) - function(x)).norm() / (z - x).norm()).item())
-    return found
+                largest = max(largest, ((function(z) - value).norm() / (z - x).norm()).item())
+    return largest
 
 
 def local_direction(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -16,9 +16,12 @@ METHODS = ("vanilla", "decay", "adversarial", "spectral")
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Nothing that a test reads or writes lies in the user's cache."""
-    folder = tmp_path_factory.mktemp("cache")
+    """Nothing that a test reads or writes lies in the user's cache, or need survive a power cut."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"  # of all workers: decoded once
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)
         patch.setenv("SPECTREG_CACHE", str(folder))
         patch.setenv("HF_HOME", str(folder / "huggingface"))
         yield folder

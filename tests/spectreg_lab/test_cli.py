@@ -1,11 +1,15 @@
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 from small_study import STUDY
+
+from spectreg_lab.cli.app import main
 
 MAIN = "import sys; sys.argv[0] = 'spectreg'; from spectreg_lab.cli import main; main()"
 
@@ -22,6 +26,18 @@ def spectreg(*words):
     process = start(*words)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+def in_process(*words):
+    """The same without a process of its own, which takes seconds to import torch: exit code, output, errors."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setenv("COLUMNS", "200")
+        patch.setenv("NO_COLOR", "1")
+        patch.setattr("sys.argv", ["spectreg", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            main()
+    return end.value.code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture
@@ -42,7 +58,6 @@ def test_the_help_of_a_command_has_an_example(command):
     assert f"spectreg {command}" in spectreg(command, "--help")[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -60,8 +75,8 @@ def test_the_help_of_a_command_has_an_example(command):
 )
 def test_bad_input_is_one_line_and_a_non_zero_exit(words, message, tmp_path):
     out = ("--out", tmp_path / "run") if words[0] == "train" else ()
-    code, _, err = spectreg(*words, *out)
-    assert code != 0
+    code, _, err = in_process(*words, *out)
+    assert code == 2
     assert message in err
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
@@ -70,7 +85,7 @@ def test_bad_input_is_one_line_and_a_non_zero_exit(words, message, tmp_path):
 @pytest.mark.slow
 def test_reproduce_leaves_a_page_and_prints_its_place(study, tmp_path):
     code, out, err = spectreg("reproduce", study, "--out", tmp_path / "out")
-    assert (code, err.count("finished") >= 0) == (0, True)
+    assert code == 0
     page = tmp_path / "out" / "report" / "report.html"
     assert f"report: {page.resolve()}" in out
     assert page.stat().st_size > 10_000
@@ -89,8 +104,7 @@ def test_control_c_stops_cleanly_says_how_to_go_on_and_loses_nothing_finished(st
     assert process.returncode == 130
     assert "The same command goes on from there" in err
     assert "Traceback" not in err
-    study.write_text(study.read_text())
-    code, _, err = spectreg("reproduce", study, "--out", tmp_path / "out")
+    code, _, err = spectreg("reproduce", study, "--out", tmp_path / "out", "--processes", "1")
     assert code == 0
     assert "finished before" in err
 

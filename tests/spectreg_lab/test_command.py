@@ -78,7 +78,10 @@ def test_more_devices_than_a_cpu_has_cores_are_refused_before_any_is_started(mon
 def test_a_search_in_which_every_run_failed_says_so_and_is_no_success(tmp_path, monkeypatch, capsys):
     study = (STUDY + SEARCH).replace("[0.1, 0.2]", "[1e30]").replace("[0.3]", "[1e30]").replace("[0, 1]", "[0]")
     (tmp_path / "small.toml").write_text(study.replace("decay = [1e-3, 1e-2, 1e-1]", "decay = [1e-3]"))
-    monkeypatch.setattr("sys.argv", ["spectreg", "search", str(tmp_path / "small.toml"), "--out", str(tmp_path / "o")])
+    monkeypatch.setattr(
+        "sys.argv",
+        ["spectreg", "search", str(tmp_path / "small.toml"), "--out", str(tmp_path / "o"), "--processes", "1"],
+    )
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2

@@ -20,7 +20,7 @@ CONVOLUTIONS = {
     "same, of an even kernel": (lambda: nn.Conv2d(2, 3, 2, padding="same"), (4, 5)),
     "circular": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (5, 4)),
     "reflected": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (5, 4)),
-    "one dimension": (lambda: nn.Conv1d(2, 3, 3, stride=2, padding=1), (9,)),
+    "one dimension": (lambda: nn.Conv1d(2, 3, 3, stride=2, padding=1), (5,)),
     "three dimensions": (lambda: nn.Conv3d(2, 2, 2, padding=1), (3, 2, 3)),
     "transposed": (lambda: nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1, output_padding=1), (3, 4)),
     "transposed groups": (lambda: nn.ConvTranspose1d(4, 6, 3, groups=2, dilation=2), (5,)),
@@ -41,7 +41,7 @@ def test_norm_and_gradient_of_the_operator_are_those_of_the_dense_matrix(name, s
     module = seeded(build)
     norm = torch.linalg.matrix_norm(dense(module, size), 2)
     (expected,) = torch.autograd.grad(0.35 * norm**2, module.weight)
-    regularizer = SpectralNormRegularizer(module, 0.7, map="operator", input_size=size, steps=steps, warmup=800)
+    regularizer = SpectralNormRegularizer(module, 0.7, map="operator", input_size=size, steps=steps, warmup=300)
     regularizer.add_gradient()
     torch.testing.assert_close(regularizer.sigma()["weight"], norm, rtol=1e-6, atol=0)
     torch.testing.assert_close(module.weight.grad, expected, rtol=1e-4, atol=1e-4)

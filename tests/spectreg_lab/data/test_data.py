@@ -361,7 +361,6 @@ def test_each_image_of_an_epoch_is_moved_as_drawn_for_its_place_in_the_epoch_bat
     ("folder", "shape", "sizes", "classes"),
     [
         ("cifar10-jpeg", (3, 32, 32), (50_000, 10_000), 10),
-        ("tinyimagenet100-32px", (3, 32, 32), (50_000, 5_000), 100),
         ("tinyimagenet10-64px", (3, 64, 64), (3_500, 2_000), 10),
     ],
 )

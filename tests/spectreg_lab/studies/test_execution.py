@@ -96,7 +96,7 @@ def test_a_study_is_done_once_and_finished_runs_are_skipped_on_a_second_call(stu
 @pytest.mark.slow
 def test_a_failed_run_is_recorded_and_the_study_goes_on(study, tmp_path):
     content = study(("large = 0.1", "large = 1e30"), ("seeds = [0, 1]", "seeds = [0]"))
-    record = carry_out(content, tmp_path / "out")
+    record = carry_out(content, tmp_path / "out", processes=1)
     failed = [error for _, status, error in record.ends if status == "failed"]
     assert len(failed) == 3
     assert all("NonFiniteLossError: epoch 1" in error for error in failed)
@@ -167,8 +167,7 @@ def test_a_training_that_stops_for_whatever_cause_has_an_outcome(study, tmp_path
     assert run(point.config, place) == {"status": "finished"}
 
 
-def test_a_kept_study_that_was_named_before_some_settings_existed_is_not_run_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda _: None)
+def test_a_kept_study_that_was_named_before_some_settings_existed_is_not_run_again(tmp_path):
     archive.unpack(RESULTS / "digits" / archive.NAME, tmp_path / "out")
     kept = store.read_study(tmp_path / "out")
     content = Study.model_validate({key: value for key, value in kept.study.items() if key != "command"})

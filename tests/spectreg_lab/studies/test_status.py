@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 from folders import fail, foreign, lose, write_study
 from rich.console import Console
-from test_cli import spectreg
+from test_cli import in_process
 
 from spectreg_lab.storage import claims
 from spectreg_lab.storage.claims import claim
@@ -136,13 +136,12 @@ def test_a_broken_outcome_counts_as_unfinished(folder):
     assert overview(folder).rows[VANILLA].state == "waiting"
 
 
-@pytest.mark.slow
 def test_the_command_shows_the_study_and_refuses_what_is_none(folder):
-    code, out, _ = spectreg("status", folder)
+    code, out, _ = in_process("status", folder)
     assert (code, "by-hand: 4 runs, 4 finished" in out) == (0, True)
-    code, out, _ = spectreg("status", folder, "--follow")  # all is done: there is nothing to wait for
+    code, out, _ = in_process("status", folder, "--follow")  # all is done: there is nothing to wait for
     assert (code, "4 finished" in out) == (0, True)
-    code, _, err = spectreg("status", folder.parent)
+    code, _, err = in_process("status", folder.parent)
     assert code == 2
     assert "is not a study folder" in err
 
