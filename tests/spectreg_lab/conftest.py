@@ -14,6 +14,18 @@ from spectreg_lab.settings.config import VGG, Config, Data, Method, Spectral
 METHODS = ("vanilla", "decay", "adversarial", "spectral")
 
 
+def without_torchmetrics(folder: Path) -> str:
+    """A path to import from on which torchmetrics is missing.
+
+    Lightning's Fabric imports it where it is installed, and with it transformers and much of scipy: half of the six
+    seconds that a process takes to start.
+    """
+    lean = folder / "lean"
+    lean.mkdir(exist_ok=True)
+    (lean / "torchmetrics.py").write_text("raise ImportError")
+    return str(lean)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Nothing that a test reads or writes lies in the user's cache, or need survive a power cut."""
@@ -23,6 +35,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda _: None)
         patch.setenv("SPECTREG_CACHE", str(folder))
+        paths = [without_torchmetrics(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         patch.setenv("HF_HOME", str(folder / "huggingface"))
         yield folder
 

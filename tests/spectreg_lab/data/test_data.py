@@ -91,11 +91,12 @@ def test_a_second_load_reads_the_cache_and_not_the_pictures(tmp_path, pictures, 
     assert torch.equal(load(Data(name=str(tmp_path))).train.images, first.train.images)
 
 
-def test_a_changed_file_is_read_anew_and_a_broken_cache_made_again(tmp_path, pictures, cache):
+def test_a_changed_file_is_read_anew_and_a_broken_cache_made_again(tmp_path, pictures, monkeypatch):
+    monkeypatch.setenv("SPECTREG_CACHE", str(tmp_path / "cache"))
     for split in ("train", "test"):
         write_parquet(tmp_path, pictures, [0, 1] * 3, split)
     first = load(Data(name=str(tmp_path)))
-    for path in cache.glob("*.safetensors"):
+    for path in (tmp_path / "cache").glob("*.safetensors"):
         start = path.read_bytes()[:40]
         path.unlink()  # tensors that are mapped from it keep it
         path.write_bytes(start)
