@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test check fast slow portable coverage docs benchmarks gpu clean
+.PHONY: help reproduce test check fast slow portable coverage skipped docs benchmarks gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -14,7 +14,7 @@ help: ## list the targets
 reproduce: $(VENV)/lab.stamp ## run the default study and write its report (STUDY=file for another)
 	$(BIN)/spectreg reproduce $(STUDY)
 
-test: check fast slow portable coverage ## everything: lint, format, types, docs, then all tests and their coverage
+test: check fast slow portable coverage skipped ## everything: lint, format, types, docs, then all tests and their coverage
 
 check: $(VENV)/dev.stamp ## lint, format, types and docs only
 	$(BIN)/ruff check .
@@ -23,10 +23,10 @@ check: $(VENV)/dev.stamp ## lint, format, types and docs only
 	$(BIN)/mkdocs build --quiet --strict --site-dir $(VENV)/site
 
 fast: $(VENV)/dev.stamp ## the fast tests and the doctests
-	$(BIN)/coverage run -m pytest -q -n 2 -m "not slow"
+	$(BIN)/coverage run -m pytest -q -n 2 -m "not slow" --junitxml $(VENV)/fast.xml
 
 slow: $(VENV)/dev.stamp ## the tests marked slow
-	$(BIN)/coverage run -m pytest -q -n 2 -m slow tests
+	$(BIN)/coverage run -m pytest -q -n 2 -m slow tests --junitxml $(VENV)/slow.xml
 
 # torch.compile makes code for these processors that does not compile (its Welford sums), so it is left out.
 portable: $(VENV)/dev.stamp ## tests of numbers again, as on a processor without wide vectors
@@ -36,6 +36,9 @@ portable: $(VENV)/dev.stamp ## tests of numbers again, as on a processor without
 coverage: $(VENV)/dev.stamp ## what the fast and the slow tests covered, of those that ran since the last time
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+skipped: $(VENV)/dev.stamp ## which of the fast and the slow tests were left out, and why
+	@$(BIN)/python tests/skipped.py $(VENV)/fast.xml $(VENV)/slow.xml
 
 benchmarks: $(VENV)/bench.stamp ## measure cost beside every peer and write its pages (within 25 minutes)
 	$(BIN)/python -m benchmarks

@@ -36,8 +36,26 @@ def config(method, **settings):
     return Config.model_validate({**defaults, "method": method, **settings})
 
 
+class Remembering(Training):
+    """Keeps the running statistics of its own process, as they are before those of all become one."""
+
+    own = None
+
+    def _average_buffers(self):
+        self.own = statistics(self.model)
+        super()._average_buffers()
+
+
+def statistics(model):
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+
+
 def two_epochs(fabric, place):
-    """Train each method and write its weights, from the first process."""
+    """Train each method and write its weights, from the first process; from each its running statistics."""
+    setting = config(Vanilla(), model=VGG(width=4, stages=(1, 1), hidden=8))
+    training = Remembering(setting, load(setting.data), fabric)
+    training.epoch(1)
+    torch.save((training.own, statistics(training.model)), place / f"statistics-{fabric.global_rank}.pt")
     for method in METHODS:
         setting = config(method)
         training = Training(setting, load(setting.data), fabric)
@@ -64,11 +82,17 @@ def test_two_processes_take_the_steps_of_one_and_leave_one_run_folder(tmp_path, 
         found = torch.load(tmp_path / f"{method.name}.pt", weights_only=True)
         for name, tensor in training.tensors().items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-9)
+    (own, mean), (other, same) = (torch.load(tmp_path / f"statistics-{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name in own:
+        assert not torch.equal(own[name], other[name])
+        torch.testing.assert_close(mean[name], (own[name] + other[name]) / 2)
+        assert torch.equal(mean[name], same[name])
     assert json.loads((tmp_path / "outcome.json").read_text()) == {"status": "finished"}
     run(config(Spectral()), tmp_path / "alone")
     together, alone = (RunFolder(tmp_path / name).metrics() for name in ("run", "alone"))
     for a, b in zip(together, alone, strict=True):
-        assert a["test_loss"] == pytest.approx(b["test_loss"], rel=1e-6)
+        for name in ("objective", "test_loss"):
+            assert a[name] == pytest.approx(b[name], rel=1e-6)
 
 
 @pytest.mark.slow
