@@ -12,7 +12,8 @@ import pandas as pd
 from rich.console import Console
 from torch import Tensor
 
-from spectreg.checkpoints.acting import weight_in
+from spectreg.checkpoints.acting import NO_ADAPTER, weight_in
+from spectreg.checkpoints.adapters import adapters_in
 from spectreg.checkpoints.files import ADAPTER, Stored
 from spectreg.measures.spectra import Spectrum, Wanted, each_spectrum
 from spectreg_lab.storage.files import csv, write
@@ -37,6 +38,7 @@ def measure(stored: Stored, base: Stored | None, top: int | None, map: Wanted, c
 
     Of a run's own checkpoint only the network counts, not the momentum or the vectors beside it.
     """
+    base = base if adapters_in(stored) else None
     spectra: list[Spectrum] = []
     skipped: dict[str, str] = dict(stored.passed_over)
     path = stored.files[0]
@@ -78,6 +80,12 @@ def patterns(given: list[str] | None) -> Wanted:
 
 def _map(value: str) -> str | int:
     return int(value) if value.isascii() and value.isdigit() else value
+
+
+def check_base(base: Stored | None, checkpoints: Iterable[Stored]) -> None:
+    """Raise ValueError if a base is given that none of the checkpoints has adapters for."""
+    if base is not None and not any(adapters_in(stored) for stored in checkpoints):
+        raise ValueError(f"--{NO_ADAPTER}")
 
 
 def check_outputs(csv: Path | None, plot: Path | None, inputs: Iterable[Stored]) -> None:

@@ -115,6 +115,7 @@ def test_an_output_never_replaces_an_input(checkpoint, tmp_path, monkeypatch, ca
         (["--plot", "x.foo"], r"--plot x\.foo: its name must end in one of .*png"),
         (["--csv", "nowhere/x.csv"], "--csv nowhere/x.csv: its folder does not exist"),
         (["--csv", "x.svg", "--plot", "x.svg"], "give each a file of its own"),
+        (["--base", "model.safetensors"], "--base is for a checkpoint of adapters .*: leave it out"),
         (["--map", "other"], "map 'other' does not fit"),
         (["--map", "nothing*=each"], "map: no weight matches 'nothing\\*'"),
         (["--map", "each", "--map", "fc*=2"], "--map: give one value for all weights, or PATTERN=VALUE"),

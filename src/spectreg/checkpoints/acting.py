@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectreg.checkpoints.adapters import adapter_of, is_second_factor, merged, name_in, product
+from spectreg.checkpoints.adapters import adapter_of, adapters_in, is_second_factor, merged, name_in, product
 from spectreg.checkpoints.quantized import (
     PACKED,
     NotReadableError,
@@ -16,6 +16,8 @@ from spectreg.checkpoints.quantized import (
     is_packed,
 )
 
+NO_ADAPTER = "base is for a checkpoint of adapters (LoRA), and there is no adapter here: leave it out."
+
 
 def acting_weights(
     tensors: Mapping[str, Tensor],
@@ -23,6 +25,8 @@ def acting_weights(
     base: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The weights one by one: codes times their scales, adapters as the products of their factors.
+
+    Several adapters of one layer are told apart by the ends of their names: ``layer.lora.first``.
 
     Args:
         skipped: Gets every other tensor, with the reason why it is left out.
@@ -33,10 +37,12 @@ def acting_weights(
     >>> [name for name, _ in acting_weights(state, skipped)], skipped
     (['weight'], {'bias': '1 dimension', 'steps': 'int64'})
     """
-    config = getattr(tensors, "adapter", None)
+    config, adapters = getattr(tensors, "adapter", None), adapters_in(tensors)
+    if base is not None and not adapters:
+        raise ValueError(NO_ADAPTER)
     for name in tensors:
         try:
-            weight = _acting(name, tensors, base, config)
+            weight = _acting(name, tensors, base, config, adapters)
         except NotReadableError as error:
             skipped[name] = str(error)
             continue
@@ -45,17 +51,23 @@ def acting_weights(
 
 
 def _acting(
-    name: str, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor] | None, config: Mapping[str, Any] | None
+    name: str,
+    tensors: Mapping[str, Tensor],
+    base: Mapping[str, Tensor] | None,
+    config: Mapping[str, Any] | None,
+    adapters: Mapping[str, int],
 ) -> tuple[str, Tensor]:
     adapter = adapter_of(name)
     if adapter is not None:
         change = product(adapter, tensors, config)
+        own = f".{adapter.own_name}" if adapter.own_name and adapters[adapter.layer] > 1 else ""
         if adapter.own_base in tensors:
             base = {f"{adapter.layer}.weight": weight_in(tensors, adapter.own_base)}
         if base is None:
-            return f"{adapter.layer}.lora", change
+            return f"{adapter.layer}.lora{own}", change
         weight = weight_in(base, name_in(base, adapter.layer))
-        return f"{adapter.layer}.weight", merged(weight, change, turned=bool(config and config.get("fan_in_fan_out")))
+        turned = bool(config and config.get("fan_in_fan_out"))
+        return f"{adapter.layer}.weight{own}", merged(weight, change, turned)
     if is_second_factor(name):
         raise NotReadableError("a factor of an adapter, measured as its product")
     if name.endswith(".base_layer.weight"):

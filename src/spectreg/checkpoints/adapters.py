@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ class Adapter:
     first: str
     second: str
     kind: str
+    own_name: str
 
     @property
     def stem(self) -> str:
@@ -49,8 +51,18 @@ def adapter_of(name: str) -> Adapter | None:
     for kind, other in FACTORS:
         before, found, after = name.partition(f".{kind}")
         if found and (not after or after.startswith(".")):
-            return Adapter(before.removeprefix(PREFIX), name, f"{before}.{other}{after}", kind)
+            own_name = after.removesuffix(".weight").lstrip(".")
+            return Adapter(before.removeprefix(PREFIX), name, f"{before}.{other}{after}", kind, own_name)
     return None
+
+
+def adapters_in(names: Iterable[str]) -> Counter[str]:
+    """How many adapters each layer has.
+
+    >>> adapters_in(["fc.lora_A.a.weight", "fc.lora_A.b.weight", "fc.weight"])
+    Counter({'fc': 2})
+    """
+    return Counter(adapter.layer for adapter in map(adapter_of, names) if adapter)
 
 
 def is_second_factor(name: str) -> bool:
@@ -61,7 +73,7 @@ def product(adapter: Adapter, tensors: Mapping[str, Tensor], config: Mapping[str
     """(α/r)·BA, outputs × inputs; of a convolution, inputs times kernel."""
     if adapter.second not in tensors:
         raise NotReadableError(f"the factor {adapter.second!r} is missing")
-    if any(n.startswith(f"{adapter.stem}.lora_magnitude_vector") for n in tensors):
+    if (config or {}).get("use_dora") or any(n.startswith(f"{adapter.stem}.lora_magnitude_vector") for n in tensors):
         raise NotReadableError("DoRA, whose magnitudes need the merged weight: merge it and save that")
     A, B = (tensors[name].double() for name in (adapter.first, adapter.second))
     if adapter.kind == "lora_embedding_A":
@@ -77,14 +89,22 @@ def scale(adapter: Adapter, rank: int, tensors: Mapping[str, Tensor], config: Ma
         return tensors[stored].item() / rank
     if adapter.kind not in OF_PEFT:
         return 1.0
-    if config is None or not isinstance(config.get("lora_alpha"), int | float):
+    if config is None:
         raise NotReadableError("its scale lora_alpha/r is not known: keep adapter_config.json beside the file")
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", adapter.layer):
-            alpha = value
-            break
+    alpha = _alpha(adapter.layer, config)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise NotReadableError(f"its scale lora_alpha/r is not known: adapter_config.json has {alpha!r} for lora_alpha")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _alpha(layer: str, config: Mapping[str, Any]) -> Any:
+    """α of a layer: of the first pattern of ``alpha_pattern`` that matches its name, else ``lora_alpha``."""
+    patterns = config.get("alpha_pattern") or {}
+    try:
+        own = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+        return next(own, config.get("lora_alpha"))
+    except (AttributeError, re.error) as error:
+        raise NotReadableError(f"alpha_pattern of adapter_config.json is {patterns!r}: no map of patterns") from error
 
 
 def merged(weight: Tensor, change: Tensor, turned: bool) -> Tensor:

@@ -76,17 +76,16 @@ def decoded(name: str, codes: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _scale_of(name: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    for suffix in ("_scale_inv", "_scale"):
-        if name + suffix in tensors:
-            return tensors[name + suffix]
     prefix, _, last = name.rpartition(".")
-    if last == "weight":
-        for other in ("scale_weight", "scale"):
-            if (stored := f"{prefix}.{other}".lstrip(".")) in tensors:
-                return tensors[stored]
-        if (stored := f"{prefix}.SCB".lstrip(".")) in tensors:  # of bitsandbytes: the largest entry of each row
-            return tensors[stored] / 127
-    return None
+    beside = ("scale_weight", "scale", "SCB") if last == "weight" else ()
+    names = [name + suffix for suffix in ("_scale_inv", "_scale")] + [f"{prefix}.{x}".lstrip(".") for x in beside]
+    stored = [x for x in names if x in tensors]
+    if len(stored) > 1:
+        raise NotReadableError(f"several scales: {', '.join(stored)}")
+    if not stored:
+        return None
+    scale = tensors[stored[0]]
+    return scale / 127 if stored[0].endswith("SCB") else scale  # bitsandbytes stores the largest entry of each row
 
 
 def _is_scale(other: str, name: str, prefix: str) -> bool:
@@ -103,7 +102,7 @@ def expanded(scale: Tensor, shape: torch.Size) -> Tensor:
     """
     if scale.numel() == 1:
         return scale.reshape([1] * len(shape)).expand(shape)
-    if scale.ndim < len(shape):  # of the channels, which come first
+    if scale.ndim < len(shape) and tuple(scale.shape) == tuple(shape[: scale.ndim]):  # of the channels
         scale = scale.reshape(*scale.shape, *[1] * (len(shape) - scale.ndim))
     if scale.ndim != len(shape):
         raise NotReadableError(f"scales of shape {tuple(scale.shape)} for a weight of shape {tuple(shape)}")

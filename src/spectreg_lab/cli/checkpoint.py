@@ -33,6 +33,7 @@ def spectra(
         stored = [Stored(path) for path in (checkpoint, other) if path]
         under = Stored(base) if base else None
         show.check_outputs(csv, plot, [*stored, *([under] if under else [])])
+        show.check_base(under, stored)
         wanted = show.patterns(map)
         checkpoints = [show.measure(one, under, top, wanted, console()) for one in stored]
         for one in checkpoints:

@@ -116,6 +116,11 @@ def test_one_dimensional_scales_are_of_the_channels_and_zero_points_are_taken_of
             {"w.weight": torch.ones(4, 4, dtype=torch.int8), "w.weight_scale": torch.ones(3, 1)},
             "3 scales for 4 entries",
         ),
+        (
+            {"w.weight": torch.ones(4, 4, dtype=torch.int8), "w.weight_scale": torch.ones(4), "w.SCB": torch.ones(4)},
+            r"several scales: w.weight_scale, w.SCB",
+        ),
+        ({"w.weight": torch.ones(8, 4, dtype=torch.int8), "w.weight_scale": torch.ones(4)}, r"scales of shape \(4,\)"),
         ({"w.weight": torch.ones(8, 1, dtype=torch.uint8), "w.weight.absmax": torch.ones(2, 2)}, "packed in uint8"),
         ({"w.qweight": torch.ones(8, 1, dtype=torch.int32), "w.scales": torch.ones(2, 2)}, "packed in int32"),
         ({"w.weight": torch.ones(2, 2, dtype=torch.complex64)}, "complex64"),
@@ -248,3 +253,41 @@ def test_the_units_of_a_weight_only_scale_its_spectrum(scale, top, tmp_path):
 def test_a_model_without_values_names_the_weight():
     with pytest.raises(ValueError, match="weight 'weight' is on the meta device"):
         singular_values(nn.Linear(3, 4, device="meta"))
+
+
+def test_several_adapters_of_a_layer_are_told_apart_by_their_names():
+    A, B, W = randn(2, 6), randn(5, 2, seed=1), randn(5, 6, seed=2)
+    state = {"fc.lora_down.first.weight": A, "fc.lora_up.first.weight": B}
+    state |= {"fc.lora_down.second.weight": 2 * A, "fc.lora_up.second.weight": B}
+    changes = singular_values(state)
+    assert list(changes) == ["fc.lora.first", "fc.lora.second"]
+    assert [s.sigma for s in changes.values()] == pytest.approx([sigma(B @ A), 2 * sigma(B @ A)])
+    whole = singular_values(state, base={"fc.weight": W})
+    assert list(whole) == ["fc.weight.first", "fc.weight.second"]
+    assert [s.sigma for s in whole.values()] == pytest.approx([sigma(W + B @ A), sigma(W + 2 * B @ A)])
+
+
+def test_a_base_that_nothing_adapts_is_refused():
+    with pytest.raises(ValueError, match=r"there is no adapter here: leave it out"):
+        singular_values({"weight": randn(3, 4)}, base={"weight": randn(3, 4)})
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"lora_alpha": "4"}, "adapter_config.json has '4' for lora_alpha"),
+        ({"lora_alpha": True}, "has True for lora_alpha"),
+        ({"lora_alpha": float("nan")}, "has nan for lora_alpha"),
+        ({"lora_alpha": 4, "alpha_pattern": ["fc"]}, r"alpha_pattern of adapter_config.json is \['fc'\]"),
+        ({"lora_alpha": 4, "alpha_pattern": {"(": 2}}, r"is \{'\(': 2\}: no map of patterns"),
+        ({"lora_alpha": 4, "alpha_pattern": {"fc": "2"}}, "has '2' for lora_alpha"),
+        ({"lora_alpha": 4, "use_dora": True}, "DoRA, whose magnitudes need the merged weight"),
+    ],
+)
+def test_a_configuration_that_does_not_say_the_scale_is_named(config, reason, tmp_path):
+    save_file(
+        {"fc.lora_A.weight": randn(2, 6), "fc.lora_B.weight": randn(5, 2)}, tmp_path / "adapter_model.safetensors"
+    )
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=reason):
+        singular_values(tmp_path / "adapter_model.safetensors")
