@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import cos, isfinite, pi
+from numbers import Integral, Real
 from typing import Any, Literal
+
+from torch import Tensor
 
 Schedule = Callable[[int], float]
 
@@ -17,7 +20,7 @@ class Warmup:
         steps: At least 1.
 
     Raises:
-        ValueError: ``steps`` is no whole number from 1.
+        ValueError: ``steps`` is no whole number from 1, or ``strength`` neither a number from 0 nor a schedule.
 
     >>> [Warmup(0.5, steps=2)(step) for step in range(4)]
     [0.25, 0.5, 0.5, 0.5]
@@ -27,6 +30,7 @@ class Warmup:
     steps: int
 
     def __post_init__(self) -> None:
+        _check_strength(self.strength)
         _check_whole("steps", self.steps, 1)
 
     def __call__(self, step: int) -> float:
@@ -59,6 +63,7 @@ class Decay:
     shape: Literal["cosine", "linear"] = "cosine"
 
     def __post_init__(self) -> None:
+        _check_strength(self.strength)
         _check_whole("steps", self.steps, 1)
         _check_whole("start", self.start, 0)
         if self.shape not in ("cosine", "linear"):
@@ -78,9 +83,14 @@ def _at(strength: float | int | Schedule, step: int) -> float:
 
 
 def _is_number(x: Any) -> bool:
-    return isinstance(x, float | int) and not isinstance(x, bool)
+    return (isinstance(x, Real) and not isinstance(x, bool)) or (isinstance(x, Tensor) and x.numel() == 1)
+
+
+def _check_strength(x: Any) -> None:
+    if isinstance(x, type) or not (callable(x) or (_is_number(x) and isfinite(x) and x >= 0)):
+        raise ValueError(f"strength is {x!r}: it must be a finite number from 0, or a schedule.")
 
 
 def _check_whole(name: str, x: Any, least: int) -> None:
-    if not isinstance(x, int) or isinstance(x, bool) or x < least:
+    if not isinstance(x, Integral) or isinstance(x, bool) or x < least:
         raise ValueError(f"{name} is {x!r}: it must be a whole number from {least}.")

@@ -97,11 +97,26 @@ def test_a_strength_that_falls_below_what_float32_holds_counts_as_zero_and_does_
     assert model[0].weight.grad.norm() < 1e-25
 
 
-@pytest.mark.parametrize("bad", [lambda step: -1.0, lambda step: math.nan, lambda step: "much", lambda step: None])
+@pytest.mark.parametrize("bad", [
+    lambda step: -1.0, lambda step: math.nan, lambda step: "much", lambda step: None, lambda step: True,
+    lambda step: torch.ones(2), lambda step: torch.tensor(1j),
+])  # fmt: skip
 def test_a_function_that_gives_no_number_from_zero_is_refused_at_once(bad):
     message = r"strength of '0.weight' at step 0 is .*: it must be a finite number from 0"
     with unchecked_types(), pytest.raises(ValueError, match=message):
         SpectralNormRegularizer(mlp(), bad)
+
+
+def test_a_function_that_gives_a_tensor_of_one_number_acts_as_one_that_gives_the_number():
+    ours, plain = mlp(), mlp()
+    for model, strength in ((ours, lambda step: torch.tensor(0.5)), (plain, 0.5)):
+        SpectralNormRegularizer(model, strength).add_gradient()
+    assert torch.equal(ours[0].weight.grad, plain[0].weight.grad)
+
+
+def test_the_class_of_a_schedule_in_place_of_one_is_refused():
+    with unchecked_types(), pytest.raises(ValueError, match="is the class Warmup: give one of it, such as Warmup"):
+        SpectralNormRegularizer(mlp(), Warmup)
 
 
 def test_a_function_that_goes_wrong_later_is_refused_by_weight_and_step_and_changes_no_gradient():
@@ -157,6 +172,10 @@ def test_a_warmup_rises_by_equal_parts_and_is_whole_from_its_last_step_on(streng
     [
         (lambda: Warmup(0.1, 0), "steps is 0: it must be a whole number from 1"),
         (lambda: Warmup(0.1, 2.5), "steps is 2.5"),
+        (lambda: Warmup("much", 2), "strength is 'much': it must be a finite number from 0, or a schedule"),
+        (lambda: Warmup(-0.1, 2), "strength is -0.1"),
+        (lambda: Decay(Warmup, 2), "strength is <class .*Warmup'>"),
+        (lambda: Decay(math.nan, 2), "strength is nan"),
         (lambda: Decay(0.1, 10, start=-1), "start is -1: it must be a whole number from 0"),
         (lambda: Decay(0.1, 10, final=math.nan), "final is nan: it must be a finite number from 0"),
         (lambda: Decay(0.1, 10, shape="square"), "shape is 'square': it must be 'cosine' or 'linear'"),

@@ -16,8 +16,15 @@ SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).
 
 def check_number(name: str, value: Any, fine: Callable[[Any], bool], what: str) -> None:
     """Raise unless the setting ``name`` is a number that is ``fine``."""
-    if isinstance(value, bool) or not isinstance(value, Real | Tensor) or not fine(value):
+    if not (is_number(value) and fine(value)):
         raise ValueError(f"{name} is {value!r}: it must be {what}.")
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is one real number, or a tensor of one."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_strength(name: str, number: Any, every: int) -> None:
