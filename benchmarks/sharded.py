@@ -21,7 +21,7 @@ from benchmarks.harness import ROUNDS, Call, Row, in_turn, ratio, record, same
 from spectreg import SpectralNormRegularizer
 
 NAME = "sharded"
-SECONDS = 30
+SECONDS = 20
 GATHER = "gathering the weights"
 COUNT, SIZE = 8, 1024
 

@@ -22,7 +22,7 @@ from spectreg_lab.models import build
 from spectreg_lab.settings.config import NIN, VGG, DenseNet
 
 NAME = "training step"
-SECONDS = 480
+SECONDS = 470
 UNIT = "% of a step"
 OURS = "add_gradient"
 WHY = {
