@@ -1,4 +1,15 @@
 """What spectreg costs beside its peers and the hardware's floor; `make benchmarks` runs all of it."""
 
-NAMES = ("step", "alone", "small_weights", "convolution_norm", "measures", "loop", "epoch", "study", "sharded", "demucs")
+NAMES = (
+    "step",
+    "alone",
+    "small_weights",
+    "convolution_norm",
+    "measures",
+    "loop",
+    "epoch",
+    "study",
+    "sharded",
+    "demucs",
+)
 LIMIT = 25 * 60  # seconds for all of them, on two quiet cores

@@ -42,6 +42,10 @@ ASKED = {
         ("torch's `spectral_norm`", "VGG: whole steps of B=2", "torch's spectral_norm"),
         ("an exact SVD of each weight", "VGG: by itself", "SVD penalty"),
     ],
+    "What does it cost to watch, and to log?": [
+        ("follow the norms of the VGG, `strength=0`", "VGG: by itself", "strength=0"),
+        ("log σ, residual and stable rank of all weights, once", "VGG: by itself", "log()"),
+    ],
     "How does it grow with the weights?": [
         ("100 M parameters in 6 weights, beside the floor", "101 M in 6 × 4096²", "add_gradient"),
         ("the same, half steps", "101 M in 6 × 4096²", "half steps"),
@@ -171,14 +175,14 @@ def answer(lines: Sequence[Line], case: str, subject: str) -> str:
 
 
 def short(records: Sequence[Sequence[Line]]) -> str:
-    """One screen: what users ask, a column for each record."""
+    """One screen: what users ask and a record answers, a column for each record."""
     parts = [SHORT]
-    for question, rows in ASKED.items():
-        heads = " | ".join(machine(lines, rows) for lines in records)
-        parts += [f"| {question} | {heads} |", "|---" * (1 + len(records)) + "|"]
-        for words, case, subject in rows:
-            parts.append(f"| {words} | {' | '.join(answer(lines, case, subject) for lines in records)} |")
-        parts.append("")
+    for question, asked in ASKED.items():
+        answers = {words: [answer(lines, *of) for lines in records] for words, *of in asked}
+        rows = [f"| {words} | {' | '.join(each)} |" for words, each in answers.items() if set(each) != {"–"}]
+        if rows:
+            heads = " | ".join(machine(lines, asked) for lines in records)
+            parts += [f"| {question} | {heads} |", "|---" * (1 + len(records)) + "|", *rows, ""]
     parts += [f"![Time against error]({PLOT})\n", "*The norm of a convolution itself, by every way to it.*\n"]
     return "\n".join(parts)
 

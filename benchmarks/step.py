@@ -73,7 +73,7 @@ WAYS = (
     "autograd penalty",
     SPECTRAL_NORM,
 )
-SLOW = (OURS, "floor", "every=8", "operator map", "SVD penalty", "deel-torchlip")
+SLOW = (OURS, "floor", "every=8", "strength=0", "log()", "operator map", "SVD penalty", "deel-torchlip")
 PHOTOGRAPH = (3, 32, 32)
 NETWORKS = {
     "MLP 5 × 1024": Network(mlp, (1024,), None, rounds=90, decides=64),
@@ -114,6 +114,8 @@ def additions(model: nn.Module) -> dict[str, Way]:
         OURS: Way(by.ready(model).add_gradient),
         "half steps": Way(by.ready(model, steps=0.5).add_gradient),
         "every=8": Way(lambda: [eighth.add_gradient() for _ in range(8)], 8),
+        "strength=0": Way(by.ready(model, 0).add_gradient),
+        "log()": Way(by.ready(model, 0).log),
         "penalty()": Way(by.by_penalty(by.ready(model))),
         "floor": Way(by.floor(weights)),
         "autograd penalty": Way(by.by_autograd(weights, vectors)),

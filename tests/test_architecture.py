@@ -11,7 +11,7 @@ import spectreg
 
 SOURCE = Path(spectreg.__file__).parents[1]
 LIBRARY = [
-    ("checkpoints", "linalg", "penalties", "schedules"),
+    ("alarms", "checkpoints", "linalg", "penalties", "schedules"),
     ("maps",),
     ("weights",),
     ("measures",),

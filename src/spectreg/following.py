@@ -56,12 +56,12 @@ class Following:
             raise ValueError(f"this state has format version {version!r}; {VERSION} is understood.")
         self._state.load(state)
 
-    def _attach(self, tie: Callable[[], Attachment]) -> None:
+    def _attach(self, tie: Callable[[], Attachment], acted_on: list[Weight] | None = None) -> None:
         if self._attachment is not None:
             raise RuntimeError(
                 f"this {self.NAME} is attached already: call detach() first, or pass all optimizers at once."
             )
-        refuse_computed(self.weights)
+        refuse_computed(self.weights if acted_on is None else acted_on)
         self._attachment = tie()
         self._state.lanes = self._attachment.lanes
 

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,12 +20,13 @@ class Attachment:
 
     Args:
         optimizers: May be wrapped; `acting` finds the one that moves the weights.
-        weights: Those to act on.
+        weights: Those to follow.
         refuse: Raises for an optimizer with which one cannot act.
         hook: Registers what happens at each step of an optimizer, of which it gets the number too.
+        acted_on: Those of the weights that the optimizers have to hold; all of them by default.
 
     Raises:
-        ValueError: A weight that is trained is held by none of them.
+        ValueError: A weight that is acted on and trained is held by none of them.
     """
 
     def __init__(
@@ -33,23 +35,53 @@ class Attachment:
         weights: Sequence[Weight],
         refuse: Callable[[Optimizer], None],
         hook: Callable[[Optimizer, int], Any],
+        acted_on: Sequence[Weight] | None = None,
     ) -> None:
         inner = list({id(x): x for x in map(acting, optimizers)}.values())
         for optimizer in inner:
             refuse(optimizer)
         held = [_parameters(optimizer) for optimizer in inner]
         self.lanes = {w.name: i for w in weights for i, ids in enumerate(held) if id(w.tensor) in ids}
-        _check_held(weights, self.lanes)
+        _check_held(weights if acted_on is None else acted_on, self.lanes)
         self._handles = [hook(optimizer, lane) for lane, optimizer in enumerate(inner)]
+        self._seen: dict[str, tuple[int, list[float]]] = {}
 
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
 
+    def check_acting(self, numbers: Mapping[str, Sequence[float]], calls: Mapping[str, int]) -> None:
+        """Warn of weights that have moved without a step that runs the hooks since this was last asked.
+
+        Args:
+            numbers: Of each weight σ as of the last step, and residual and stable rank as the weight is now: where no
+                step was taken σ is the same, and the others change with the weight.
+            calls: How often a step was asked for of each weight.
+        """
+        moved = []
+        for name, now in numbers.items():
+            count, before = self._seen.setdefault(name, (calls[name], list(now)))
+            if count != calls[name] or before[0] != now[0]:
+                self._seen[name] = calls[name], list(now)
+            elif abs(now[1] - before[1]) > 1e-5 * now[0] or abs(now[2] - before[2]) > 1e-5 * now[2]:
+                moved.append(name)
+        if moved:
+            self._seen |= {name: (calls[name], list(numbers[name])) for name in moved}
+            warnings.warn(
+                f"weight {moved[0]!r} has moved since the last log, but the attached optimizer has taken no step() in "
+                "which its hooks run: another optimizer or a method of its own moves it. Attach the optimizer whose "
+                "step() moves it, or detach() and add penalty() to the loss.",
+                stacklevel=3,
+            )
+
 
 def before_steps(
-    optimizers: Sequence[Any], weights: Sequence[Weight], act: BeforeStep, decoupled: bool | str = False
+    optimizers: Sequence[Any],
+    weights: Sequence[Weight],
+    act: BeforeStep,
+    decoupled: bool | str = False,
+    acted_on: Sequence[Weight] | None = None,
 ) -> Attachment:
     """Act before each step.
 
@@ -63,6 +95,7 @@ def before_steps(
         weights,
         lambda optimizer: _refuse_unfit(optimizer, decoupled),
         lambda optimizer, lane: optimizer.register_step_pre_hook(_hook(lane, act)),
+        acted_on,
     )
 
 

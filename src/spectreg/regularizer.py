@@ -14,7 +14,7 @@ from spectreg.power_iteration.gradient import add_gradient, move, value
 from spectreg.power_iteration.refusals import check_number, refuse_gradients_by_sample
 from spectreg.power_iteration.state import Group, State
 from spectreg.power_iteration.strengths import Strength
-from spectreg.summary import table
+from spectreg.summary import Readings, flat, on_host, table
 from spectreg.weights.kinds import InputSize
 from spectreg.weights.patterns import Patterns
 from spectreg.weights.selection import Select, Weight, named_weights
@@ -31,8 +31,8 @@ class SpectralNormRegularizer(Following):
         model: Its weights are regularized (`spectreg.named_weights` says which).
         strength: λ of Eq. (1): a number; a function of the step, such as `spectreg.schedules.Warmup`, which is called
             with the number of steps that a weight has taken before; or a mapping from name patterns (``fnmatch``, the
-            first match counts) to these, in which a weight that no pattern matches has strength 0. May be set anew
-            between steps.
+            first match counts) to these, in which a weight that no pattern matches has strength 0. A weight of strength
+            0 is followed, for `log`, and neither it nor its gradient is touched. May be set anew between steps.
         penalty: φ: ``"square"`` (σ²/2), ``"hinge"``, ``"power"``, an object of `spectreg.penalties`, or any
             elementwise function of σ.
         map: The linear map that a weight is taken for; see `spectreg.named_weights`.
@@ -133,7 +133,7 @@ class SpectralNormRegularizer(Following):
             RuntimeError: The regularizer is ``decoupled``, a sharded weight is gathered, or Opacus takes gradients by
                 sample and would replace what is added.
         """
-        refuse_gradients_by_sample(self.weights)
+        refuse_gradients_by_sample(self._state.acted_on())
         if self.decoupled:
             raise RuntimeError(f"decoupled={self.decoupled} acts on the weights when the optimizer does: use attach().")
         for group, weights, acts in self._state.step():
@@ -155,14 +155,18 @@ class SpectralNormRegularizer(Following):
             raise RuntimeError(f"decoupled={self.decoupled} does not act through the loss: use attach().")
         looking = not torch.is_grad_enabled()
         if not looking:
-            refuse_gradients_by_sample(self.weights)
+            refuse_gradients_by_sample(self._state.acted_on())
         groups: list[tuple[Group, list[Tensor], float | Tensor]] = (
             [(group, weights, 1 / self.every) for group, weights in self._state.trained()]
             if looking
             else self._state.step(effective=True)
         )
-        terms = [share * value(group, weights, self.penalty_function) for group, weights, share in groups]
-        if not terms:  # a call that `every` skips is a term of the loss all the same, and may be the only one
+        terms = [
+            share * value(group, weights, self.penalty_function)
+            for group, weights, share in groups
+            if any(group.acts())
+        ]
+        if not terms:  # a call that acts on nothing is a term of the loss all the same, and may be the only one
             return torch.zeros((), device=self.weights[0].tensor.device, requires_grad=not looking)
         total = torch.stack([t.to(terms[0].device) for t in terms]).sum()
         if not (looking or total.requires_grad):
@@ -182,7 +186,10 @@ class SpectralNormRegularizer(Following):
             ValueError: A weight is in none of the optimizers; the step of one runs no hooks, evaluates the loss itself
                 (LBFGS), maximizes, or gives ``decoupled`` no learning rate.
         """
-        self._attach(lambda: before_steps(optimizers, self.weights, self._before_step, self.decoupled))
+        acted_on = self._state.acted_on()
+        self._attach(
+            lambda: before_steps(optimizers, self.weights, self._before_step, self.decoupled, acted_on), acted_on
+        )
         return self
 
     def check_ranks(self, group: Any = None) -> None:
@@ -212,6 +219,36 @@ class SpectralNormRegularizer(Following):
         """
         return self._state.look(lambda group, weights: group.vectors.stable_ranks(weights))
 
+    @torch.no_grad()
+    def log(self) -> dict[str, float]:
+        """``sigma/<name>``, ``residual/<name>`` and ``stable_rank/<name>`` of each weight, for a log.
+
+        Those of `sigma`, `residual` and `stable_rank`, read back by one transfer for each device that holds weights.
+        Costs a step and a read of every weight; of sharded weights every rank has to call it.
+        `spectreg.alarms.alarms` says what in it is out of bounds.
+
+        Warns:
+            UserWarning: Weights have moved since the log before, but no step of an attached optimizer was seen.
+
+        >>> layer = nn.Linear(2, 2, bias=False)
+        >>> layer.weight.data = torch.diag(torch.tensor([2.0, 1.0]))
+        >>> {name: round(x, 3) for name, x in SpectralNormRegularizer(layer, strength=0).log().items()}
+        {'sigma/weight': 2.0, 'residual/weight': 0.0, 'stable_rank/weight': 1.25}
+        """
+        numbers = self._readings()
+        if self._attachment is not None:
+            self._attachment.check_acting(numbers, self._state.calls())
+        return flat(numbers)
+
+    def _readings(self) -> Readings:
+        def three(group: Group, weights: list[Tensor]) -> list[Tensor]:
+            v = group.vectors
+            each = zip(v.sigmas, v.residuals(weights), v.stable_ranks(weights), strict=True)
+            return [torch.stack([s.max(), residual, rank.to(s.dtype)]) for s, residual, rank in each]
+
+        return on_host(self._state.look(three))
+
+    @torch.no_grad()
     def summary(self) -> str:
         """A table of what is regularized and how it stands; reads its numbers back to the host.
 
@@ -221,8 +258,7 @@ class SpectralNormRegularizer(Following):
         weight  shape  map        strength  σ  residual  stable rank
         weight  2 × 3  1 × 2 × 3  0.01      2  ...       1.25
         """
-        numbers = self.sigma(), self.residual(), self.stable_rank()
-        return table(self._state.strengths_now(), self.every, self.weights, *numbers)
+        return table(self._state.strengths_now(), self.every, self.weights, self._readings())
 
     def __repr__(self) -> str:
         blocks = sum(w.map.blocks for w in self.weights)
@@ -237,7 +273,7 @@ class SpectralNormRegularizer(Following):
         """Called by the attachment: with learning rates by parameter, the gradients' scale, and 0 to skip the step."""
         for group, weights, acts in self._state.step(lane, held=rates):
             if self.decoupled:
-                own = [1.0 if self.decoupled == "independent" else rates[id(W)] for W in weights]
+                own = [1.0 if self.decoupled == "independent" else rates.get(id(W), 0.0) for W in weights]
                 move(group, weights, self.penalty_function, own, keep * acts)
             else:
                 add_gradient(group, weights, self.penalty_function, factor * keep * acts)

@@ -1,29 +1,51 @@
-"""What a regularizer does to each weight, as a table."""
+"""How the weights of a regularizer stand: as numbers for a log, and as a table."""
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from spectreg.maps.matrix import MatrixMap
 from spectreg.weights.selection import Weight
 
+QUANTITIES = ("sigma", "residual", "stable_rank")
 HEAD = ("weight", "shape", "map", "strength", "σ", "residual", "stable rank")
 
+Readings = dict[str, list[float]]  # by the name of the weight: a number for each of the quantities
 
-def table(
-    strengths: Mapping[str, float],
-    every: int,
-    weights: Sequence[Weight],
-    sigma: Mapping[str, Tensor],
-    residual: Mapping[str, Tensor],
-    stable_rank: Mapping[str, Tensor],
-) -> str:
+
+def on_host(readings: Mapping[str, Tensor]) -> Readings:
+    """The numbers of all weights, by one transfer for each device that holds weights.
+
+    >>> on_host({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])})
+    {'a': [1.0, 2.0], 'b': [3.0, 4.0]}
+    """
+    by_device: dict[torch.device, dict[str, Tensor]] = {}
+    for name, reading in readings.items():
+        wide = reading if reading.device.type == "mps" else reading.double()  # weights may differ in precision
+        by_device.setdefault(reading.device, {})[name] = wide
+    numbers: Readings = {}
+    for each in by_device.values():
+        numbers |= zip(each, torch.stack(list(each.values())).tolist(), strict=True)
+    return {name: numbers[name] for name in readings}
+
+
+def flat(numbers: Readings) -> dict[str, float]:
+    """``sigma/<name>`` of every weight, then the other quantities.
+
+    >>> list(flat({"a": [1.0, 2.0, 3.0]}))
+    ['sigma/a', 'residual/a', 'stable_rank/a']
+    """
+    return {f"{quantity}/{name}": numbers[name][i] for i, quantity in enumerate(QUANTITIES) for name in numbers}
+
+
+def table(strengths: Mapping[str, float], every: int, weights: Sequence[Weight], numbers: Readings) -> str:
     """One line a weight, in columns."""
     lines = [HEAD]
     for w in weights:
-        numbers = (f"{x[w.name].item():.3g}" if w.name in x else "frozen" for x in (sigma, residual, stable_rank))
+        own = [f"{x:.3g}" for x in numbers[w.name]] if w.name in numbers else ["frozen"] * len(QUANTITIES)
         shape = " × ".join(map(str, w.tensor.shape))
-        lines.append((w.name, shape, _map(w), f"{strengths[w.name] / every:g}", *numbers))  # type: ignore[arg-type]
+        lines.append((w.name, shape, _map(w), f"{strengths[w.name] / every:g}", *own))  # type: ignore[arg-type]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 

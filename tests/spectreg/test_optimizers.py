@@ -1,8 +1,5 @@
 """Attached means acting: once before every step that moves the weights, or an error that says what to call instead."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from cases import unchecked_types
@@ -243,22 +240,10 @@ def test_what_would_not_act_is_refused_with_the_call_that_does(case):
     assert "attached" not in repr(regularizer)
 
 
-def lookahead_of_timm():
-    """Its file alone: the package asks for torchvision."""
-    spec = importlib.util.find_spec("timm") or pytest.skip("timm is not installed")
-    file = Path(spec.origin).parent / "optim" / "lookahead.py"
-    spec = importlib.util.spec_from_file_location("lookahead_of_timm", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_optimizers_in_real_packages_act_or_are_refused():
     po, schedulefree = pytest.importorskip("pytorch_optimizer"), pytest.importorskip("schedulefree")
-    timm = lookahead_of_timm()
     builds = [
-        lambda p: po.Lookahead(SGD(p, lr=RATE)), lambda p: timm.Lookahead(SGD(p, lr=RATE)),
-        lambda p: po.SAM(p, SGD, lr=RATE, rho=0.0),
+        lambda p: po.Lookahead(SGD(p, lr=RATE)), lambda p: po.SAM(p, SGD, lr=RATE, rho=0.0),
         lambda p: po.OrthoGrad(SGD(p, lr=RATE)),
     ]  # fmt: skip
     for build in builds:
@@ -274,6 +259,17 @@ def test_the_optimizers_in_real_packages_act_or_are_refused():
         attached(diagonal(), free, decoupled=True)
     with unchecked_types(), pytest.raises(TypeError, match="not ScheduleFreeWrapper"):
         attached(layer := diagonal(), schedulefree.ScheduleFreeWrapper(SGD(layer.parameters(), lr=RATE)))
+
+
+def test_of_an_optimizer_that_steps_in_a_backward_pass_of_its_own_the_next_log_warns():
+    po = pytest.importorskip("pytorch_optimizer")
+    layer = diagonal()
+    optimizer = po.LOMO(layer, lr=RATE)
+    regularizer = attached(layer, optimizer)
+    regularizer.log()
+    optimizer.fused_backward(layer(torch.ones(2, 4)).square().mean(), RATE)
+    with pytest.warns(UserWarning, match=r"the attached optimizer has taken no step\(\)"):
+        regularizer.log()
 
 
 def test_the_penalty_of_a_schedule_free_optimizer_goes_through_its_gradients():

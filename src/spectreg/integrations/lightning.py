@@ -5,25 +5,26 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer  # type: ignore[import-not-found, unused-ignore]
 except ImportError:
     from pytorch_lightning import Callback, LightningModule, Trainer
 
-from spectreg.integrations.numbers import sigma_on_host
 from spectreg.regularizer import SpectralNormRegularizer
 
 
 class SpectralNorm(Callback):
     """Attaches a `spectreg.SpectralNormRegularizer` for the time of a fit.
 
-    ``Trainer(callbacks=[SpectralNorm(0.01)])``. Each weight's σ is logged as ``sigma/<name>`` at every
+    ``Trainer(callbacks=[SpectralNorm(0.01)])``. What `SpectralNormRegularizer.log` returns is logged at every
     ``log_every_n_steps`` of the trainer; the vectors are saved in the trainer's checkpoints and restored from them.
     Several callbacks with other patterns or settings may act side by side, as on the two networks of a GAN.
 
     Args:
-        strength: λ.
-        log: Whether to log σ.
+        strength: λ; with 0 it only logs.
+        log: Whether to log.
         settings: Of the regularizer.
     """
 
@@ -54,9 +55,9 @@ class SpectralNorm(Callback):
         self.regularizer.attach(*trainer.optimizers)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Log σ when it is the trainer's turn to log."""
+        """Log how the weights stand when it is the trainer's turn to log."""
         if self.log and self.regularizer and trainer.global_step % trainer.log_every_n_steps == 0:
-            pl_module.log_dict(sigma_on_host(self.regularizer))
+            pl_module.log_dict({name: torch.tensor(x) for name, x in self.regularizer.log().items()})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach; the regularizer stays to be looked at."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from spectreg.integrations.numbers import sigma_on_host
 from spectreg.regularizer import SpectralNormRegularizer
 
 FILE = "spectral_norm.pt"
@@ -17,12 +16,12 @@ FILE = "spectral_norm.pt"
 class SpectralNorm(TrainerCallback):
     """Attaches a `spectreg.SpectralNormRegularizer` for the time of a training.
 
-    ``Trainer(..., callbacks=[SpectralNorm(0.01)])``. Each weight's σ joins the trainer's logs as ``sigma/<name>``; the
-    vectors are saved as ``spectral_norm.pt`` in the trainer's checkpoints and restored from them.
+    ``Trainer(..., callbacks=[SpectralNorm(0.01)])``. What `SpectralNormRegularizer.log` returns joins the trainer's
+    logs; the vectors are saved as ``spectral_norm.pt`` in the trainer's checkpoints and restored from them.
 
     Args:
-        strength: λ.
-        log: Whether to log σ.
+        strength: λ; with 0 it only logs.
+        log: Whether to log.
         checkpoint: The folder to restore from, where it is not ``output_dir/checkpoint-<step>``.
         settings: Of the regularizer.
     """
@@ -41,9 +40,9 @@ class SpectralNorm(TrainerCallback):
         self.regularizer.attach(given["optimizer"])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Add σ to the training logs."""
+        """Add how the weights stand to the training logs."""
         if self.log and self.regularizer and logs is not None and "loss" in logs:
-            numbers = {name: sigma.item() for name, sigma in sigma_on_host(self.regularizer).items()}
+            numbers = self.regularizer.log()
             logs.update(numbers)
             state.log_history[-1].update(numbers)
 

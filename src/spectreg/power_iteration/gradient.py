@@ -16,31 +16,38 @@ from spectreg.power_iteration.step import Vectors, full_precision
 
 
 def add_gradient(group: Group, weights: Sequence[Tensor], penalty: Penalty, factor: float | Tensor = 1.0) -> None:
-    """Add λφ'(σ)·uvᵀ, times ``factor``, to the gradient of each of ``weights``."""
-    gradients = [gradient_of(W, w.name) for W, w in zip(weights, group.members, strict=True)]
-    group.vectors.add_outer_(gradients, scales(group, penalty, factor), [1.0] * len(gradients))
+    """Add λφ'(σ)·uvᵀ, times ``factor``, to the gradient of each of ``weights`` whose λ is not 0."""
+    if any(acts := group.acts()):
+        its = zip(weights, group.members, acts, strict=True)
+        gradients = [gradient_of(W, w.name) if on else None for W, w, on in its]
+        group.vectors.add_outer_(gradients, scales(group, penalty, factor), [1.0] * len(gradients))
 
 
 def move(
     group: Group, weights: Sequence[Tensor], penalty: Penalty, rates: Sequence[float | Tensor], factor: float | Tensor
 ) -> None:
-    """W ← W − ηλφ'(σ)·uvᵀ, times ``factor``, for each of ``weights`` with its learning rate η."""
-    group.vectors.add_outer_(weights, scales(group, penalty, factor), [-rate for rate in rates])
+    """W ← W − ηλφ'(σ)·uvᵀ, times ``factor``, for each of ``weights`` whose λ is not 0, with its learning rate η."""
+    if any(acts := group.acts()):
+        moved = [W if on else None for W, on in zip(weights, acts, strict=True)]
+        group.vectors.add_outer_(moved, scales(group, penalty, factor), [-rate for rate in rates])
 
 
 def value(group: Group, weights: Sequence[Tensor], penalty: Penalty) -> Float[Tensor, ""]:
-    """λΣφ(σ) with a gradient for each of ``weights``."""
+    """λΣφ(σ) with a gradient for each of ``weights`` whose λ is not 0."""
     v = group.vectors
-    pairs = enumerate(zip(weights, v.us, v.vs, v.sigmas, strict=True))
+    parts = enumerate(zip(weights, group.acts(), v.us, v.vs, v.sigmas, strict=True))
     with torch_func_refused():
-        each = [PairValue.apply(W, v, i, u[: v.k].clone(), x[: v.k].clone(), s[:, : v.k].clone())
-                for i, (W, u, x, s) in pairs]  # fmt: skip
+        each = [
+            PairValue.apply(W, v, i, u[: v.k].clone(), x[: v.k].clone(), s[:, : v.k].clone())
+            if acts else s[:, : v.k].clone()
+            for i, (W, acts, u, x, s) in parts
+        ]  # fmt: skip
     sigma = torch.cat(each)
     sigma = torch.where(sigma > 0, sigma, sigma.detach())
     enters = sigma.isfinite() if (some := counted(group)) is None else sigma.isfinite() & some
     # σ that do not count are put out of the way first: 0 × NaN in the backward pass would bring them back.
     values = group.strength * penalty.value(torch.where(enters, sigma, 1.0), target(group, penalty))
-    return torch.where(enters, values, 0.0).sum()
+    return torch.where(enters & (group.strength > 0), values, 0.0).sum()
 
 
 def scales(group: Group, penalty: Penalty, factor: float | Tensor) -> Float[Tensor, "blocks k"]:

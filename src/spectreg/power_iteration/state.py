@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import torch
@@ -30,8 +31,9 @@ class Group:
     """Weights of one device, precision and optimizer, whose vectors are stepped together.
 
     ``k`` is the number of values asked for, of which a block may have fewer; ``start`` the first σ, if a penalty asks
-    for it; ``calls`` how often a step was asked for, and ``count`` the same number on the device, where whose turn it
-    is depends on it: a CUDA graph reads that, since a number of the host would be the same in every replay.
+    for it; ``is_on`` which weights have a strength above 0; ``calls`` how often a step was asked for, and ``count`` the
+    same number on the device, where whose turn it is depends on it: a CUDA graph reads that, since a number of the host
+    would be the same in every replay.
     """
 
     members: list[Weight]
@@ -45,12 +47,23 @@ class Group:
     count: Int[Tensor, ""] | None = None
     captured: bool = False
     target: Float[Tensor, "..."] | None = field(default=None, init=False)
+    is_on: list[bool] = field(default_factory=list, init=False)
 
     def set_strengths(self, strengths: Strengths, step: int) -> None:
         """Take λ of each weight at ``step``: into a tensor, so that a compiled step does not depend on the numbers."""
         numbers = strengths.at([w.name for w in self.members], step)
+        self.is_on = [number > 0 for number in numbers]
         each = [number for w, number in zip(self.members, numbers, strict=True) for _ in range(w.map.blocks)]
         self.strength.copy_(torch.tensor(each, dtype=self.strength.dtype, device="cpu")[:, None])
+
+    def acts(self) -> list[bool]:
+        """Whether each weight is acted on: not with a strength of 0, which a CUDA graph may be given another of."""
+        return [True] * len(self.members) if is_capturing(self.strength.device) else self.is_on
+
+    def acted_on(self, weights: Sequence[Tensor]) -> tuple[list[Weight], list[Tensor]]:
+        """The members that are acted on, and their tensors of ``weights``."""
+        on = self.acts()
+        return list(compress(self.members, on)), list(compress(weights, on))
 
     def step(self, weights: Sequence[Tensor], halves: int, every: int) -> float | Tensor:
         """Take ``halves`` half steps if it is the group's turn: 1, else 0; both are to multiply the penalty with."""
@@ -129,6 +142,14 @@ class State:
         self._groups: list[Group] = []
         self._layout: Any = None
 
+    def acted_on(self) -> list[Weight]:
+        """The weights whose strength is not 0 for good."""
+        return [w for w in self.weights if w.name not in self.strengths.zero]
+
+    def calls(self) -> dict[str, int]:
+        """How often a step was asked for of each trained weight."""
+        return {w.name: group.now() for group, _ in self.trained() for w in group.members}
+
     def set_strengths(self, each: Mapping[str, Strength]) -> None:
         """λ of each weight by its name, a number or a function of how many steps the weight has taken before."""
         self.strengths = Strengths(each, self.every)
@@ -147,18 +168,18 @@ class State:
 
         The last of the three is what the penalty is to be multiplied with: 1, or 0 or 1 on the device. Refused are
         computed weights and sharded ones that are gathered, unless ``effective``, and weights that are not among the
-        parameters (by id) that are ``held``.
+        parameters (by id) that are ``held``; all of these only where their strength is not 0.
         """
         groups = self.trained(lane)
         if effective:
             for group, weights in groups:
-                refuse_constants(group.members, weights)
+                refuse_constants(*group.acted_on(weights))
         else:
-            refuse_computed(self.weights)
-            refuse_gathered(self.gathered)
+            refuse_computed(self.acted_on())
+            refuse_gathered([name for name in self.gathered if name not in self.strengths.zero])
         if held is not None:
             for group, weights in groups:
-                refuse_strangers(group.members, weights, held)
+                refuse_strangers(*group.acted_on(weights), held)
         with torch.no_grad():
             for g, _ in groups:
                 if self.strengths.vary([w.name for w in g.members]):

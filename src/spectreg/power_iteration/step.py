@@ -118,12 +118,19 @@ class Vectors:
         w = [m.adjoint(W, x) for m, W, x in zip(self.maps, weights, u, strict=True)]
         return torch.cat([*u, *w], 1)
 
-    def add_outer_(self, targets: Sequence[Tensor], scale: Float[Tensor, "blocks k"], rates: Sequence[Any]) -> None:
-        """Add ``rate·Σ scale·uvᵀ`` over the first ``k`` pairs to each target in place; rates are numbers or tensors."""
+    def add_outer_(
+        self, targets: Sequence[Tensor | None], scale: Float[Tensor, "blocks k"], rates: Sequence[Any]
+    ) -> None:
+        """Add ``rate·Σ scale·uvᵀ`` over the first ``k`` pairs to each target in place; rates are numbers or tensors.
+
+        A target that is None is passed over.
+        """
         scaled = self.U[: self.k] * self.u_side.spread(scale.t())
         parts = zip(targets, scaled.split(self.u_side.widths, 1), self.vs, rates, strict=True)
         with full_precision(self.U):
             for i, (G, u, v, rate) in enumerate(parts):
+                if G is None:
+                    continue
                 u, alpha = (u * rate, 1.0) if isinstance(rate, Tensor) else (u, rate)
                 self.add_one_(i, G, u, v[: self.k], alpha)
 

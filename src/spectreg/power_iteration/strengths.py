@@ -11,6 +11,9 @@ Strength = float | int | Callable[[int], float]
 class Strengths:
     """λ of each weight by its name, times ``every``, as it acts.
 
+    Attributes:
+        zero: The weights whose strength is 0 at every step.
+
     Raises:
         ValueError: One is no number that float32 can hold; that of a function is asked for at step 0.
 
@@ -22,9 +25,13 @@ class Strengths:
     def __init__(self, each: Mapping[str, Strength], every: int) -> None:
         self.each, self.every = each, every
         for name, strength in each.items():
+            if isinstance(strength, type):
+                kind = strength.__name__
+                raise ValueError(f"strength of {name!r} is the class {kind}: give one of it, such as {kind}(…).")
             if not callable(strength):
                 check_strength(f"strength of {name!r}", strength, every)
         self.at(list(each), 0)
+        self.zero = {name for name, strength in each.items() if not callable(strength) and strength == 0}
 
     def vary(self, names: list[str]) -> bool:
         """Whether any of these depends on the step."""

@@ -36,9 +36,10 @@ def lightning_fit(folder, steps, resume=None, strength=0.1, **options):
 
     # All batches are alike: which one Lightning goes on with in the middle of an epoch is not the question here.
     data = DataLoader(torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).repeat(4, 1), batch_size=4)
-    callback = SpectralNorm(strength)
+    callback = None if strength is None else SpectralNorm(strength)
     saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
-    trainer = pl.Trainer(max_steps=steps, callbacks=[callback, saves], log_every_n_steps=2, logger=False,
+    callbacks = [x for x in (callback, saves) if x]
+    trainer = pl.Trainer(max_steps=steps, callbacks=callbacks, log_every_n_steps=2, logger=False,
                          accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
                          default_root_dir=folder, **options)  # fmt: skip
     module = Module()
@@ -52,7 +53,10 @@ def test_lightning_resumes_to_the_weights_of_an_uninterrupted_fit_and_logs_sigma
     assert_same(whole, resumed)
     without, _, _ = lightning_fit(tmp_path, 8, strength=0.0)
     assert not torch.equal(whole.net[0].weight, without.net[0].weight)
-    assert {"sigma/net.0.weight", "sigma/net.2.weight"} <= set(trainer.callback_metrics)
+    bare, _, _ = lightning_fit(tmp_path, 8, strength=None)
+    assert_same(without, bare)
+    for quantity in ("sigma", "residual", "stable_rank"):
+        assert {f"{quantity}/net.0.weight", f"{quantity}/net.2.weight"} <= set(trainer.callback_metrics)
     torch.testing.assert_close(
         trainer.callback_metrics["sigma/net.0.weight"], callback.regularizer.sigma()["net.0.weight"]
     )
@@ -91,9 +95,9 @@ def transformers_train(folder, resume=None, strength=0.1, extra=None):
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20, n_positions=8))
     arguments = TrainingArguments(str(folder), max_steps=6, save_steps=3, logging_steps=2, report_to=[], use_cpu=True,
                                   per_device_train_batch_size=4, learning_rate=0.01, disable_tqdm=True)  # fmt: skip
-    callback = SpectralNorm(strength)
+    callback = None if strength is None else SpectralNorm(strength)
     trainer = Trainer(model=model, args=arguments, train_dataset=Sentences(),
-                      callbacks=[callback, *([extra] if extra else [])])  # fmt: skip
+                      callbacks=[x for x in (callback, extra) if x])  # fmt: skip
     with suppress(KeyboardInterrupt):
         trainer.train(resume_from_checkpoint=resume)
     return model, callback, trainer
@@ -110,6 +114,8 @@ def test_transformers_resumes_to_the_weights_of_an_uninterrupted_training_and_lo
         assert saved["calls"] == 6
     without, _, _ = transformers_train(tmp_path / "without", strength=0.0)
     assert not torch.equal(whole.transformer.h[0].mlp.c_fc.weight, without.transformer.h[0].mlp.c_fc.weight)
+    bare, _, _ = transformers_train(tmp_path / "bare", strength=None)
+    assert_same(without, bare)
 
 
 def test_a_transformers_callback_of_a_training_that_was_broken_off_acts_once_a_step_in_the_next(tmp_path):
