@@ -12,10 +12,11 @@ import pandas as pd
 from rich.console import Console
 from torch import Tensor
 
-from spectreg.checkpoints.acting import NO_ADAPTER, weight_in
+from spectreg.checkpoints.acting import NO_ADAPTER, Acting
 from spectreg.checkpoints.adapters import adapters_in
 from spectreg.checkpoints.files import ADAPTER, Stored
 from spectreg.measures.spectra import Spectrum, Wanted, each_spectrum
+from spectreg.weights.patterns import Patterns
 from spectreg_lab.storage.files import csv, write
 
 BESIDE = ("momentum/", "method/")
@@ -25,10 +26,12 @@ COLUMNS = ("weight", "shape", "sigma", "frobenius", "stable rank", "effective ra
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The spectra of one checkpoint, and what was left out with the reasons."""
+    """The spectra of one checkpoint, what each weight was taken for, and what was left out with the reasons."""
 
     path: Path
     stored: Stored
+    acting: Acting
+    map: Wanted
     spectra: list[Spectrum]
     skipped: dict[str, str]
 
@@ -50,7 +53,7 @@ def measure(stored: Stored, base: Stored | None, top: int | None, map: Wanted, c
         for spectrum in each_spectrum(stored, top=top, select=select, map=map, base=base, skipped=skipped):
             spectra.append(spectrum)
             status.update(f"{len(spectra)} weights measured, the last one {spectrum.name}")
-    return Checkpoint(path, stored, spectra, skipped)
+    return Checkpoint(path, stored, Acting(stored, base), map, spectra, skipped)
 
 
 def report(checkpoint: Checkpoint, heading: bool) -> Iterator[str]:
@@ -151,10 +154,10 @@ def left_out(skipped: Mapping[str, str]) -> str:
 def comparison(before: Checkpoint, after: Checkpoint) -> str:
     """One line a weight of both: σ₁ before and after, their ratio, stable ranks, and σ₁ of the difference."""
     pairs = [(a, b) for a in before.spectra for b in after.spectra if a.name == b.name and a.shape == b.shape]
-    changes = {s.name: s.sigma for s in _changes(before.stored, after.stored, {a.name for a, _ in pairs})}
+    changes = {s.name: s.sigma for s in _changes(before, after, [a.name for a, _ in pairs])}
     rows = [
         (a.name, a.sigma, b.sigma, b.sigma / a.sigma if a.sigma else float("nan"), a.stable_rank, b.stable_rank,
-         changes.get(a.name, float("nan")))
+         changes[a.name])
         for a, b in pairs
     ]  # fmt: skip
     columns = ["weight", "sigma A", "sigma B", "B/A", "stable rank A", "stable rank B", "sigma of B − A"]
@@ -167,25 +170,13 @@ def comparison(before: Checkpoint, after: Checkpoint) -> str:
     return "\n".join(lines)
 
 
-class _Difference(Mapping[str, Tensor]):
-    """B − A, weight by weight."""
-
-    def __init__(self, before: Stored, after: Stored, names: list[str]) -> None:
-        self.before, self.after, self.names = before, after, names
-
-    def __getitem__(self, name: str) -> Tensor:
-        return weight_in(self.after, name).double() - weight_in(self.before, name).double()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-def _changes(before: Stored, after: Stored, names: set[str]) -> Iterator[Spectrum]:
-    stored = [name for name in after if name in names and name in before]  # not those of adapters
-    return each_spectrum(_Difference(before, after, stored), top=1) if stored else iter(())
+def _changes(before: Checkpoint, after: Checkpoint, names: Iterable[str]) -> Iterator[Spectrum]:
+    """The largest singular value of B − A, weight by weight, each taken for what it was in A and B."""
+    kept = [(c.acting, {c.acting.name(stored): stored for stored in c.stored}) for c in (before, after)]
+    wanted = Patterns("map", after.map)
+    for name in names:
+        a, b = (acting.weight(stored[name]).double() for acting, stored in kept)
+        yield from each_spectrum({name: b - a}, top=1, map=wanted.get(name, "matrix"))
 
 
 def _text(frame: pd.DataFrame) -> str:

@@ -186,3 +186,22 @@ def test_experts_and_adapters_are_read_as_they_act(tmp_path):
     truth = [np.linalg.norm(w.double().numpy(), 2) for w in (W + 2 * B @ A, *stack)]
     assert sorted(largest) == pytest.approx(sorted(truth), rel=1e-6)
     assert "a factor of an adapter, measured as its product: fc.lora_up.weight" in result.output
+
+
+def test_a_checkpoint_and_its_adapter_are_compared_by_what_they_act_as_and_cut_as_told(tmp_path):
+    draws = torch.Generator().manual_seed(0)
+    A, B, W = (torch.randn(*shape, generator=draws) for shape in [(2, 6), (8, 2), (8, 6)])
+    save_file({"fc.weight": W}, tmp_path / "base.safetensors")
+    save_file(
+        {"fc.lora_down.weight": A, "fc.lora_up.weight": B, "fc.alpha": torch.tensor(4.0)}, tmp_path / "b.safetensors"
+    )
+    files = [str(tmp_path / name) for name in ("base.safetensors", "b.safetensors")]
+    for cut, parts in ((["--map", "fc*=2"], 2), ([], 1)):
+        result = CliRunner().invoke(app, ["spectra", *files, "--base", files[0], *cut])
+        assert result.exit_code == 0, result.output
+        compared = [float(x) for x in result.output.splitlines()[-1].split()[1:]]
+        top = [
+            max(np.linalg.norm(w.double().numpy(), 2) for w in x.chunk(parts)) for x in (W, W + 2 * B @ A, 2 * B @ A)
+        ]
+        assert compared[:2] == pytest.approx(top[:2], rel=1e-3)
+        assert compared[-1] == pytest.approx(top[2], rel=1e-3)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectreg.checkpoints.adapters import adapter_of, adapters_in, is_second_factor, merged, name_in, product
+from spectreg.checkpoints.adapters import Adapter, adapter_of, adapters_in, is_second_factor, merged, name_in, product
 from spectreg.checkpoints.quantized import (
     PACKED,
     NotReadableError,
@@ -37,42 +37,55 @@ def acting_weights(
     >>> [name for name, _ in acting_weights(state, skipped)], skipped
     (['weight'], {'bias': '1 dimension', 'steps': 'int64'})
     """
-    config, adapters = getattr(tensors, "adapter", None), adapters_in(tensors)
-    if base is not None and not adapters:
-        raise ValueError(NO_ADAPTER)
-    for name in tensors:
+    acting = Acting(tensors, base)
+    for stored in tensors:
         try:
-            weight = _acting(name, tensors, base, config, adapters)
+            weight = acting.weight(stored)
         except NotReadableError as error:
-            skipped[name] = str(error)
+            skipped[stored] = str(error)
             continue
-        yield weight
+        yield acting.name(stored), weight
         del weight  # one at a time
 
 
-def _acting(
-    name: str,
-    tensors: Mapping[str, Tensor],
-    base: Mapping[str, Tensor] | None,
-    config: Mapping[str, Any] | None,
-    adapters: Mapping[str, int],
-) -> tuple[str, Tensor]:
-    adapter = adapter_of(name)
-    if adapter is not None:
-        change = product(adapter, tensors, config)
-        own = f".{adapter.own_name}" if adapter.own_name and adapters[adapter.layer] > 1 else ""
-        if adapter.own_base in tensors:
-            base = {f"{adapter.layer}.weight": weight_in(tensors, adapter.own_base)}
-        if base is None:
-            return f"{adapter.layer}.lora{own}", change
-        weight = weight_in(base, name_in(base, adapter.layer))
-        turned = bool(config and config.get("fan_in_fan_out"))
-        return f"{adapter.layer}.weight{own}", merged(weight, change, turned)
-    if is_second_factor(name):
-        raise NotReadableError("a factor of an adapter, measured as its product")
-    if name.endswith(".base_layer.weight"):
-        raise NotReadableError("measured with its adapter")
-    return name, weight_in(tensors, name)
+class Acting:
+    """What the tensors of a checkpoint act as: names and weights; arguments as of `acting_weights`."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor] | None) -> None:
+        self.tensors, self.base, self.adapters = tensors, base, adapters_in(tensors)
+        self.config: Mapping[str, Any] | None = getattr(tensors, "adapter", None)
+        if base is not None and not self.adapters:
+            raise ValueError(NO_ADAPTER)
+
+    def name(self, stored: str) -> str:
+        """The name of the weight that the tensor ``stored`` acts as, or the first factor of."""
+        adapter = adapter_of(stored)
+        if adapter is None:
+            return stored
+        own = f".{adapter.own_name}" if adapter.own_name and self.adapters[adapter.layer] > 1 else ""
+        merges = self.base is not None or adapter.own_base in self.tensors
+        return f"{adapter.layer}.{'weight' if merges else 'lora'}{own}"
+
+    def weight(self, stored: str) -> Tensor:
+        """That weight; raises where it is none."""
+        adapter = adapter_of(stored)
+        if adapter is not None:
+            return self._adapted(adapter)
+        if is_second_factor(stored):
+            raise NotReadableError("a factor of an adapter, measured as its product")
+        if stored.endswith(".base_layer.weight"):
+            raise NotReadableError("measured with its adapter")
+        return weight_in(self.tensors, stored)
+
+    def _adapted(self, adapter: Adapter) -> Tensor:
+        change = product(adapter, self.tensors, self.config)
+        if adapter.own_base in self.tensors:
+            weight = weight_in(self.tensors, adapter.own_base)
+        elif self.base is None:
+            return change
+        else:
+            weight = weight_in(self.base, name_in(self.base, adapter.layer))
+        return merged(weight, change, turned=bool(self.config and self.config.get("fan_in_fan_out")))
 
 
 def weight_in(tensors: Mapping[str, Tensor], name: str) -> Tensor:
