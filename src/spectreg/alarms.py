@@ -7,7 +7,11 @@ from typing import Any, Literal, NamedTuple
 
 
 class Alarm(NamedTuple):
-    """``quantity`` of a weight is ``value``, beyond its ``limit``; of a σ that is not finite the limit is infinity."""
+    """``quantity`` of ``weight`` is ``value``, beyond its ``limit``.
+
+    ``"growth"`` is σ over σ of an earlier log, ``"residual"`` a share of σ; ``"sigma"`` is not finite, and its limit
+    infinity.
+    """
 
     weight: str
     quantity: Literal["sigma", "growth", "residual"]
