@@ -85,7 +85,7 @@ def singular_values(
         map: What each weight is taken for, as in ``named_weights``; of a state dict or a file ``"matrix"``,
             ``"each"`` (a stack of matrices, such as experts) or a number of parts, for all or by name patterns.
         base: Of an adapter: the state dict or file that it adapts. Its layers are then measured as W + (α/r)BA, and
-            without it as (α/r)BA, called ``layer.lora``.
+            without it as (α/r)BA, called ``layer.lora``; several of one layer have their names at the end.
         tolerance: With ``top``: residual of each eigenvalue σ² of WWᵀ relative to it.
         generator: With ``top``: draws the first vectors; by default a private one with seed 0.
 
