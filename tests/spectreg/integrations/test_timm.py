@@ -72,17 +72,25 @@ def images():
     return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
+CHOSEN = ("blocks.0.mlp.fc1.weight", "blocks.0.attn.proj.weight", "patch_embed.proj.weight")
+
+
 def network(timm):
+    """In the chosen weights one singular value stands clear of the others."""
     torch.manual_seed(0)
-    return timm.create_model("test_vit", img_size=32, num_classes=3).double()
+    model = timm.create_model("test_vit", img_size=32, num_classes=3).double()
+    with torch.no_grad():
+        for name in CHOSEN:
+            model.get_parameter(name).add_(0.1)
+    return model
 
 
 def loss_of(model):
     return nn.functional.cross_entropy(model(images()), torch.tensor([0, 1, 2, 0]))
 
 
-def add_svd_gradients(model, strength, names):
-    for name in names:
+def add_svd_gradients(model, strength):
+    for name in CHOSEN:
         W = model.get_parameter(name)
         U, s, Vh = torch.linalg.svd(W.detach().flatten(1), full_matrices=False)
         W.grad += (strength * s[0] * torch.outer(U[:, 0], Vh[0])).view_as(W)
@@ -90,7 +98,7 @@ def add_svd_gradients(model, strength, names):
 
 @pytest.mark.parametrize("kind", ["adamw", "lookahead_adamw", "lamb", "sgd"])
 def test_the_loop_of_timm_with_scaler_clipping_averages_and_schedule_gets_the_gradient_of_the_penalty(timm, kind):
-    strength, chosen = 0.01, ("blocks.0.mlp.fc1.weight", "blocks.0.attn.proj.weight", "patch_embed.proj.weight")
+    strength = 0.01
 
     def parts():
         model = network(timm)
@@ -101,7 +109,7 @@ def test_the_loop_of_timm_with_scaler_clipping_averages_and_schedule_gets_the_gr
     model, optimizer, schedule, average = parts()
     scaler = timm.utils.NativeScaler(device="cpu")
     SpectralNormRegularizer(
-        model, strength, select=lambda name, _: name in chosen, warmup=300, steps=60
+        model, strength, select=lambda name, _: name in CHOSEN, warmup=60, steps=15
     ).attach(optimizer)  # fmt: skip
     by_hand, theirs, their_schedule, their_average = parts()
     for step in range(4):
@@ -110,7 +118,7 @@ def test_the_loop_of_timm_with_scaler_clipping_averages_and_schedule_gets_the_gr
         theirs.zero_grad()
         loss_of(by_hand).backward()
         timm.utils.dispatch_clip_grad(by_hand.parameters(), 0.1)
-        add_svd_gradients(by_hand, strength, chosen)
+        add_svd_gradients(by_hand, strength)
         theirs.step()
         for ema, net, rates in ((average, model, schedule), (their_average, by_hand, their_schedule)):
             ema.update(net)
@@ -118,14 +126,13 @@ def test_the_loop_of_timm_with_scaler_clipping_averages_and_schedule_gets_the_gr
             rates.step(step)
     for a, b in ((model, by_hand), (average.module, their_average.module)):
         for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
-    plain = network(timm)
-    assert not torch.allclose(model.get_parameter(chosen[0]), plain.get_parameter(chosen[0]))
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_every_optimizer_of_timm_acts_once_a_step_or_is_refused(timm):
     refused, acted = [], []
-    for kind in timm.optim.list_optimizers(exclude_filters=["bnb*", "fused*"]):
+    kinds = timm.optim.list_optimizers(exclude_filters=["bnb*", "fused*"])
+    for kind in {timm.optim.get_optimizer_class(kind, bind_defaults=False): kind for kind in kinds}.values():
         layer = nn.Linear(4, 4, bias=False)
         try:
             optimizer = timm.optim.create_optimizer_v2(layer, opt=kind, lr=1e-3)
@@ -143,7 +150,7 @@ def test_every_optimizer_of_timm_acts_once_a_step_or_is_refused(timm):
             optimizer.step()
         assert {saved["calls"] for saved in regularizer.state_dict()["vectors"].values()} == {2}, kind
         acted.append(kind)
-    assert len(acted) > 60
+    assert len(acted) > 25
     assert refused == []
 
 
