@@ -165,9 +165,13 @@ def test_an_expanded_gradient_is_made_one_that_can_be_added_to(k):
 
 
 def test_gradients_made_in_inference_mode_can_be_trained_with():
-    model = mlp()
-    regularizer = SpectralNormRegularizer(model, 0.1)
-    with torch.inference_mode():
+    def gradients(first):
+        model = mlp()
+        regularizer = SpectralNormRegularizer(model, 0.1)
+        with first:
+            regularizer.add_gradient()
+        model(torch.ones(2, 5, dtype=torch.float64)).sum().backward()
         regularizer.add_gradient()
-    model(torch.ones(2, 5, dtype=torch.float64)).sum().backward()
-    regularizer.add_gradient()
+        return [p.grad for p in model.parameters()]
+
+    torch.testing.assert_close(gradients(torch.inference_mode()), gradients(torch.enable_grad()), rtol=0, atol=0)
