@@ -33,7 +33,7 @@ def gaussian(*shape: int, seed: int) -> torch.Tensor:
 @given(
     rows=SIZES, columns=SIZES, exponent=st.integers(-30, 30), seed=st.integers(0, 99), steps=st.sampled_from([0.5, 1])
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_sigma_in_float32_is_below_the_true_norm_and_near_it_at_every_scale(rows, columns, exponent, seed, steps):
     W = (gaussian(rows, columns, seed=seed) * 10.0**exponent).float()
     layer = linear(W.clone())
@@ -48,7 +48,7 @@ def test_sigma_in_float32_is_below_the_true_norm_and_near_it_at_every_scale(rows
 @given(
     kind=st.sampled_from(KINDS), exponent=st.integers(-30, 30), steps=st.sampled_from([0.5, 1]), seed=st.integers(0, 9)
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_every_kind_in_float32_has_the_sigma_and_gradient_of_a_float64_svd_at_every_scale(kind, exponent, steps, seed):
     module = seeded(kind.build, seed)
     W = module.get_parameter(kind.weight)
@@ -139,7 +139,7 @@ def recurrences(draw: st.DrawFn) -> Kind:
 
 
 @given(kind=convolutions() | recurrences(), exponent=st.integers(-15, 15), seed=st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_the_gradient_is_that_of_a_full_svd_for_every_shape_and_scale(kind, exponent, seed):
     module = seeded(kind.build, seed)
     W = module.get_parameter(kind.weight)
