@@ -41,6 +41,14 @@ def test_decay_and_spectral_act_on_the_same_weights_and_on_no_bias_or_scale(tiny
     assert moved == ["0.weight", "4.weight"]
 
 
+def test_the_seed_of_a_run_draws_the_first_vectors_of_spectral(tiny, network):
+    def first_vectors(seed):
+        return methods.build(tiny(Spectral(), seed=seed), network).state()["0.weight/v"]
+
+    assert torch.equal(first_vectors(1), first_vectors(1))
+    assert not torch.equal(first_vectors(1), first_vectors(2))
+
+
 def test_every_parameter_is_given_to_the_optimizer_once(tiny, network):
     for setting in (Vanilla(), Decay(), Adversarial(), Spectral()):
         groups = methods.build(tiny(setting), network).parameter_groups()

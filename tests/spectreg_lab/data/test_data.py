@@ -132,6 +132,13 @@ def test_what_is_held_out_has_of_every_class_its_share(labels, share):
     assert _held_out(labels[permuted], count).sum() == count
 
 
+@pytest.mark.parametrize(("count", "of_few"), [(2, 1), (30, 1)])
+def test_a_class_of_two_beside_one_of_thirty_is_on_either_side_of_few_or_nearly_all_held_out(count, of_few):
+    labels = torch.tensor([0] * 30 + [1] * 2)
+    held = _held_out(labels, count)
+    assert (held.sum(), held[labels == 1].sum()) == (count, of_few)
+
+
 @pytest.mark.parametrize("size", [None, 99])
 def test_a_folder_sorted_by_class_is_judged_on_every_class(tmp_path, size):
     folder_of_classes(tmp_path, [f"class{c}" for c in range(5)], 20)
