@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a hub name fails at once
 
 import jaxtyping
 

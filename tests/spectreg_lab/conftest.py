@@ -4,8 +4,6 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a hub name fails at once
-
 import pytest
 from lightning_fabric import Fabric
 

@@ -84,6 +84,14 @@ def test_the_frobenius_norm_is_exact_or_within_its_error(x):
     assert jacobian_frobenius_norm(model, x, projections=1).standard_error.isnan().all()
 
 
+def test_the_standard_error_of_the_frobenius_norm_is_the_spread_of_estimates_from_other_directions(x):
+    model, draws = network(20), torch.Generator().manual_seed(0)
+    estimates = [jacobian_frobenius_norm(model, x, projections=50, generator=draws) for _ in range(40)]
+    spread = torch.stack([estimate.value for estimate in estimates]).std(0)
+    errors = torch.stack([estimate.standard_error for estimate in estimates]).mean(0)
+    assert ((errors / spread - 1).abs() < 0.4).all()
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
