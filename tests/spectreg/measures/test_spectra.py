@@ -245,3 +245,10 @@ def test_without_the_safetensors_package_the_error_says_how_to_install_it(tmp_pa
 def test_a_wrong_argument_is_named(source, options, message):
     with pytest.raises(ValueError, match=message):
         singular_values(source, **options)
+
+
+def test_the_residual_of_the_largest_values_alone_is_in_the_units_of_the_weight():
+    W = torch.randn(1, 100, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    one, other = (spectrum_of("w", c * W, 3, 1e-3, torch.Generator().manual_seed(1)) for c in (1.0, 1024.0))
+    assert 0 < one.residual < 1e-3 * one.values.max()
+    assert other.residual == 1024 * one.residual
