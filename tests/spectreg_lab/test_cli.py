@@ -11,7 +11,9 @@ from small_study import STUDY
 
 from spectreg_lab.cli.app import main
 
-MAIN = "import sys; sys.argv[0] = 'spectreg'; from spectreg_lab.cli import main; main()"
+# A shell starts what runs in its background with SIGINT ignored: here it is as in a terminal.
+MAIN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+MAIN += "import sys; sys.argv[0] = 'spectreg'; from spectreg_lab.cli import main; main()"
 
 
 def start(*words, **options):

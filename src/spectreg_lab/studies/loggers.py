@@ -1,7 +1,7 @@
 """Where the numbers of an epoch go besides ``metrics.jsonl``: TensorBoard, Weights & Biases, Trackio.
 
 Each gets every number of an epoch under its name in ``metrics.jsonl``, nested ones as ``sigma/features.0.weight``, at
-the epoch's number. A run that goes on after a stop is the same run there.
+the epoch's number, once. A run that goes on after a stop is the same run there.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -13,6 +13,7 @@ from typing import Any
 
 from spectreg_lab.settings.config import Config
 from spectreg_lab.storage.errors import RunError
+from spectreg_lab.storage.files import write
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -94,15 +95,22 @@ def _tensorboard(name: str, config: Config, folder: Path) -> tuple[Log, Callable
 
 
 def _like_wandb(name: str, config: Config, folder: Path) -> tuple[Log, Callable[[], None]]:
-    """As a run of the project that has the name of the study's folder; where it is kept and sent is the package's."""
+    """As a run of the project that has the name of the study's folder; where it is kept and sent is the package's.
+
+    Neither package drops an epoch that it is told again, so the last one told stands in ``wandb-told`` or
+    ``trackio-told`` in the run's folder, and older ones are passed over.
+    """
     module = import_module(name)
     settings: dict[str, Any] = {"project": folder.resolve().parents[1].name, "name": config.name, "resume": "allow"}
     if name == "wandb":
         settings |= {"id": config.name, "dir": str(folder)}
-    run = module.init(**settings, config=config.model_dump(mode="json"))
+    run, told = module.init(**settings, config=config.model_dump(mode="json")), folder / f"{name}-told"
+    last = int(told.read_text()) if told.exists() else 0
 
     def log(metrics: dict[str, Any]) -> None:
-        run.log(flat(metrics), step=metrics["epoch"])
+        if metrics["epoch"] > last:
+            run.log(flat(metrics), step=metrics["epoch"])
+            write(told, f"{metrics['epoch']}\n".encode())
 
     return log, run.finish
 
