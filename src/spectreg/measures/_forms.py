@@ -140,14 +140,27 @@ class WholeLoss:
     def _unequal_to_its_halves(self, model: nn.Module, batch: Any) -> str | None:
         """What is wrong where a batch's loss is not the mean of those of its halves by their counts.
 
+        Halves of the examples, which lie along the first dimension, or along the second (time first).
+
         Raises:
             ValueError: The losses of the halves add up.
         """
-        n = examples_in(batch)
+        wrong = None
+        for dim in (0, 1):
+            sizes = {x.shape[dim] for x in tensors(batch) if x.ndim > dim}
+            if len(sizes) != 1 or max(sizes) < 2 or (dim and any(x.ndim == 1 for x in tensors(batch))):
+                continue
+            found = self._unequal_along(model, batch, dim, max(sizes))
+            if found is None:
+                return None
+            wrong = wrong or found
+        return wrong
+
+    def _unequal_along(self, model: nn.Module, batch: Any, dim: int, n: int) -> str | None:
         whole = self._counted(model, batch)
-        if n < 2 or whole is None or any(x.ndim and len(x) != n for x in tensors(batch)):
+        if whole is None:
             return None
-        halves = [self._counted(model, rows_of(batch, *rows)) for rows in ((0, n // 2), (n // 2, n))]
+        halves = [self._counted(model, rows_of(batch, *rows, dim)) for rows in ((0, n // 2), (n // 2, n))]
         (first, count), (second, other) = (half or (math.nan, math.nan) for half in halves)
         with torch.no_grad():
             tolerance = 4 * torch.finfo(self(model, batch).loss.dtype).eps ** 0.5

@@ -38,9 +38,9 @@ def mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     return tree
 
 
-def rows_of(tree: Any, start: int, stop: int) -> Any:
-    """A copy of ``tree`` with some rows of every tensor that has any."""
-    return mapped(lambda x: x[start:stop] if x.ndim else x, tree)
+def rows_of(tree: Any, start: int, stop: int, dim: int = 0) -> Any:
+    """A copy of ``tree`` with some rows, along ``dim``, of every tensor that has any."""
+    return mapped(lambda x: x.narrow(dim, start, stop - start) if x.ndim > dim else x, tree)
 
 
 def with_tensors(tree: Any, replacements: Iterable[Tensor]) -> Any:

@@ -408,6 +408,14 @@ def test_counts_that_are_not_those_of_the_mean_are_refused_on_several_batches(me
         measure(linear(), BatchLoss(function), batches)
 
 
+def test_counts_of_batches_with_time_first_are_compared_along_their_examples():
+    model, x, y = Recurrent(), randn(4, 6, 4), classes(4, 6)
+    loss = BatchLoss(lambda m, b: (by_token(m(b["x"]), b["y"]), b["y"].numel()))
+    batches = [{"x": a, "y": b} for a, b in zip(x.split((2, 4), 1), y.split((2, 4), 1), strict=True)]
+    ours = hessian_top_eigenvalues(model, loss, batches, tolerance=1e-8)
+    assert ours.values[0] == pytest.approx(largest_eigenvalue(model, by_token, x, y), rel=1e-8)
+
+
 def test_of_a_single_batch_the_count_does_not_matter():
     wrong = BatchLoss(lambda m, b: (F.cross_entropy(m(b["x"]), b["y"]), len(b["y"])))
     x = randn(12, 4)
