@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectreg.measures._model import examples_in
 from spectreg.measures._nested import rows_of, tensors
 from spectreg.measures._terms import WAY_OUT, LossFunction, Part, Terms, refuse, scalar
 from spectreg.measures.losses import BatchLoss
