@@ -235,18 +235,22 @@ class SpectralNormRegularizer(Following):
         >>> {name: round(x, 3) for name, x in SpectralNormRegularizer(layer, strength=0).log().items()}
         {'sigma/weight': 2.0, 'residual/weight': 0.0, 'stable_rank/weight': 1.25}
         """
-        numbers = self._readings()
-        if self._attachment is not None:
-            self._attachment.check_acting(numbers, self._state.calls())
-        return flat(numbers)
+        return log_of(self)
 
-    def _readings(self) -> Readings:
+    def _readings(self) -> dict[str, Tensor]:
+        """σ, residual and stable rank of each weight."""
+
         def three(group: Group, weights: list[Tensor]) -> list[Tensor]:
             v = group.vectors
             each = zip(v.sigmas, v.residuals(weights), v.stable_ranks(weights), strict=True)
             return [torch.stack([s.max(), residual, rank.to(s.dtype)]) for s, residual, rank in each]
 
-        return on_host(self._state.look(three))
+        return self._state.look(three)
+
+    def _logged(self, numbers: Readings) -> dict[str, float]:
+        if self._attachment is not None:
+            self._attachment.check_acting(numbers, self._state.calls())
+        return flat(numbers)
 
     @torch.no_grad()
     def summary(self) -> str:
@@ -258,7 +262,7 @@ class SpectralNormRegularizer(Following):
         weight  shape  map        strength  σ  residual  stable rank
         weight  2 × 3  1 × 2 × 3  0.01      2  ...       1.25
         """
-        return table(self._state.strengths_now(), self.every, self.weights, self._readings())
+        return table(self._state.strengths_now(), self.every, self.weights, on_host(self._readings()))
 
     def __repr__(self) -> str:
         blocks = sum(w.map.blocks for w in self.weights)
@@ -277,3 +281,14 @@ class SpectralNormRegularizer(Following):
                 move(group, weights, self.penalty_function, own, keep * acts)
             else:
                 add_gradient(group, weights, self.penalty_function, factor * keep * acts)
+
+
+@torch.no_grad()
+def log_of(*regularizers: SpectralNormRegularizer) -> dict[str, float]:
+    """The logs of several regularizers by one transfer for all; of a weight in several of them, that of the last."""
+    readings = [(r, name, reading) for r in regularizers for name, reading in r._readings().items()]
+    numbers = on_host({(id(r), name): reading for r, name, reading in readings})
+    log: dict[str, float] = {}
+    for r in regularizers:
+        log |= r._logged({name: numbers[id(r), name] for other, name, _ in readings if other is r})
+    return log

@@ -1,6 +1,7 @@
 """How the weights of a regularizer stand: as numbers for a log, and as a table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,20 +12,21 @@ from spectreg.weights.selection import Weight
 QUANTITIES = ("sigma", "residual", "stable_rank")
 HEAD = ("weight", "shape", "map", "strength", "σ", "residual", "stable rank")
 
+Key = TypeVar("Key", bound=Hashable)
 Readings = dict[str, list[float]]  # by the name of the weight: a number for each of the quantities
 
 
-def on_host(readings: Mapping[str, Tensor]) -> Readings:
-    """The numbers of all weights, by one transfer for each device that holds weights.
+def on_host(readings: Mapping[Key, Tensor]) -> dict[Key, list[float]]:
+    """The numbers of all readings, by one transfer for each device that holds weights.
 
     >>> on_host({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])})
     {'a': [1.0, 2.0], 'b': [3.0, 4.0]}
     """
-    by_device: dict[torch.device, dict[str, Tensor]] = {}
+    by_device: dict[torch.device, dict[Key, Tensor]] = {}
     for name, reading in readings.items():
         wide = reading if reading.device.type == "mps" else reading.double()  # weights may differ in precision
         by_device.setdefault(reading.device, {})[name] = wide
-    numbers: Readings = {}
+    numbers: dict[Key, list[float]] = {}
     for each in by_device.values():
         numbers |= zip(each, torch.stack(list(each.values())).tolist(), strict=True)
     return {name: numbers[name] for name in readings}

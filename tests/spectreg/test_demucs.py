@@ -72,7 +72,7 @@ def test_the_estimate_of_demucs_is_within_its_own_error_of_ours():
     assert theirs.item() == pytest.approx(ours.item(), rel=5e-3)
 
 
-def test_acting_at_every_fourth_step_is_four_times_the_penalty_then_as_its_skipped_steps_are():
+def test_every_fourth_step_takes_four_times_the_penalty_and_the_others_none():
     model = separator()
     regularizer = in_one_line(model, warmup=600, every=4)
     exact = STRENGTH * sum(torch.linalg.matrix_norm(matrix, 2).square() for _, matrix in matrices(model))

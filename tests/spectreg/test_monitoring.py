@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectreg import SpectralNormRegularizer
 from spectreg.alarms import Alarm, alarms
+from spectreg.regularizer import log_of
 
 QUANTITIES = ("sigma", "residual", "stable_rank")
 
@@ -158,6 +159,16 @@ def test_a_log_of_all_weights_is_one_transfer_and_a_step_none(settings):
     assert reads.count == 0
     apart = zip(QUANTITIES, (regularizer.sigma(), regularizer.residual(), regularizer.stable_rank()), strict=True)
     assert numbers == {f"{quantity}/{name}": x.item() for quantity, each in apart for name, x in each.items()}
+
+
+def test_the_logs_of_two_regularizers_are_one_transfer_and_each_as_by_itself():
+    first, second = mlp(), mlp(seed=1)
+    ours = [SpectralNormRegularizer(first, {"0.*": 0.1}, select=lambda name, _: name != "4.weight"),
+            SpectralNormRegularizer(second, 0, select=lambda name, _: name == "4.weight", tracked=2)]  # fmt: skip
+    with Transfers() as transfers:
+        both = log_of(*ours)
+    assert transfers.calls == ["tolist"]
+    assert both == ours[0].log() | ours[1].log()
 
 
 def test_a_log_after_a_resume_is_that_of_a_training_that_was_not_interrupted():

@@ -185,9 +185,11 @@ def test_the_trainer_of_trl_steps_adapters_and_logs_their_sigma(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_callbacks_of_lightning_act_on_two_networks_and_are_both_restored(tmp_path):
+def test_two_callbacks_of_lightning_act_on_two_networks_and_are_both_restored(tmp_path, monkeypatch):
     pl = pytest.importorskip("pytorch_lightning")
+    from spectreg.integrations import lightning
     from spectreg.integrations.lightning import SpectralNorm
+    from spectreg.regularizer import log_of
 
     class Two(pl.LightningModule):
         def __init__(self):
@@ -220,7 +222,10 @@ def test_two_callbacks_of_lightning_act_on_two_networks_and_are_both_restored(tm
         trainer.fit(model, torch.utils.data.DataLoader(batch().repeat(4, 1), batch_size=8), ckpt_path=resume)
         return model, trainer
 
+    logs = []
+    monkeypatch.setattr(lightning, "log_of", lambda *regularizers: logs.append(regularizers) or log_of(*regularizers))
     whole, trainer = fit(8)
+    assert [len(regularizers) for regularizers in logs] == [2] * 4  # both at once, at every second step of eight
     assert {"sigma/g.0.weight", "sigma/d.0.weight"} <= set(trainer.callback_metrics)
     by_hand = Two()
     regularizers = [
