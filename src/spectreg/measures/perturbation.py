@@ -88,6 +88,7 @@ def perturbation_curve(
     with as_found(model):
         for batch in loss.begin(model, perturbable(loss, batches_on(device_of(model), batches))):
             x = differentiable_input(batch[loss.place(batch)]).detach()
+            refuse_lost(x, radii)
             examples = examples_of(model, loss, batch, x)
             is_open = is_open and examples.is_open
             first = unit(gaussian_like(x, attack.generator)) if kind == "random" else attack.direction(examples, x)
@@ -97,6 +98,16 @@ def perturbation_curve(
     if is_open:
         refuse_one_step(x.shape)
     return tuple(point(radius, torch.cat(row, 1)) for radius, row in zip(radii, rows, strict=True))
+
+
+def refuse_lost(x: Tensor, radii: Sequence[float]) -> None:
+    """Raise if a radius is of the size of the rounding of the inputs, in which a perturbation is lost."""
+    least = 16 * torch.finfo(x.dtype).eps * lengths(x.double()).max().item()
+    if lost := [radius for radius in radii if 0 < radius < least]:
+        raise ValueError(
+            f"the radius {lost[0]:g} is lost in the rounding of {x.dtype}, of inputs as long as these: give one from "
+            f"{least:.2g} on, or a model and inputs of higher precision."
+        )
 
 
 @torch.no_grad()

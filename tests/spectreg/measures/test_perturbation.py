@@ -133,3 +133,16 @@ def test_a_wrong_argument_is_named(changes, message):
     arguments = {"model": network(), "loss_fn": F.cross_entropy, "batches": [examples()], "radii": [1.0], **changes}
     with pytest.raises(ValueError, match=message):
         perturbation_curve(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_radius_that_is_lost_in_the_rounding_of_the_inputs_is_refused(dtype):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 3).to(dtype), torch.randn(5, 6).to(dtype)
+    loss = lambda output, y: output.sum()  # noqa: E731
+    lost = torch.finfo(dtype).eps
+    with pytest.raises(ValueError, match=rf"the radius {lost:g} is lost in the rounding of {dtype}"):
+        perturbation_curve(layer, loss, [(x, x)], [1.0, lost])
+    (point,) = perturbation_curve(layer, loss, [(x, x)], [100 * lost], "gradient")
+    truth = perturbation_curve(layer.double(), loss, [(x.double(), x)], [1.0], "gradient")[0]
+    assert point.stretch == pytest.approx(truth.stretch, rel=0.1)
