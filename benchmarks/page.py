@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import NAMES
+from benchmarks import NAMES, core
 from benchmarks.harness import RESULTS
 
 ROOT = Path(__file__).parents[1]
@@ -20,24 +20,25 @@ Line = dict[str, Any]
 
 SHORT = """# Benchmarks
 
-What the regularizer costs beside a training step, and beside other ways to the same end. Each number is the median of
-paired rounds, A B A B …, in one process on one thread; `make benchmarks` measures all of it in about 25 minutes. Every
-row, with quartiles, goals, and the reason for each goal that is missed, is in `results/benchmarks.md`.
+What the regularizer costs, beside the floor of any gradient penalty (one read of each weight, one read and write of
+its gradient), and beside other ways to the same end. Everything is timed in turn, A B A B …, in one process; a number
+is the median.
 
-**These records are older than the power step as it is now**: each column names the commit that it was measured at.
+## A power step
+
+{core}
+"""
+OLDER = """
+## Beside others
+
+Measured **before the power step was rewritten**, each column at the commit it names, on one thread. Every row, with
+quartiles, goals, and the reason for each goal that is missed, is in `results/benchmarks.md`; `make benchmarks` measures
+them anew in about 25 minutes.
 """
 ASKED = {
-    "How much longer is a step with the penalty?": [
-        ("VGG-16, B = 64", "VGG: by itself", "add_gradient"),
-        ("the same, half steps", "VGG: whole steps of B=2", "half steps"),
-        ("the same, `every=8`", "VGG: by itself", "every=8"),
-        ("transformer 4 × 256, B = 64", "transformer 4 × 256: by itself", "add_gradient"),
-        ("NIN, B = 64", "NIN: by itself", "add_gradient"),
-        ("DenseNet-40, B = 64", "DenseNet: by itself", "add_gradient"),
-        ("MLP 5 × 1024, B = 64", "MLP 5 × 1024: by itself", "add_gradient"),
-    ],
-    "And with something else, on the VGG?": [
-        ("the floor: read each weight once, write its gradient once", "VGG: by itself", "floor"),
+    "How much longer is a step with it?": [
+        ("VGG-16, B = 64, `every=8`", "VGG: by itself", "every=8"),
+        ("the floor", "VGG: by itself", "floor"),
         ("the same penalty by autograd", "VGG: whole steps of B=2", "autograd penalty"),
         ("torch's `spectral_norm`", "VGG: whole steps of B=2", "torch's spectral_norm"),
         ("an exact SVD of each weight", "VGG: by itself", "SVD penalty"),
@@ -45,10 +46,6 @@ ASKED = {
     "What does it cost to watch, and to log?": [
         ("follow the norms of the VGG, `strength=0`", "VGG: by itself", "strength=0"),
         ("log σ, residual and stable rank of all weights, once", "VGG: by itself", "log()"),
-    ],
-    "How does it grow with the weights?": [
-        ("100 M parameters in 6 weights, beside the floor", "101 M in 6 × 4096²", "add_gradient"),
-        ("the same, half steps", "101 M in 6 × 4096²", "half steps"),
     ],
 }
 FULL = """# Every row of the benchmarks
@@ -174,9 +171,21 @@ def answer(lines: Sequence[Line], case: str, subject: str) -> str:
     return f"{value:.2f} ×" if row["unit"] == "×" else f"{value:+.{0 if value >= 10 else 1 if value >= 1 else 2}f} %"
 
 
+def core_limits() -> str:
+    """What `benchmarks.core` measured beside its limits, and where."""
+    path = RESULTS.with_name("core.json")
+    if not path.exists():
+        return "Not measured."
+    found = json.loads(path.read_text())
+    where = f"torch {found['torch']}, {found['machine']}, commit {found['commit'][:7]}"
+    said = "Multiples of the floor, and per cent of a step of 64 examples; **bold**: the limit is missed."
+    command = f"`python -m benchmarks.core` ({where}); every row in `results/core.md`."
+    return f"{said} {command}\n\n{core.table(found['rows'], every=False)}"
+
+
 def short(records: Sequence[Sequence[Line]]) -> str:
     """One screen: what users ask and a record answers, a column for each record."""
-    parts = [SHORT]
+    parts = [SHORT.format(core=core_limits()), OLDER]
     for question, asked in ASKED.items():
         answers = {words: [answer(lines, *of) for lines in records] for words, *of in asked}
         rows = [f"| {words} | {' | '.join(each)} |" for words, each in answers.items() if set(each) != {"–"}]

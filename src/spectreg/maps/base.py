@@ -36,6 +36,10 @@ class LinearMap(Protocol):
         """Wᵀu of each row."""
         ...
 
+    def round_trip(self, W: Tensor, v: Float[Tensor, "m v"]) -> tuple[Float[Tensor, "m u"], Float[Tensor, "m v"]]:
+        """Wv and Wᵀ(Wv) of each row."""
+        ...
+
     def add_outer_(self, G: Tensor, u: Float[Tensor, "k u"], v: Float[Tensor, "k v"], alpha: float = 1.0) -> None:
         """G += alpha·Σ ∂(uᵀWv)/∂W, in place; the sum is over the rows."""
         ...

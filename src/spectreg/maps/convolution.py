@@ -90,6 +90,11 @@ class OperatorMap:
             v[:, p.columns] += p.map._transposed(W[p.kernel].to(u.dtype), u[..., p.rows].reshape(len(v), -1))
         return v.view(*u.shape[:-1], -1)
 
+    def round_trip(self, W: Tensor, v: Float[Tensor, "m v"]) -> tuple[Float[Tensor, "m u"], Float[Tensor, "m v"]]:
+        """The convolution of each row of ``v``, and the transpose of that applied to it."""
+        u = self.forward(W, v)
+        return u, self.adjoint(W, u)
+
     def add_outer_(self, G: Tensor, u: Float[Tensor, "k u"], v: Float[Tensor, "k v"], alpha: float = 1.0) -> None:
         """G += alpha times the gradient of Σ⟨u, conv(v)⟩ by the kernel."""
         for p in self._parts(G):

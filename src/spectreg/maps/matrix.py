@@ -12,12 +12,12 @@ from torch import Tensor
 
 from spectreg.maps.base import Norm
 
-CACHED = 1 << 21  # elements of a matrix that stay in the cache from one product to the next
-# Elements of a weight of lower precision that are held in float32 at a time, and of a block that is multiplied alone.
-# The first is what torch gives to one thread. With larger pieces each conversion and product forks, and where other
-# processes are busy, thousands of joins wait for a core: 8 to 80 × the time of a product in bfloat16, against 1.3.
-PIECE_ON = {"cpu": (1 << 15, 1 << 12)}
-PIECE_ELSEWHERE = (1 << 22, 1 << 62)  # each piece costs a dozen launches
+# On a CPU: elements that stay in the cache of a core from one product to the next; elements of which torch takes no
+# more threads than one; and elements of a block above which it is multiplied by itself. Products with single vectors
+# never fork, conversions and sums of more than ``ALONE`` elements do: thousands of joins, each of which waits for a
+# core where other processes are busy, took 8 to 80 × the time of a product in bfloat16.
+TILE, ALONE, SINGLE = 1 << 19, 1 << 15, 1 << 12
+PIECE_ELSEWHERE = 1 << 22  # elements converted at a time on an accelerator, where each piece costs launches
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,20 @@ class MatrixMap:
             v[:, b, p] += part.unflatten(2, (-1, self._columns))
         return self._from_memory(W, v.flatten(1))
 
+    def round_trip(self, W: Tensor, v: Float[Tensor, "m v"]) -> tuple[Float[Tensor, "m u"], Float[Tensor, "m v"]]:
+        """Wv and Wᵀ(Wv) of each row of ``v``, in its precision; a CPU reads ``W`` from memory once for both."""
+        A = self._matrix(W)
+        if A is not None and A.stride(1) == 1:
+            u, w = there_and_back(self._to_memory(W, v), A)
+            return u, self._from_memory(W, w)
+        S = self._stored(W)
+        if A is not None or self._parts > 1 or S.stride(3) != 1 or self.outputs * self._columns <= SINGLE:
+            u = self.forward(W, v)
+            return u, self.adjoint(W, u)
+        x = self._to_memory(W, v).view(len(v), self.blocks, self._columns)
+        u, w = (torch.cat(x, 1) for x in zip(*[there_and_back(x[:, b], S[b, 0]) for b in range(len(S))], strict=True))
+        return u, self._from_memory(W, w)
+
     def add_outer_(self, G: Tensor, u: Float[Tensor, "k u"], v: Float[Tensor, "k v"], alpha: float = 1.0) -> None:
         """G += alpha·Σ uvᵀ over the rows, rounded once to the precision of ``G``."""
         if not (G.is_contiguous() or G.ndim == 2 or self._kernel_first(G)):
@@ -179,21 +193,38 @@ def times(x: Float[Tensor, "m n"], A: Float[Tensor, "n o"]) -> Float[Tensor, "m 
     """x·A for few rows ``x``, in their precision, at the price of reading ``A`` once.
 
     A CPU's matrix product copies a large ``A`` before it multiplies it with a few rows. Products with one row after
-    the other, of a part of ``A`` that stays in the cache, take two thirds of the time.
+    the other, of a part of ``A`` that stays in the cache, take less time and never fork.
     """
-    part = part_of(A, x)
-    if part is None:
+    if at_once(A, x, ALONE if len(x) > 1 else A.numel()):
         A = A.to(x.dtype)
         return torch.mv(A.t(), x[0])[None] if len(x) == 1 else x @ A
+    y = x.new_zeros(len(x), A.shape[1])
     if A.stride(0) == 1:  # the transpose of a matrix of rows: each part gives some of the outputs
-        parts = (some.t().to(x.dtype) for some in A.split(max(1, part // len(A)), 1))
-        return torch.cat([torch.stack([torch.mv(some, row) for row in x]) for some in parts], 1)
-    y, rows = x.new_zeros(len(x), A.shape[1]), max(1, part // A.shape[1])
-    for some, inputs in zip(A.split(rows), x.split(rows, 1), strict=True):
-        some = some.to(x.dtype).t()
-        for row, out in zip(inputs, y, strict=True):
-            out.addmv_(some, row)
+        for some, part in swept(A.t(), x.dtype, TILE):
+            add_products_(y[:, some], part, x)
+    else:
+        for some, part in swept(A, x.dtype, TILE):
+            add_products_(y, part.t(), x[:, some])
     return y
+
+
+def there_and_back(x: Float[Tensor, "m i"], A: Float[Tensor, "o i"]) -> tuple[Tensor, Tensor]:
+    """Ax and AᵀAx for few rows ``x``: the second product of a part of ``A`` finds it in the cache."""
+    if at_once(A, x, ALONE if len(x) > 1 else TILE):
+        A = A.to(x.dtype)
+        y = torch.mv(A, x[0])[None] if len(x) == 1 else x @ A.t()
+        return y, torch.mv(A.t(), y[0])[None] if len(x) == 1 else y @ A
+    y, z = x.new_zeros(len(x), len(A)), torch.zeros_like(x)
+    for some, part in swept(A, x.dtype, TILE):
+        add_products_(y[:, some], part, x)
+        add_products_(z, part.t(), y[:, some])
+    return y, z
+
+
+def add_products_(y: Float[Tensor, "m o"], A: Float[Tensor, "o i"], x: Float[Tensor, "m i"]) -> None:
+    """y += Ax, row by row of ``x``: for a part of a matrix, in the cache."""
+    for out, row in zip(y, x, strict=True):
+        out.addmv_(A, row)
 
 
 def add_times_(A: Float[Tensor, "n o"], x: Float[Tensor, "n k"], y: Float[Tensor, "k o"], alpha: float) -> None:
@@ -205,22 +236,45 @@ def add_times_(A: Float[Tensor, "n o"], x: Float[Tensor, "n k"], y: Float[Tensor
     elif A.stride(0) == 1 and A.stride(1) != 1:
         add_times_(A.t(), y.t(), x.t(), alpha)
     else:
-        rows = max(1, (part_of(A, x) or A.numel()) // A.shape[1])
-        for some, left in zip(A.split(rows), x.split(rows), strict=True):
-            some.add_(left @ y, alpha=alpha)
+        rows = max(1, converted_at_once(A) // max(1, A.shape[1]))
+        held, lefts = x.new_empty(min(rows, len(A)), A.shape[1]), [left[:, None].split(rows) for left in x.unbind(1)]
+        for i, stored in enumerate(A.split(rows)):
+            part = held[: len(stored)].copy_(stored)
+            for left, right in zip(lefts, y, strict=True):
+                part.addcmul_(left[i], right, value=alpha)
+            stored.copy_(part)
 
 
-def part_of(A: Tensor, x: Tensor) -> int | None:
-    """Elements of ``A`` to multiply with ``x`` at a time; None for all at once."""
+def at_once(A: Tensor, x: Tensor, cached: int) -> bool:
+    """Whether products of ``A`` with ``x`` are to be taken whole: where it has not more than ``cached`` elements."""
     if torch.compiler.is_compiling():
-        return None
-    if A.dtype != x.dtype:
-        part = PIECE_ON.get(A.device.type, PIECE_ELSEWHERE)[0]
-    elif A.device.type == "cpu" and len(x) > 1:
-        part = CACHED
-    else:
-        return None
-    return None if A.numel() <= part else part
+        return True
+    if A.device.type != "cpu":
+        return A.dtype == x.dtype or A.numel() <= PIECE_ELSEWHERE
+    return A.numel() <= (cached if A.dtype == x.dtype else ALONE)
+
+
+def swept(A: Float[Tensor, "n o"], dtype: torch.dtype, most: int) -> Iterator[tuple[slice, Float[Tensor, "some o"]]]:
+    """The rows of ``A`` in this precision, ``most`` elements at a time; what is converted lies in the same memory."""
+    rows, few = (max(1, size // max(1, A.shape[1])) for size in (most, converted_at_once(A)))
+    held = None if A.dtype == dtype else A.new_empty((min(rows, len(A)), A.shape[1]), dtype=dtype)
+    for first in range(0, len(A), rows):
+        some = slice(first, first + rows)
+        part = A[some]
+        if held is not None:
+            stored, part = part, held[: len(part)]
+            for to, of in zip(part.split(few), stored.split(few), strict=True):
+                to.copy_(of)
+        yield some, part
+
+
+def converted_at_once(A: Tensor) -> int:
+    """Elements of a weight of lower precision to convert in one call."""
+    if torch.compiler.is_compiling():
+        return max(1, A.numel())
+    if A.device.type != "cpu":
+        return PIECE_ELSEWHERE
+    return TILE if torch.get_num_threads() == 1 else ALONE
 
 
 def times_each(x: Float[Tensor, "m blocks n"], A: Float[Tensor, "blocks n o"]) -> Float[Tensor, "m blocks o"]:
@@ -235,13 +289,14 @@ def pieces(S: Float[Tensor, "blocks parts outputs columns"], whole: bool) -> Ite
 
     A CPU multiplies large blocks faster one at a time.
 
-    >>> W = torch.empty(1, 1, 4096, 4096, dtype=torch.bfloat16)
-    >>> len(list(pieces(W, whole=False))), len(list(pieces(W.to("meta"), whole=False)))
-    (512, 4)
+    >>> W = torch.empty(1, 1, 4096, 4096, dtype=torch.bfloat16, device="meta")
+    >>> len(list(pieces(W, whole=False)))
+    4
     """
     blocks, parts, rows, columns = S.shape
-    of_block, (most, single) = parts * rows * columns, PIECE_ON.get(S.device.type, PIECE_ELSEWHERE)
-    b = 1 if of_block > single else max(1, (blocks * of_block if whole else most) // max(1, of_block))
+    of_block, most = parts * rows * columns, converted_at_once(S)
+    apart = S.device.type == "cpu" and of_block > SINGLE
+    b = 1 if apart else max(1, (blocks * of_block if whole else most) // max(1, of_block))
     p = parts if whole else max(1, min(parts, most // max(1, rows * columns)))
     r = rows if whole else max(1, min(rows, most // max(1, columns)))
     for i, j, k in product(range(0, blocks, b), range(0, parts, p), range(0, rows, r)):

@@ -25,8 +25,7 @@ class ShardedVectors(Vectors):
     columns are sharded (row-wise parallel layers; transposed convolutions under ``fully_shard``) it takes two, and one
     cannot do: Wᵀu needs the sum over the ranks of their shares of u, and |Wᵀu|, which is σ, the sum over the ranks of
     what each then makes of that; a message sent before the first sum is known cannot hold the second. (It could wait
-    for the next step's message, but then a look at σ or the state would have to talk to all ranks.) For several
-    vectors it also takes two, since u is made orthonormal in between.
+    for the next step's message, but then a look at σ or the state would have to talk to all ranks.)
     """
 
     def __init__(

@@ -23,6 +23,7 @@ from spectreg.power_iteration.step import Vectors, full_precision
 from spectreg.power_iteration.strengths import Strength, Strengths
 from spectreg.weights.selection import Weight
 
+SMALL = 16  # rows or columns of a block whose singular values are all followed where more are than are penalized
 Saved = dict[str, Any]  # of one weight: u, v and sigma, calls, start if a penalty asks for it, and whether it is warm
 
 
@@ -120,7 +121,7 @@ class State:
     Args:
         weights: Those of the model.
         k: Singular values of each block that are penalized.
-        tracked: Singular values of each block that are followed.
+        tracked: Singular values of each block that are followed; if there are more than ``k``, all of a small block.
         seed: Of the first vectors.
         halves: Half steps a call.
         every: Which calls are acted at.
@@ -258,7 +259,8 @@ class State:
         plain: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults of the moment
         first: dict[str, Saved] = {}
         for w in self.weights:
-            m = min(self.tracked, w.map.outputs, w.map.inputs)
+            rank = min(w.map.outputs, w.map.inputs)
+            m = rank if rank <= SMALL and self.tracked > self.k else min(self.tracked, rank)
             v = torch.linalg.qr(torch.randn(w.map.blocks, w.map.inputs, m, generator=generator, **plain)).Q
             v = v.to(torch.promote_types(w.tensor.dtype, torch.float32))
             u, sigma = v.new_zeros(w.map.blocks, w.map.outputs, m), v.new_zeros(w.map.blocks, m)
@@ -277,12 +279,14 @@ class State:
         return {w.name: at_rest[w.name] for w in self.weights} if at_rest else self._saved
 
     def _regrouped(self, weights: Mapping[str, Tensor]) -> list[Group]:
-        """The weights that are alike in all that a step needs to be the same, together."""
+        """The weights that are alike in all that a step needs to be the same, together; those of one shape in a row."""
         members: dict[Any, list[Weight]] = {}
         for w, key in zip(self.weights, alike(list(weights.values())), strict=True):
             saved = self._saved[w.name]
             its = (saved["sigma"].shape[1], saved["calls"], saved["warm"], "start" in saved)
             members.setdefault((self.lanes.get(w.name, 0), *key, *its), []).append(w)
+        for group in members.values():
+            group.sort(key=lambda w: (w.map.outputs, w.map.inputs))
         return [self._group(key[0], group, [weights[w.name] for w in group]) for key, group in members.items()]
 
     def _group(self, lane: int, members: list[Weight], weights: list[Tensor]) -> Group:

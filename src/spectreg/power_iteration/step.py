@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import accumulate
+from itertools import accumulate, groupby
 from math import inf
 from typing import Any, NamedTuple
 
@@ -28,6 +28,9 @@ class Vectors:
 
     With ``m`` > 1 u and v are matrices of ``m`` orthonormal columns, and dividing by the length becomes the step of
     Rayleigh and Ritz: with Y = WV, YᵀY = B s²Bᵀ (``m`` × ``m``; all blocks at once), U ← YB/s, V ← VB and σ ← s.
+
+    A whole step takes Y = WV and Z = WᵀY in one go, so that a CPU reads W once and sharded weights send one message;
+    what the lengths, or B and s, of both halves are follows from YᵀY and ZᵀZ, since WᵀU = ZB/s.
 
     σ never exceeds the true norm; with ``m`` = 1 the shortfall shrinks by (σ₂/σ₁)⁴ a step, else by (σ_{m+1}/σ₁)⁴. For a
     zero map σ is 0, for one that is not finite NaN or infinity; u and v then stay as they were.
@@ -68,7 +71,7 @@ class Vectors:
         """Take ``halves`` half steps: u from v and v from u in turn, beginning with v from u if ``from_u``."""
         with full_precision(self.U):
             while halves > 0:
-                if self.m == 1 and halves > 1 and not from_u:
+                if halves > 1 and not from_u:
                     self.whole_step(weights)
                     halves -= 2
                 else:
@@ -76,18 +79,34 @@ class Vectors:
                     halves, from_u = halves - 1, not from_u
 
     def whole_step(self, weights: Sequence[Tensor]) -> None:
-        """Both halves of one vector, whose lengths are taken afterwards, together: sharded weights need one message.
+        """Both halves.
 
-        v is divided by the last σ before: Wᵀ(Wv) would be of the size σ², which float32 cannot hold where it can σ.
+        V is divided by the last σ before: WᵀWV would be of the size σ², which float32 cannot hold where it can σ.
         """
         most = 1e30 if self.X.dtype == torch.float32 else 1e140
-        scale = self.sigma.clamp(1 / most, most).nan_to_num_(1.0).reciprocal_()
-        raw = self.round_trips(weights, self.V * self.v_side.spread(scale.t()))
+        scale = self.sigma[:, :1].clamp(1 / most, most).nan_to_num_(1.0).reciprocal_().t()
+        raw = self.round_trips(weights, self.V * self.v_side.spread(scale))
+        if self.m > 1:
+            self._turn_both(raw, scale)
+            return
         length = self.both_sides.lengths(raw)
         u_length, w_length = length.chunk(2, 1)
         w_length.nan_to_num_(inf, inf)  # inf - inf in Wᵀu: overflown, and put right at the next step by the σ of this
-        self.sigma.copy_((w_length / u_length.clamp_min_(torch.finfo(length.dtype).tiny)).t())
+        torch.div(w_length, u_length.clamp_min_(torch.finfo(length.dtype).tiny), out=self.sigma.t())
         keep_unit(self.X, raw, length, self.both_sides)
+
+    def _turn_both(self, raw: Float[Tensor, "m columns"], scale: Float[Tensor, "1 blocks"]) -> None:
+        """Rayleigh and Ritz for both halves: ``raw`` holds Y = WV · ``scale`` and Z = WᵀY."""
+        Y, Z = (x.nan_to_num(0.0, 0.0, 0.0) for x in raw.split([self.U.shape[1], self.V.shape[1]], 1))
+        G, H = self.u_side.gram(raw[:, : Y.shape[1]]), self.v_side.gram(raw[:, Y.shape[1] :])
+        first = Ritz.of(G, stays=False)
+        second = Ritz.of(first.new.mT @ H @ first.new, stays=True)
+        largest = second.sigma[:, :1]
+        fits = largest.isfinite() & (largest > 0)  # else Z over- or underflew: the next step has the right scale
+        self.sigma.copy_(torch.where(fits, second.sigma, first.sigma / scale.t()))
+        ours, theirs = self.u_side, self.v_side
+        self.U.copy_(ours.combine(Y, first.new @ second.turn) + ours.combine(self.U, first.old @ second.turn))
+        self.V.copy_(theirs.combine(Z, first.new @ second.new) + theirs.combine(self.V, first.turn @ second.old))
 
     def half_step(self, weights: Sequence[Tensor], from_u: bool) -> None:
         """u from v, or v ``from_u``."""
@@ -111,11 +130,10 @@ class Vectors:
             return [m.adjoint(W, u) for m, W, u in zip(self.maps, weights, self.us, strict=True)]
         return [m.forward(W, v) for m, W, v in zip(self.maps, weights, self.vs, strict=True)]
 
-    def round_trips(self, weights: Sequence[Tensor], guess: Float[Tensor, "1 _"]) -> Float[Tensor, "1 _"]:
+    def round_trips(self, weights: Sequence[Tensor], guess: Float[Tensor, "m _"]) -> Float[Tensor, "m _"]:
         """Wv of each weight, then WᵀWv of each, side by side."""
-        guesses = guess.split(self.v_side.widths, 1)
-        u = [m.forward(W, v) for m, W, v in zip(self.maps, weights, guesses, strict=True)]
-        w = [m.adjoint(W, x) for m, W, x in zip(self.maps, weights, u, strict=True)]
+        parts = zip(self.maps, weights, guess.split(self.v_side.widths, 1), strict=True)
+        u, w = zip(*[m.round_trip(W, v) for m, W, v in parts], strict=True)
         return torch.cat([*u, *w], 1)
 
     def add_outer_(
@@ -173,47 +191,51 @@ class Vectors:
 
 
 class Side(NamedTuple):
-    """How the vectors of all blocks lie side by side in ``U`` or ``V``: which block each column belongs to."""
+    """How the vectors of all blocks lie side by side in ``U`` or ``V``.
+
+    ``owners`` says which block each column belongs to, ``widths`` how many columns each map has, and ``runs`` how many
+    blocks of one size follow each other.
+    """
 
     owners: Int[Tensor, " columns"]
     offsets: Int[Tensor, " boundaries"]
     blocks: int
     widths: list[int]
+    runs: list[tuple[int, int]]
 
     @classmethod
     def of(cls, sizes: Sequence[int], blocks: Sequence[int], m: int, device: torch.device) -> "Side":
-        """Of ``blocks`` vectors of ``size`` numbers for each map; ``sums`` is of at most ``m``² rows then."""
+        """Of ``blocks`` vectors of ``size`` numbers for each map; ``sums`` is of at most ``m`` rows then."""
         each = [size for size, count in zip(sizes, blocks, strict=True) for _ in range(count)]
         owners = torch.arange(len(each), device="cpu").repeat_interleave(torch.tensor(each, device="cpu"))
-        offsets = torch.tensor([0, *accumulate(each * m**2)], device="cpu")
+        offsets = torch.tensor([0, *accumulate(each * m)], device="cpu")
         widths = [size * count for size, count in zip(sizes, blocks, strict=True)]
-        return cls(owners.to(device), offsets.to(device), len(each), widths)
+        runs = [(len(list(same)), size) for size, same in groupby(each)]
+        return cls(owners.to(device), offsets.to(device), len(each), widths, runs)
 
     def lengths(self, x: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows blocks"]:
         """The length of each vector, in float64, where the squares of float32 cannot overflow."""
-        return self.sums(_wide(x).square()).sqrt()
+        offsets = self.offsets[: len(x) * self.blocks + 1]
+        squares = _wide(x).square().view(-1)
+        return torch.segment_reduce(squares, "sum", offsets=offsets, unsafe=True).view(len(x), self.blocks).sqrt()
 
     def gram(self, x: Float[Tensor, "m columns"]) -> Float[Tensor, "blocks m m"]:
         """The products of the vectors of each block with each other, in float64."""
-        x, m = _wide(x), len(x)
-        return self.sums((x[:, None] * x).flatten(0, 1)).view(m, m, -1).movedim(2, 0)
+        return torch.cat([part @ part.mT for part in map(_wide, self.by_block(x))])
 
-    def sums(self, x: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows blocks"]:
-        """The sum over the columns of each block, row by row."""
-        offsets = self.offsets[: len(x) * self.blocks + 1]
-        return torch.segment_reduce(x.view(-1), "sum", offsets=offsets, unsafe=True).view(len(x), self.blocks)
+    def combine(self, x: Float[Tensor, "m columns"], C: Float[Tensor, "blocks m m"]) -> Float[Tensor, "m columns"]:
+        """The vectors of each block, as columns, times its matrix of ``C``."""
+        parts = zip(C.mT.to(x.dtype).split([count for count, _ in self.runs]), self.by_block(x), strict=True)
+        return torch.cat([(c @ part).transpose(0, 1).flatten(1) for c, part in parts], 1)
+
+    def by_block(self, x: Float[Tensor, "m columns"]) -> list[Float[Tensor, "blocks m size"]]:
+        """The vectors of each block, those of a run in one tensor."""
+        parts = zip(x.split([count * size for count, size in self.runs], 1), self.runs, strict=True)
+        return [part.unflatten(1, run).transpose(0, 1) for part, run in parts]
 
     def spread(self, values: Float[Tensor, "*rows blocks"]) -> Float[Tensor, "*rows columns"]:
         """A number for each block, as a number for each column."""
         return values.index_select(values.ndim - 1, self.owners)
-
-    def combine(self, x: Float[Tensor, "m columns"], C: Float[Tensor, "blocks m m"]) -> Float[Tensor, "m columns"]:
-        """The vectors of each block, as columns, times its matrix of ``C``."""
-        rows = self.spread(C.to(x.dtype).movedim(0, 2))
-        y = x[0] * rows[0]
-        for xi, row in zip(x[1:], rows[1:], strict=True):
-            y.addcmul_(xi, row)
-        return y
 
 
 class Ritz(NamedTuple):
@@ -247,7 +269,7 @@ def keep_unit(
     """Make each vector of ``x`` that of ``raw`` over its length; where that is 0 or not finite it stays as it was."""
     over = length / length / length.clamp_min(torch.finfo(x.dtype).tiny)  # NaN for 0, infinity and NaN
     unit = raw * side.spread(over.to(x.dtype))
-    x.copy_(torch.where(unit.isnan(), x, unit))
+    torch.where(unit.isnan(), x, unit, out=x)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:

@@ -11,8 +11,8 @@ from spectreg import named_weights
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
 def test_the_products_and_the_outer_product_of_a_map_are_those_of_its_dense_blocks(kind, m, piece, dtype, monkeypatch):
     # Vectors are in float64: a weight in float32 is cut, and one in float64 where it is multiplied with several.
-    monkeypatch.setattr("spectreg.maps.matrix.PIECE_ON", {"cpu": (piece, piece)})
-    monkeypatch.setattr("spectreg.maps.matrix.CACHED", piece)
+    for name in ("TILE", "ALONE", "SINGLE"):
+        monkeypatch.setattr(f"spectreg.maps.matrix.{name}", piece)
     module = seeded(kind.build)
     chosen = named_weights(module, select=lambda name, _: name == kind.weight, **kind.settings)
     A, weight = chosen[0].map, chosen[0].tensor.detach().to(dtype)
@@ -23,6 +23,9 @@ def test_the_products_and_the_outer_product_of_a_map_are_those_of_its_dense_bloc
     torch.testing.assert_close(A.matrices(W), blocks)
     torch.testing.assert_close(A.forward(weight, v.flatten(1)).view_as(u), torch.einsum("boi,mbi->mbo", blocks, v))
     torch.testing.assert_close(A.adjoint(weight, u.flatten(1)).view_as(v), torch.einsum("boi,mbo->mbi", blocks, u))
+    there, back = A.round_trip(weight, v.flatten(1))
+    torch.testing.assert_close(there.view_as(u), torch.einsum("boi,mbi->mbo", blocks, v))
+    torch.testing.assert_close(back.view_as(v), torch.einsum("boi,mbo->mbi", blocks, there.view_as(u)))
     torch.testing.assert_close(A.forward(weight, v[0].flatten()), A.forward(weight, v[:1].flatten(1))[0])
     torch.testing.assert_close(A.adjoint(weight, u[0].flatten()), A.adjoint(weight, u[:1].flatten(1))[0])
     torch.testing.assert_close(A.squares(W), blocks.square().sum((1, 2)))
