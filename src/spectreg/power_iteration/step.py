@@ -97,8 +97,9 @@ class Vectors:
 
     def _turn_both(self, raw: Float[Tensor, "m columns"], scale: Float[Tensor, "1 blocks"]) -> None:
         """Rayleigh and Ritz for both halves: ``raw`` holds Y = WV · ``scale`` and Z = WᵀY."""
-        Y, Z = (x.nan_to_num(0.0, 0.0, 0.0) for x in raw.split([self.U.shape[1], self.V.shape[1]], 1))
-        G, H = self.u_side.gram(raw[:, : Y.shape[1]]), self.v_side.gram(raw[:, Y.shape[1] :])
+        Y, Z = raw.split([self.U.shape[1], self.V.shape[1]], 1)
+        G, H = self.u_side.gram(Y, Y), self.v_side.gram(Z, Z)
+        Y, Z = Y.nan_to_num(0.0, 0.0, 0.0), Z.nan_to_num(0.0, 0.0, 0.0)
         first = Ritz.of(G, stays=False)
         second = Ritz.of(first.new.mT @ H @ first.new, stays=True)
         largest = second.sigma[:, :1]
@@ -119,7 +120,7 @@ class Vectors:
             self.sigma.copy_(length.t())
             keep_unit(x, raw, length, ours)
             return
-        ritz = Ritz.of(ours.gram(raw), stays=from_u)
+        ritz = Ritz.of(ours.gram(raw, raw), stays=from_u)
         self.sigma.copy_(ritz.sigma)
         x.copy_(ours.combine(raw.nan_to_num(0.0, 0.0, 0.0), ritz.new) + ours.combine(x, ritz.old))
         other.copy_(theirs.combine(other, ritz.turn))
@@ -219,11 +220,12 @@ class Side(NamedTuple):
         squares = _wide(x).square().view(-1)
         return torch.segment_reduce(squares, "sum", offsets=offsets, unsafe=True).view(len(x), self.blocks).sqrt()
 
-    def gram(self, x: Float[Tensor, "m columns"]) -> Float[Tensor, "blocks m m"]:
-        """The products of the vectors of each block with each other, in float64."""
-        return torch.cat([part @ part.mT for part in map(_wide, self.by_block(x))])
+    def gram(self, x: Float[Tensor, "m columns"], y: Float[Tensor, "n columns"]) -> Float[Tensor, "blocks m n"]:
+        """The products of the vectors of each block, in float64."""
+        x, y = _wide(x), _wide(y)
+        return torch.cat([a @ b.mT for a, b in zip(self.by_block(x), self.by_block(y), strict=True)])
 
-    def combine(self, x: Float[Tensor, "m columns"], C: Float[Tensor, "blocks m m"]) -> Float[Tensor, "m columns"]:
+    def combine(self, x: Float[Tensor, "m columns"], C: Float[Tensor, "blocks m n"]) -> Float[Tensor, "n columns"]:
         """The vectors of each block, as columns, times its matrix of ``C``."""
         parts = zip(C.mT.to(x.dtype).split([count for count, _ in self.runs]), self.by_block(x), strict=True)
         return torch.cat([(c @ part).transpose(0, 1).flatten(1) for c, part in parts], 1)
