@@ -10,8 +10,6 @@ from torch import Tensor
 from spectreg.linalg.eigenbasis import eigenbasis
 from spectreg.power_iteration.step import Side, Vectors, full_precision
 
-Rows = Float[Tensor, "rows columns"]  # vectors of all blocks, side by side
-
 
 def follow(vectors: Vectors, weights: Sequence[Tensor], depth: int) -> None:
     """Renew σ, u and v from the span of V, WᵀWV, …, (WᵀW)^depth V: ``2·depth + 1`` products a weight.
@@ -21,11 +19,11 @@ def follow(vectors: Vectors, weights: Sequence[Tensor], depth: int) -> None:
     """
     probe, ours, theirs = copy.copy(vectors), vectors.u_side, vectors.v_side
 
-    def forward(V: Rows) -> Rows:
+    def forward(V: Float[Tensor, "m v"]) -> Float[Tensor, "m u"]:
         probe.vs = V.split(theirs.widths, 1)
         return torch.cat(probe.products(weights, from_u=False), 1)
 
-    def adjoint(U: Rows) -> Rows:
+    def adjoint(U: Float[Tensor, "m u"]) -> Float[Tensor, "m v"]:
         probe.us = U.split(ours.widths, 1)
         return torch.cat(probe.products(weights, from_u=True), 1)
 
@@ -52,7 +50,9 @@ def follow(vectors: Vectors, weights: Sequence[Tensor], depth: int) -> None:
     vectors.sigma.copy_(torch.where(finite[:, None], sigma, torch.nan))
 
 
-def orthonormal(raw: Rows, basis: Rows | None, side: Side) -> Rows:
+def orthonormal(
+    raw: Float[Tensor, "m columns"], basis: Float[Tensor, "n columns"] | None, side: Side
+) -> Float[Tensor, "m columns"]:
     """The rows of ``raw`` made orthonormal, and at right angles to ``basis``; rows that add nothing become 0.
 
     Twice: what the first subtraction leaves of vectors near the span of the basis is not at right angles to it.

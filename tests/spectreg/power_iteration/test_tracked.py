@@ -43,9 +43,9 @@ class Small(nn.Module):
 
 
 NETWORKS = {
-    "mlp": (lambda: mlp(widths=(13, 31, 4)).float(), (13,)),
+    "mlp": (lambda: mlp(widths=(13, 31, 4)), (13,)),
     "cnn": (Small, (3, 8, 8)),
-    "wide": (lambda: mlp(widths=(64, 256, 128, 4)).float(), (64,)),
+    "wide": (lambda: mlp(widths=(64, 256, 128, 4)), (64,)),
 }
 
 
@@ -56,11 +56,14 @@ def trained(network: str, tracked: int | None) -> tuple[float, dict[str, float]]
     """
     generator = torch.Generator().manual_seed(0)
     make, shape = NETWORKS[network]
-    model, lag = make(), 0.0
+    model, lag = make().double(), 0.0
     weights = {name: W for name, W in model.named_parameters() if W.ndim > 1}
     for W in weights.values():
-        W.data = torch.randn(W.shape, generator=generator) / W[0].numel() ** 0.5
-    x, y = torch.randn(256, *shape, generator=generator), torch.randint(4, (256,), generator=generator)
+        W.data = torch.randn(W.shape, generator=generator, dtype=torch.float64) / W[0].numel() ** 0.5
+    x, y = (
+        torch.randn(256, *shape, generator=generator, dtype=torch.float64),
+        torch.randint(4, (256,), generator=generator),
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     regularizer = SpectralNormRegularizer(model, 0.05, tracked=tracked or 1)
     for _ in range(300):
