@@ -66,11 +66,12 @@ def test_every_kind_in_float32_has_the_sigma_and_gradient_of_a_float64_svd_at_ev
     torch.testing.assert_close(W.grad.double() / sigma, expected / sigma, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("factor", [1e-25, 1e25])
-def test_a_weight_that_changes_its_scale_by_many_orders_between_two_steps_is_followed(factor):
+def test_a_weight_that_changes_its_scale_by_many_orders_between_two_steps_is_followed(factor, k):
     W = gaussian(5, 7, seed=0).float()
     layer = linear(W)
-    regularizer = SpectralNormRegularizer(layer, 1.0)
+    regularizer = SpectralNormRegularizer(layer, 1.0, k=k)
     regularizer.add_gradient()
     layer.weight.data *= factor
     for _ in range(4):

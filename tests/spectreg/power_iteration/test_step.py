@@ -1,3 +1,4 @@
+import pytest
 import torch
 from truth import printed_algorithm
 
@@ -26,3 +27,20 @@ def test_algorithm_1_as_printed_tends_to_one_over_sigma_and_its_vector_overflows
     assert grown.norm() > 1e38
     torch.testing.assert_close(ours.sigma[0, 0], truth, rtol=1e-6, atol=0)
     torch.testing.assert_close(ours.V.norm(), torch.tensor(1.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("rank", [2, 30])
+def test_a_whole_step_is_two_half_steps(m, rank):
+    generator = torch.Generator().manual_seed(2)
+    A, B = (torch.randn(n, rank, generator=generator, dtype=torch.float64) for n in (30, 40))
+    W, v = A @ B.T, torch.linalg.qr(torch.randn(40, m, generator=generator, dtype=torch.float64)).Q
+    parts = [MatrixMap((30, 40))], [W.new_zeros(1, 30, m)], [v[None]], [W.new_ones(1, m)]
+    whole, halves = Vectors(*parts), Vectors(*parts)
+    for _ in range(3):
+        whole.advance([W], halves=2)
+        halves.advance([W], halves=1)
+        halves.advance([W], halves=1, from_u=True)
+        torch.testing.assert_close(whole.sigma, halves.sigma, rtol=1e-10, atol=1e-10)
+        for x, y in ((whole.U, halves.U), (whole.V, halves.V)):  # each up to its sign
+            torch.testing.assert_close((x[:rank] * y[:rank]).sum(1).abs(), y[:rank].square().sum(1))
