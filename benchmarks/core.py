@@ -25,7 +25,7 @@ from benchmarks import sharded, step
 from benchmarks.alone import linears
 from benchmarks.harness import RESULTS, Call, in_turn, origin
 
-ROUNDS = 11
+ROUNDS = 9
 WHERE = {"1 thread": (1, 0), "2 threads": (2, 0), "2 threads, 2 busy processes": (2, 2)}
 SETTINGS: dict[str, dict[str, Any]] = {
     "whole steps": {}, "half steps": {"steps": 0.5}, "k=4": {"k": 4}, "tracked=4": {"tracked": 4},
@@ -71,7 +71,7 @@ def beside_floor(case: str, rounds: int = ROUNDS) -> dict[str, float]:
     calls["floor"] = by.floor(weights)
     if dtype == torch.float32:
         calls["bare torch calls"] = by.bare(weights, [torch.randn(size) / size**0.5 for _ in weights])
-    times = in_turn(calls, rounds if count < 60 else 5, 2 if count < 60 else 1, clock=time.perf_counter)
+    times = in_turn(calls, rounds if count < 60 else 3, 1, clock=time.perf_counter)
     middle = {n: statistics.median(t) for n, t in times.items()}
     ratios = {n: statistics.median(a / b for a, b in zip(t, times["floor"], strict=True)) for n, t in times.items()}
     more = {"ms more than bare calls": 1e3 * (middle["whole steps"] - middle.get("bare torch calls", 0.0))}
@@ -84,8 +84,8 @@ def of_a_step(name: str) -> dict[str, float]:
     network = step.NETWORKS[name]
     model = by.with_gradients(network.make()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x, y, few = torch.randn(64, *network.shape), torch.randint(10, (64,)), network.decides
-    whole = step.whole_steps(model, x, y, (), 3)["vanilla"]
-    extra = step.differences(step.whole_steps(model, x[:few], y[:few], (step.OURS, "half steps"), 45))
+    whole = step.whole_steps(model, x, y, (), 2, warmup=1)["vanilla"]
+    extra = step.differences(step.whole_steps(model, x[:few], y[:few], (step.OURS, "half steps"), 2 * ROUNDS))
     seconds = statistics.median(whole)
     percent = {n: 100 * statistics.median(t) / seconds for n, t in extra.items()}
     return {"whole steps, %": percent[step.OURS], "half steps, %": percent["half steps"], "step": seconds}
@@ -131,17 +131,18 @@ def main(folder: Path = RESULTS.parent, rounds: int = ROUNDS) -> None:
     def note(where: str, case: str, numbers: dict[str, float]) -> None:
         rows.append({"where": where, "case": case, **numbers})
         print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
+        (folder / "core.json").write_text(json.dumps({"rows": rows, **origin()}, indent=1, ensure_ascii=False) + "\n")
+        (folder / "core.md").write_text(table(rows))
 
     for where, (threads, others) in WHERE.items():
         torch.set_num_threads(threads)
         with company(others):
             for case in (case for case in MODELS if not (others and case.startswith("1 G"))):
                 note(where, case, beside_floor(case, rounds))
-            for network in step.NETWORKS if threads == 1 else ():
-                note(where, network, of_a_step(network))
+    torch.set_num_threads(1)
+    for network in ("VGG", "transformer 4 × 256", "NIN", "DenseNet", "MLP 5 × 1024"):
+        note("1 thread", network, of_a_step(network))
     note("1 thread", "sharded", beside_gathering())
-    (folder / "core.json").write_text(json.dumps({"rows": rows, **origin()}, indent=1, ensure_ascii=False) + "\n")
-    (folder / "core.md").write_text(table(rows))
 
 
 if __name__ == "__main__":

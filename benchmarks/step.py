@@ -130,7 +130,9 @@ def optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
     return found
 
 
-def whole_steps(model: nn.Module, x: Tensor, y: Tensor, ways: Sequence[str], rounds: int) -> dict[str, list[float]]:
+def whole_steps(
+    model: nn.Module, x: Tensor, y: Tensor, ways: Sequence[str], rounds: int, warmup: int = 2
+) -> dict[str, list[float]]:
     """Seconds of whole steps in turn. The model is shared, but for the way that changes how its weights are made.
 
     After that one the shared model is out of the caches: a step that does not count brings it back.
@@ -141,7 +143,7 @@ def whole_steps(model: nn.Module, x: Tensor, y: Tensor, ways: Sequence[str], rou
     if SPECTRAL_NORM in ways:
         peer = by.normalized(copy.deepcopy(model))
         steps = {BACK: steps["vanilla"], **steps, SPECTRAL_NORM: train_step(peer, x, y, sgd(peer), lambda: None)}
-    times = in_turn({name: steps[name] for name in (BACK, "vanilla", *ways) if name in steps}, rounds, 2)
+    times = in_turn({name: steps[name] for name in (BACK, "vanilla", *ways) if name in steps}, rounds, warmup)
     return {name: times[name] for name in ("vanilla", *ways)}
 
 

@@ -200,10 +200,10 @@ def times(x: Float[Tensor, "m n"], A: Float[Tensor, "n o"]) -> Float[Tensor, "m 
         return torch.mv(A.t(), x[0])[None] if len(x) == 1 else x @ A
     y = x.new_zeros(len(x), A.shape[1])
     if A.stride(0) == 1:  # the transpose of a matrix of rows: each part gives some of the outputs
-        for some, part in swept(A.t(), x.dtype, TILE):
+        for some, part in swept(A.t(), x.dtype):
             add_products_(y[:, some], part, x)
     else:
-        for some, part in swept(A, x.dtype, TILE):
+        for some, part in swept(A, x.dtype):
             add_products_(y, part.t(), x[:, some])
     return y
 
@@ -215,7 +215,7 @@ def there_and_back(x: Float[Tensor, "m i"], A: Float[Tensor, "o i"]) -> tuple[Te
         y = torch.mv(A, x[0])[None] if len(x) == 1 else x @ A.t()
         return y, torch.mv(A.t(), y[0])[None] if len(x) == 1 else y @ A
     y, z = x.new_zeros(len(x), len(A)), torch.zeros_like(x)
-    for some, part in swept(A, x.dtype, TILE):
+    for some, part in swept(A, x.dtype):
         add_products_(y[:, some], part, x)
         add_products_(z, part.t(), y[:, some])
     return y, z
@@ -254,9 +254,9 @@ def at_once(A: Tensor, x: Tensor, cached: int) -> bool:
     return A.numel() <= (cached if A.dtype == x.dtype else ALONE)
 
 
-def swept(A: Float[Tensor, "n o"], dtype: torch.dtype, most: int) -> Iterator[tuple[slice, Float[Tensor, "some o"]]]:
-    """The rows of ``A`` in this precision, ``most`` elements at a time; what is converted lies in the same memory."""
-    rows, few = (max(1, size // max(1, A.shape[1])) for size in (most, converted_at_once(A)))
+def swept(A: Float[Tensor, "n o"], dtype: torch.dtype) -> Iterator[tuple[slice, Float[Tensor, "some o"]]]:
+    """The rows of ``A`` in this precision, some at a time; those that are converted lie in the same memory in turn."""
+    rows, few = (max(1, most // max(1, A.shape[1])) for most in (in_cache(A, dtype), converted_at_once(A)))
     held = None if A.dtype == dtype else A.new_empty((min(rows, len(A)), A.shape[1]), dtype=dtype)
     for first in range(0, len(A), rows):
         some = slice(first, first + rows)
@@ -268,13 +268,19 @@ def swept(A: Float[Tensor, "n o"], dtype: torch.dtype, most: int) -> Iterator[tu
         yield some, part
 
 
+def in_cache(A: Tensor, dtype: torch.dtype | None) -> int:
+    """Elements to multiply at a time; if they are a copy, an eighth of the weight at most."""
+    if A.device.type != "cpu":
+        return PIECE_ELSEWHERE
+    return TILE if A.dtype == dtype else min(TILE, max(ALONE, A.numel() // 8))
+
+
 def converted_at_once(A: Tensor) -> int:
     """Elements of a weight of lower precision to convert in one call."""
     if torch.compiler.is_compiling():
         return max(1, A.numel())
-    if A.device.type != "cpu":
-        return PIECE_ELSEWHERE
-    return TILE if torch.get_num_threads() == 1 else ALONE
+    alone = A.device.type == "cpu" and torch.get_num_threads() > 1
+    return ALONE if alone else in_cache(A, None)
 
 
 def times_each(x: Float[Tensor, "m blocks n"], A: Float[Tensor, "blocks n o"]) -> Float[Tensor, "m blocks o"]:

@@ -179,8 +179,9 @@ class State:
             refuse_computed(self.acted_on())
             refuse_gathered([name for name in self.gathered if name not in self.strengths.zero])
         if held is not None:
-            for group, weights in groups:
-                refuse_strangers(*group.acted_on(weights), held)
+            acted = {w.name: W for g, weights in groups for w, W in zip(*g.acted_on(weights), strict=True)}
+            members = [w for w in self.weights if w.name in acted]  # the groups have an order of their own
+            refuse_strangers(members, [acted[w.name] for w in members], held)
         with torch.no_grad():
             for g, _ in groups:
                 if self.strengths.vary([w.name for w in g.members]):
