@@ -178,9 +178,9 @@ def core_limits() -> str:
         return "Not measured."
     found = json.loads(path.read_text())
     where = f"torch {found['torch']}, {found['machine']}, commit {found['commit'][:7]}"
-    said = "Multiples of the floor, and per cent of a step of 64 examples; **bold**: the limit is missed."
-    command = f"`python -m benchmarks.core` ({where}); every row in `results/core.md`."
-    return f"{said} {command}\n\n{core.table(found['rows'], every=False)}"
+    said = "Multiples of the floor, and per cent of a step of 64 examples; **bold**: the limit is missed.\n"
+    command = f"`python -m benchmarks.core`, {where};\nevery row in `results/core.md`."
+    return f"{said}{command}\n\n{core.table(found['rows'], every=False)}"
 
 
 def short(records: Sequence[Sequence[Line]]) -> str:

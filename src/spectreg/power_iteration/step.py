@@ -195,7 +195,8 @@ class Side(NamedTuple):
     """How the vectors of all blocks lie side by side in ``U`` or ``V``.
 
     ``owners`` says which block each column belongs to, ``widths`` how many columns each map has, and ``runs`` how many
-    blocks of one size follow each other.
+    blocks of one size to multiply at once: on an accelerator all that follow each other, which saves launches; on a CPU
+    those of a map, since products of many small matrices fork.
     """
 
     owners: Int[Tensor, " columns"]
@@ -211,7 +212,9 @@ class Side(NamedTuple):
         owners = torch.arange(len(each), device="cpu").repeat_interleave(torch.tensor(each, device="cpu"))
         offsets = torch.tensor([0, *accumulate(each * m)], device="cpu")
         widths = [size * count for size, count in zip(sizes, blocks, strict=True)]
-        runs = [(len(list(same)), size) for size, same in groupby(each)]
+        runs = list(zip(blocks, sizes, strict=True))
+        if device.type != "cpu":
+            runs = [(len(list(same)), size) for size, same in groupby(each)]
         return cls(owners.to(device), offsets.to(device), len(each), widths, runs)
 
     def lengths(self, x: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows blocks"]:
@@ -222,18 +225,19 @@ class Side(NamedTuple):
 
     def gram(self, x: Float[Tensor, "m columns"], y: Float[Tensor, "n columns"]) -> Float[Tensor, "blocks m n"]:
         """The products of the vectors of each block, in float64."""
-        x, y = _wide(x), _wide(y)
-        return torch.cat([a @ b.mT for a, b in zip(self.by_block(x), self.by_block(y), strict=True)])
+        pairs = zip(self.by_block(_wide(x)), self.by_block(_wide(y)), strict=True)
+        return torch.cat([(a @ b.mT).view(-1, len(x), len(y)) for a, b in pairs])
 
     def combine(self, x: Float[Tensor, "m columns"], C: Float[Tensor, "blocks m n"]) -> Float[Tensor, "n columns"]:
         """The vectors of each block, as columns, times its matrix of ``C``."""
         parts = zip(C.mT.to(x.dtype).split([count for count, _ in self.runs]), self.by_block(x), strict=True)
-        return torch.cat([(c @ part).transpose(0, 1).flatten(1) for c, part in parts], 1)
+        products = [c[0] @ part if part.ndim == 2 else (c @ part).transpose(0, 1).flatten(1) for c, part in parts]
+        return torch.cat(products, 1)
 
-    def by_block(self, x: Float[Tensor, "m columns"]) -> list[Float[Tensor, "blocks m size"]]:
+    def by_block(self, x: Float[Tensor, "m columns"]) -> list[Float[Tensor, "*blocks m size"]]:
         """The vectors of each block, those of a run in one tensor."""
         parts = zip(x.split([count * size for count, size in self.runs], 1), self.runs, strict=True)
-        return [part.unflatten(1, run).transpose(0, 1) for part, run in parts]
+        return [part if run[0] == 1 else part.unflatten(1, run).transpose(0, 1) for part, run in parts]
 
     def spread(self, values: Float[Tensor, "*rows blocks"]) -> Float[Tensor, "*rows columns"]:
         """A number for each block, as a number for each column."""
