@@ -4,6 +4,7 @@ NAMES = (
     "step",
     "alone",
     "small_weights",
+    "caps",
     "convolution_norm",
     "measures",
     "loop",

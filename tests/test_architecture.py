@@ -15,6 +15,7 @@ LIBRARY = [
     ("alarms", "checkpoints", "linalg", "penalties", "schedules"),
     ("maps",),
     ("weights",),
+    ("products",),
     ("measures",),
     ("lipschitz", "baselines"),
     ("power_iteration",),

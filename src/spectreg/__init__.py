@@ -15,6 +15,7 @@ from spectreg.measures.losses import BatchLoss
 from spectreg.measures.normalized import normalized_norms
 from spectreg.measures.perturbation import perturbation_curve
 from spectreg.measures.spectra import singular_values
+from spectreg.products.named import named_products
 from spectreg.regularizer import SpectralNormRegularizer
 from spectreg.weights.input_sizes import input_sizes
 from spectreg.weights.selection import named_weights
@@ -37,6 +38,7 @@ __all__ = [
     "layerwise_jacobian_penalty",
     "lipschitz_bound",
     "logit_bound",
+    "named_products",
     "named_weights",
     "normalized_norms",
     "operator_norm",

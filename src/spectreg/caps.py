@@ -1,45 +1,57 @@
-"""Weights whose spectral norm is held at or below a cap by scaling them after each step of the optimizer."""
+"""Weights whose spectral norm is held at or below a cap after each step of the optimizer, by scaling or clipping."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spectreg.following import Following
+from spectreg.maps.factors import Factors, Value, tensors_of
+from spectreg.maps.product import ProductMap
 from spectreg.optimizers import after_steps
+from spectreg.power_iteration.clipping import clip_, refuse_uncut
 from spectreg.power_iteration.krylov import follow
 from spectreg.power_iteration.layout import is_sharded
 from spectreg.power_iteration.refusals import check_number, refuse_computed, refuse_gathered
+from spectreg.power_iteration.scaling import Rests, refuse_unscalable, scale_
 from spectreg.power_iteration.state import Group, State
+from spectreg.power_iteration.step import Vectors
+from spectreg.products.named import weights_of
 from spectreg.weights.kinds import InputSize
 from spectreg.weights.patterns import Patterns
-from spectreg.weights.selection import Select, Weight, named_weights
+from spectreg.weights.selection import Select, Weight
 
 Cap = float | int | Literal["shape"]
+FAR, GROWN = 0.75, 1.002  # shares of the cap and of the last σ up to which a power step is enough
 
 
 class SpectralNormCap(Following):
-    """Holds σ of each weight at or below a cap: W ← W·min(1, c/σ) after each step; or at it: W ← W·c/σ.
+    """Holds σ of each weight at or below a cap after each step, to within a thousandth.
 
-    σ is found to within a thousandth, also after the large steps of Muon or AdamW, by Rayleigh and Ritz on the followed
-    vectors and their next ``depth`` products. The whole weight is scaled, so its singular vectors and the ratios of its
-    singular values stay: taking σ − c off the largest alone would leave many of them equal to c, and no few products
-    tell which of these the next step raises most (docs/use.md).
+    ``by="scale"``: W ← W·min(1, c/σ), or W ← W·c/σ to hold it at the cap (``retract``). σ is found by Rayleigh and Ritz
+    on the followed vectors and their next ``depth`` products. The whole weight is scaled, so its singular vectors and
+    the ratios of its singular values stay. On a CPU a weight well below its cap takes one power step instead.
+
+    ``by="clip"``: W ← W − Σ(σᵢ − c)₊uᵢvᵢᵀ over all singular values, which leaves those below c as they are. Many are
+    equal to c then, and no few products tell which of these the next step raises most; so they come from the
+    eigenvectors of the smaller of WᵀW and WWᵀ, at the cost of that (docs/use.md).
 
     Args:
-        model: Its weights are capped (`spectreg.named_weights` says which).
+        model: Its weights are capped (`spectreg.named_weights` says which); or a list of weights and of products
+            (`spectreg.named_products`), whose factors are scaled.
         cap: c: a number, ``"shape"`` for √(d_out/d_in) of each weight, or a mapping from name patterns to these; a
             weight that no pattern matches is left alone.
         factor: Multiplies the cap.
+        by: ``"scale"`` or ``"clip"``.
         retract: Whether to scale up as well, so that σ is c after every step.
         map: As of `spectreg.SpectralNormRegularizer`.
         input_size: As there.
         select: As there.
         embeddings: As there.
         tracked: How many vectors follow the largest singular values of each weight.
-        depth: How many products with WᵀW these are joined by at each step.
+        depth: To scale: how many products with WᵀW these are joined by at each step.
         warmup: Power steps at the first call.
         seed: Of the first vectors.
 
@@ -58,10 +70,11 @@ class SpectralNormCap(Following):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Sequence[Weight],
         cap: Cap | Mapping[str, Cap],
         *,
         factor: float | int = 1.0,
+        by: str = "scale",
         retract: bool = False,
         map: str | int | Mapping[str, str | int] = "matrix",
         input_size: InputSize | Mapping[str, InputSize] | None = None,
@@ -76,18 +89,24 @@ class SpectralNormCap(Following):
         check_number("tracked", tracked, lambda x: x >= 1 and x % 1 == 0, "a whole number from 1")
         check_number("depth", depth, lambda x: x >= 1 and x % 1 == 0, "a whole number from 1")
         check_number("warmup", warmup, lambda x: x >= 0 and x % 1 == 0, "a whole number from 0")
+        if by not in ("scale", "clip"):
+            raise ValueError(f"by is {by!r}: it must be 'scale' or 'clip'.")
+        if by == "clip" and (retract or depth != 2):
+            raise ValueError("retract and depth are for by='scale': leave them out.")
         patterns = Patterns("cap", cap)
-        weights = named_weights(model, select, map, input_size, embeddings)
+        weights = weights_of(model, select=select, map=map, input_size=input_size, embeddings=embeddings)
         caps = {w.name: patterns.get(w.name) for w in weights}
         patterns.check_all_used(list(caps))
         self.weights: list[Weight] = [w for w in weights if caps[w.name] is not None]
         self.caps = {w.name: factor * _number(w, caps[w.name]) for w in self.weights}
-        self.cap, self.retract, self.depth = cap, retract, int(depth)
+        self.cap, self.by, self.retract, self.depth = cap, by, retract, int(depth)
         self._state = State(
             self.weights, k=int(tracked), tracked=int(tracked), seed=seed, halves=2, every=1, warmup=int(warmup),
             keeps_start=False,
         )  # fmt: skip
+        self._rests = Rests()
         _refuse_half(self.weights)
+        _refuse_shared(self.weights)
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -112,8 +131,9 @@ class SpectralNormCap(Following):
         return self
 
     def __repr__(self) -> str:
+        how = "retract" if self.retract else f"by={self.by!r}"
         return (
-            f"SpectralNormCap({len(self.weights)} weights, cap={self.cap}{', retract' if self.retract else ''}"
+            f"SpectralNormCap({len(self.weights)} weights, cap={self.cap}, {how}"
             f"{', attached' if self._attachment else ''})"
         )
 
@@ -124,35 +144,50 @@ class SpectralNormCap(Following):
         refuse_gathered(self._state.gathered)
         _refuse_half(self.weights)
         for group, weights in groups:
-            follow(group.vectors, weights, self.depth)
-            self._scale(group, weights)
+            for w, W in zip(group.members, weights, strict=True):
+                refuse_uncut(w, W) if self.by == "clip" else refuse_unscalable(w, W, self.retract)
+            near = self._near(group, weights)
+            if near:
+                with group.vectors.only(near) as vectors:
+                    act = self._clip if self.by == "clip" else self._scale
+                    act(vectors, [group.members[i] for i in near], [weights[i] for i in near])
             group.calls += 1
 
-    def _scale(self, group: Group, weights: list[Tensor]) -> None:
-        for w, W, s in zip(group.members, weights, group.vectors.sigmas, strict=True):
+    def _near(self, group: Group, weights: list[Value]) -> list[int]:
+        """Which weights may be above their caps: on a CPU all but those that a power step finds far below.
+
+        A weight is far below if σ of that step is, and did not grow: a direction that is new, and large, raises it a
+        little even where it is found late. An accelerator would be waited for.
+        """
+        everyone = list(range(len(weights)))
+        if self.retract or weights[0].device.type != "cpu" or any(map(is_sharded, weights)):
+            return everyone
+        caps = [self.caps[w.name] for w in group.members]
+        before = [s.max().item() for s in group.vectors.sigmas]
+        far = [i for i in everyone if before[i] < FAR * caps[i]]
+        if far:
+            with group.vectors.only(far) as vectors:
+                vectors.advance([weights[i] for i in far], 2)
+        now = [s.max().item() for s in group.vectors.sigmas]
+        far = [i for i in far if now[i] < FAR * caps[i] and now[i] <= GROWN * before[i]]
+        return [i for i in everyone if i not in far]
+
+    def _clip(self, vectors: Vectors, members: list[Weight], weights: list[Value]) -> None:
+        clip_(vectors, weights, [self.caps[w.name] for w in members])
+
+    def _scale(self, vectors: Vectors, members: list[Weight], weights: list[Value]) -> None:
+        follow(vectors, weights, self.depth)
+        inexact = False
+        for w, W, s in zip(members, weights, vectors.sigmas, strict=True):
             top = s[:, 0].amax(0, keepdim=True) if w.map.norm == "max" else s[:, 0]
-            factor = self.caps[w.name] / top
-            factor = torch.where((top > 0) & top.isfinite(), factor if self.retract else factor.clamp_max(1.0), 1.0)
-            s.mul_(factor[:, None])
-            if len(factor) == 1:
-                W.mul_(factor[0].to(W.dtype))
-            else:
-                _scale_blocks(w, W, factor.to(W.dtype))
-
-
-def _scale_blocks(w: Weight, W: Tensor, factor: Tensor) -> None:
-    if is_sharded(W):
-        from spectreg.power_iteration.shards import pieces_of
-
-        local = W.to_local()  # type: ignore[attr-defined]
-        for p in pieces_of(w.map, W):
-            local[p.local].mul_(factor[p.block])
-        return
-    if getattr(w.map, "layout", "rows") == "columns":
-        W.unflatten(1, (len(factor), -1)).mul_(factor[:, None])
-    else:
-        parts = W.unflatten(0, (len(factor), -1))
-        parts.mul_(factor.view(-1, *[1] * (parts.ndim - 1)))
+            rest = self._rests.factor(w, W, self.caps[w.name], top) if isinstance(W, Factors) else None
+            by = self.caps[w.name] / top if rest is None else rest
+            by = torch.where((top > 0) & top.isfinite(), by if self.retract else by.clamp_max(1.0), 1.0)
+            s.mul_(by[:, None])
+            scale_(w, W, by)
+            inexact |= rest is not None
+        if inexact:  # σ of a sum with a frozen term is not scaled as the rest is
+            vectors.advance(weights, 2)
 
 
 def _number(w: Weight, cap: Any) -> float:
@@ -164,8 +199,25 @@ def _number(w: Weight, cap: Any) -> float:
 
 def _refuse_half(weights: list[Weight]) -> None:
     for w in weights:
-        if w.tensor.dtype.itemsize < 4 and w.tensor.requires_grad:
-            raise ValueError(
-                f"weight {w.name!r} is {w.tensor.dtype}, whose rounding is coarser than the cap's thousandth: keep the "
-                "weights that the optimizer steps in float32, or leave this one out with select."
-            )
+        for W in tensors_of(w.tensor):
+            if W.dtype.itemsize < 4 and W.requires_grad:
+                raise ValueError(
+                    f"weight {w.name!r} is {W.dtype}, whose rounding is coarser than the cap's thousandth: keep the "
+                    "weights that the optimizer steps in float32, or leave this one out with select."
+                )
+
+
+def _refuse_shared(weights: list[Weight]) -> None:
+    """Refuse what would be scaled twice: a weight in two products, a product of a weight with itself."""
+    held: dict[int, str] = {}
+    for w in weights:
+        own: dict[int, set[int]] = {}
+        for f in w.factors if not isinstance(w.map, ProductMap) else w.map.scaled(w.factors):
+            if f.computed:
+                continue
+            key, slots = id(f.tensor), set(getattr(f.map, "slots", [-1]))
+            other = held.get(key, w.name)
+            if other != w.name or own.get(key, set()) & slots:
+                raise ValueError(f"{f.name!r} would be scaled for {other!r} and for {w.name!r}: choose one of them.")
+            own[key] = own.get(key, set()) | slots
+        held |= dict.fromkeys(own, w.name)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from spectreg.maps.factors import tensors_of
 from spectreg.weights.selection import Weight
 
 BeforeStep = Callable[[int, Mapping[int, Any], Tensor | float, Tensor | float], None]
@@ -41,8 +42,7 @@ class Attachment:
         for optimizer in inner:
             refuse(optimizer)
         held = [_parameters(optimizer) for optimizer in inner]
-        self.lanes = {w.name: i for w in weights for i, ids in enumerate(held) if id(w.tensor) in ids}
-        _check_held(weights if acted_on is None else acted_on, self.lanes)
+        self.lanes = _lanes(weights, held, weights if acted_on is None else acted_on)
         self._handles = [hook(optimizer, lane) for lane, optimizer in enumerate(inner)]
         self._seen: dict[str, tuple[int, list[float]]] = {}
 
@@ -252,10 +252,25 @@ def _refuse_decoupled(optimizer: Optimizer, decoupled: bool | str) -> None:
         )
 
 
-def _check_held(weights: Sequence[Weight], lanes: Mapping[str, int]) -> None:
-    left = [w.name for w in weights if w.name not in lanes and w.tensor.requires_grad]
+def _lanes(weights: Sequence[Weight], held: Sequence[set[int]], acted_on: Sequence[Weight]) -> dict[str, int]:
+    """Which optimizer holds each weight, of a product its trained factors; each that is ``acted_on`` has to be held."""
+    lanes: dict[str, int] = {}
+    left, required = [], {w.name for w in acted_on}
+    for w in weights:
+        where = [(T.requires_grad, next((i for i, ids in enumerate(held) if id(T) in ids), None))
+                 for T in tensors_of(w.tensor)]  # fmt: skip
+        trained = {lane for is_trained, lane in where if is_trained} or {lane for _, lane in where}
+        if len(trained) > 1 and None not in trained and w.name in required:
+            raise ValueError(
+                f"the factors of {w.name!r} are held by several optimizers, of which none steps both: give them to one."
+            )
+        if None not in trained:
+            lanes[w.name] = trained.pop()  # type: ignore[assignment]
+        elif w.tensor.requires_grad and w.name in required:
+            left.append(w.name)
     if left:
         raise ValueError(
             f"the optimizer does not hold {', '.join(left[:8])}{' …' if len(left) > 8 else ''}. Attach the optimizer "
             "of this model (all of them if there are several), or leave these weights out with select."
         )
+    return lanes

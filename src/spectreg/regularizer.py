@@ -1,6 +1,6 @@
 """The object in the training loop: it keeps two vectors a weight and adds λφ'(σ)·uvᵀ to the gradients."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -8,16 +8,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectreg.following import Following
+from spectreg.maps.factors import Value
 from spectreg.optimizers import before_steps
 from spectreg.penalties import NO_SLOPE, Penalty, penalty_of
 from spectreg.power_iteration.gradient import add_gradient, move, value
 from spectreg.power_iteration.refusals import check_number, refuse_gradients_by_sample
 from spectreg.power_iteration.state import Group, State
 from spectreg.power_iteration.strengths import Strength
+from spectreg.products.named import weights_of
 from spectreg.summary import Readings, flat, on_host, table
 from spectreg.weights.kinds import InputSize
 from spectreg.weights.patterns import Patterns
-from spectreg.weights.selection import Select, Weight, named_weights
+from spectreg.weights.selection import Select, Weight
 
 
 class SpectralNormRegularizer(Following):
@@ -28,7 +30,8 @@ class SpectralNormRegularizer(Following):
     the host. Algorithm 1 of arXiv:1705.10941, as corrected in docs/paper.md.
 
     Args:
-        model: Its weights are regularized (`spectreg.named_weights` says which).
+        model: Its weights are regularized (`spectreg.named_weights` says which); or a list of weights and of products
+            (`spectreg.named_products`).
         strength: λ of Eq. (1): a number; a function of the step, such as `spectreg.schedules.Warmup`, which is called
             with the number of steps that a weight has taken before; or a mapping from name patterns (``fnmatch``, the
             first match counts) to these, in which a weight that no pattern matches has strength 0. A weight of strength
@@ -68,7 +71,7 @@ class SpectralNormRegularizer(Following):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Sequence[Weight],
         strength: Strength | Mapping[str, Strength],
         *,
         penalty: str | Penalty | Callable[[Tensor], Tensor] = "square",
@@ -95,7 +98,9 @@ class SpectralNormRegularizer(Following):
         )
         if not (isinstance(decoupled, bool) or decoupled == "independent"):
             raise ValueError(f"decoupled is {decoupled!r}: it must be True, False or 'independent'.")
-        self.weights: list[Weight] = named_weights(model, select, map, input_size, embeddings)
+        self.weights: list[Weight] = weights_of(
+            model, select=select, map=map, input_size=input_size, embeddings=embeddings
+        )
         self.penalty_function, self.every, self.decoupled = penalty_of(penalty), int(every), decoupled
         self._state = State(
             self.weights,
@@ -157,7 +162,7 @@ class SpectralNormRegularizer(Following):
         looking = not torch.is_grad_enabled()
         if not looking:
             refuse_gradients_by_sample(self._state.acted_on())
-        groups: list[tuple[Group, list[Tensor], float | Tensor]] = (
+        groups: list[tuple[Group, list[Value], float | Tensor]] = (
             [(group, weights, 1 / self.every) for group, weights in self._state.trained()]
             if looking
             else self._state.step(effective=True)
@@ -216,7 +221,8 @@ class SpectralNormRegularizer(Following):
     def stable_rank(self) -> dict[str, Tensor]:
         """‖W‖_F²/σ² of each weight, from 1 (rank one) to the rank; of maps that are blocks apart the least.
 
-        Costs a read of every weight. NaN for ``map="operator"``, whose Frobenius norm depends on the position.
+        Costs a read of every weight. NaN for ``map="operator"``, whose Frobenius norm depends on the position, and for
+        products.
         """
         return self._state.look(lambda group, weights: group.vectors.stable_ranks(weights))
 
@@ -241,7 +247,7 @@ class SpectralNormRegularizer(Following):
     def _readings(self) -> dict[str, Tensor]:
         """σ, residual and stable rank of each weight."""
 
-        def three(group: Group, weights: list[Tensor]) -> list[Tensor]:
+        def three(group: Group, weights: list[Value]) -> list[Tensor]:
             v = group.vectors
             each = zip(v.sigmas, v.residuals(weights), v.stable_ranks(weights), strict=True)
             return [torch.stack([s.max(), residual, rank.to(s.dtype)]) for s, residual, rank in each]
@@ -276,10 +282,10 @@ class SpectralNormRegularizer(Following):
     @torch.no_grad()
     def _before_step(self, lane: int, rates: Mapping[int, Any], factor: Tensor | float, keep: Tensor | float) -> None:
         """Called by the attachment: with learning rates by parameter, the gradients' scale, and 0 to skip the step."""
+        free = self.decoupled == "independent"
         for group, weights, acts in self._state.step(lane, held=rates):
             if self.decoupled:
-                own = [1.0 if self.decoupled == "independent" else rates.get(id(W), 0.0) for W in weights]
-                move(group, weights, self.penalty_function, own, keep * acts)
+                move(group, weights, self.penalty_function, lambda W: 1.0 if free else rates[id(W)], keep * acts)
             else:
                 add_gradient(group, weights, self.penalty_function, factor * keep * acts)
 

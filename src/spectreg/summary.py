@@ -6,7 +6,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from spectreg.maps.factors import tensors_of
 from spectreg.maps.matrix import MatrixMap
+from spectreg.maps.product import ProductMap
 from spectreg.weights.selection import Weight
 
 QUANTITIES = ("sigma", "residual", "stable_rank")
@@ -46,13 +48,14 @@ def table(strengths: Mapping[str, float], every: int, weights: Sequence[Weight],
     lines = [HEAD]
     for w in weights:
         own = [f"{x:.3g}" for x in numbers[w.name]] if w.name in numbers else ["frozen"] * len(QUANTITIES)
-        shape = " × ".join(map(str, w.tensor.shape))
+        shape = " · ".join(" × ".join(map(str, f.shape)) for f in tensors_of(w.tensor) if f.ndim)
         lines.append((w.name, shape, _map(w), f"{strengths[w.name] / every:g}", *own))  # type: ignore[arg-type]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def _map(w: Weight) -> str:
-    if not isinstance(w.map, MatrixMap):
+    if not isinstance(w.map, MatrixMap | ProductMap):
         return "operator"
-    return f"{w.map.blocks} × {w.map.outputs} × {w.map.inputs}"
+    size = f"{w.map.blocks} × {w.map.outputs} × {w.map.inputs}"
+    return f"{size}, a product" if isinstance(w.map, ProductMap) else size

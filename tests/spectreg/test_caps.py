@@ -5,15 +5,18 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from cases import KINDS, Kind, mlp, seeded
+from cases import KINDS, Kind, gpt2_projection, mlp, seeded
 from ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from spectreg import SpectralNormCap
+from spectreg import SpectralNormCap, SpectralNormRegularizer
 
 PROMISE = 1e-3
 
@@ -52,17 +55,20 @@ def optimizers(name: str, model: nn.Module, weights: list[Tensor]) -> list[torch
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("build", "name", "value", "retract"),
+    ("build", "name", "value", "settings"),
     [
-        (perceptron, "Muon", 1.0, False),
-        (perceptron, "AdamW", "shape", True),
-        (Transformer, "Muon", "shape", True),
-        (Transformer, "AdamW", 1.0, False),
+        (perceptron, "Muon", 1.0, {}),
+        (perceptron, "AdamW", "shape", {"retract": True}),
+        (perceptron, "AdamW", 1.0, {"by": "clip"}),
+        (Transformer, "Muon", "shape", {"retract": True}),
+        (Transformer, "AdamW", 1.0, {}),
+        (Transformer, "Muon", 1.0, {"by": "clip"}),
     ],
+    ids=repr,
 )
-def test_through_300_steps_every_norm_is_within_a_thousandth_of_the_cap(build, name, retract, value):
-    model = build()
-    cap = SpectralNormCap(model, value, retract=retract)
+def test_through_300_steps_every_norm_is_within_a_thousandth_of_the_cap(build, name, settings, value):
+    model, retract = build(), "retract" in settings
+    cap = SpectralNormCap(model, value, **settings)
     weights = [w.tensor for w in cap.weights]
     several = optimizers(name, model, weights)
     cap.attach(several[0])
@@ -106,9 +112,25 @@ def test_every_kind_of_weight_is_scaled_block_by_block_where_these_are_maps_of_t
         torch.testing.assert_close(W.detach(), old * (c / before), rtol=1e-6, atol=0)
 
 
-def test_a_weight_below_its_cap_is_left_as_it_is_to_the_bit():
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.settings.get("map") != "operator"], ids=repr)
+def test_clipping_leaves_of_every_block_its_singular_vectors_and_the_values_below_the_cap(kind):
+    model = seeded(kind.build)
+    W = dict(model.named_parameters())[kind.weight]
+    old = [m.clone() for m in kind.matrices(W.detach())]
+    values = torch.cat([torch.linalg.svdvals(m) for m in old]).sort().values
+    c = values[len(values) // 2].item() * 0.99
+    cap = SpectralNormCap(model, c, by="clip", select=lambda name, _: name == kind.weight, **kind.settings)
+    cap.apply()
+    for m, new in zip(old, kind.matrices(W.detach()), strict=True):
+        U, S, V = torch.linalg.svd(m, full_matrices=False)
+        torch.testing.assert_close(new, U * S.clamp_max(c) @ V, rtol=1e-9, atol=1e-9)
+    assert cap.sigma()[kind.weight].item() == pytest.approx(c)
+
+
+@pytest.mark.parametrize("by", ["scale", "clip"])
+def test_a_weight_below_its_cap_is_left_as_it_is_to_the_bit(by):
     model, plain = mlp(), mlp()
-    SpectralNormCap(model, 100.0).apply()
+    SpectralNormCap(model, 100.0, by=by).apply()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
 
 
@@ -130,10 +152,11 @@ def test_a_weight_that_no_pattern_matches_and_a_frozen_one_are_left_alone():
     assert torch.linalg.matrix_norm(model[0].weight.detach(), 2).item() == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("settings", [{"retract": True}, {"by": "clip"}], ids=repr)
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_a_weight_that_is_zero_or_not_finite_is_not_scaled_and_the_next_one_is_found_again(value):
+def test_a_weight_that_is_zero_or_not_finite_is_left_and_the_next_one_is_found_again(value, settings):
     model = nn.Linear(6, 5, bias=False).double()
-    cap = SpectralNormCap(model, 0.5, retract=True)
+    cap = SpectralNormCap(model, 0.5, **settings)
     with torch.no_grad():
         model.weight.fill_(value)
         cap.apply()
@@ -143,14 +166,56 @@ def test_a_weight_that_is_zero_or_not_finite_is_not_scaled_and_the_next_one_is_f
     assert torch.linalg.matrix_norm(model.weight.detach(), 2).item() == pytest.approx(0.5, rel=PROMISE)
 
 
+@pytest.mark.parametrize("by", ["scale", "clip"])
 @pytest.mark.parametrize("size", [1e-25, 1e25])
-def test_weights_whose_squares_float32_cannot_hold_are_capped(size):
+def test_weights_whose_squares_float32_cannot_hold_are_capped(size, by):
     model = seeded(lambda: nn.Linear(6, 5, bias=False)).float()
     with torch.no_grad():
         model.weight.mul_(size)
-    cap = SpectralNormCap(model, size / 100)
+    cap = SpectralNormCap(model, size / 100, by=by)
     cap.apply()
     assert torch.linalg.matrix_norm(model.weight.detach().double(), 2).item() == pytest.approx(size / 100, rel=1e-5)
+
+
+@pytest.mark.parametrize("by", ["scale", "clip"])
+@pytest.mark.parametrize("jump", [1.1, 2.0])
+def test_a_weight_far_below_its_cap_is_brought_to_it_in_the_step_in_which_a_new_direction_takes_it_above(jump, by):
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        model = nn.Linear(256, 256, bias=False)
+        cap = SpectralNormCap(model, 1.0, by=by)
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(256, 256, generator=generator) / 64)
+            for _ in range(4):
+                cap.apply()
+            a, b = (x / x.norm() for x in torch.randn(2, 256, generator=generator))
+            model.weight.add_(jump * torch.outer(a, b))
+        cap.apply()
+        assert torch.linalg.matrix_norm(model.weight.detach().double(), 2).item() <= 1 + PROMISE
+
+
+class Products(TorchDispatchMode):
+    """Counts products of matrices with anything."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func.overloadpacket.__name__ in ("mv", "mm", "bmm", "addmv_", "addmm_", "_linalg_eigh")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("by", ["scale", "clip"])
+def test_weights_far_below_their_caps_take_the_products_of_one_power_step(by):
+    model = mlp()
+    cap, regularizer = SpectralNormCap(model, 100.0, by=by), SpectralNormRegularizer(model, 1.0, tracked=8)
+    counts = []
+    for act in (cap.apply, regularizer.sigma):
+        act()
+    for act in (cap.apply, lambda: regularizer._state.step()):
+        with Products() as products:
+            act()
+        counts.append(products.count)
+    assert counts[0] <= counts[1]
 
 
 def trained(model: nn.Module, cap: SpectralNormCap, optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -201,6 +266,13 @@ def test_what_a_cap_cannot_act_on_is_refused_by_name():
         SpectralNormCap(model, -1.0)
     with pytest.raises(ValueError, match="depth is 0: it must be a whole number from 1"):
         SpectralNormCap(model, 1.0, depth=0)
+    with pytest.raises(ValueError, match="by is 'norm': it must be 'scale' or 'clip'"):
+        SpectralNormCap(model, 1.0, by="norm")
+    with pytest.raises(ValueError, match="retract and depth are for by='scale'"):
+        SpectralNormCap(model, 1.0, by="clip", depth=4)
+    convolution = nn.Conv2d(2, 2, 3)
+    with pytest.raises(ValueError, match="'weight' is no matrix by itself"):
+        SpectralNormCap(convolution, 1.0, by="clip", map="operator", input_size=(4, 4)).apply()
     with pytest.raises(ValueError, match="cap: no weight matches 'x'"):
         SpectralNormCap(model, {"x": 1.0})
     with pytest.raises(ValueError, match="is under a parametrization"):
@@ -225,7 +297,7 @@ def test_several_optimizers_cap_the_weights_that_each_of_them_holds_and_none_aft
 
 
 def sharded_training() -> None:
-    for settings in ({}, {"retract": True}, {"map": {"0.*": 2}}):
+    for settings in ({}, {"retract": True}, {"map": {"0.*": 2}}, {"by": "clip"}, {"by": "clip", "map": {"0.*": 2}}):
         plain = mlp(widths=(5, 8, 2, 3))
         sharded = copy.deepcopy(plain)
         fully_shard(sharded, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
@@ -240,3 +312,48 @@ def sharded_training() -> None:
 @pytest.mark.slow
 def test_a_capped_training_of_sharded_weights_equals_the_unsharded_one():
     on_ranks(2, sharded_training)
+
+
+def sharded_scaling() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for dim, messages in ((0, 3), (1, 5)):
+        plain = mlp(widths=(5, 8, 3))
+        sharded = copy.deepcopy(plain)
+        for layer in (sharded[0], sharded[2]):
+            layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(dim)]))
+        for model in (plain, sharded):
+            cap = SpectralNormCap(model, 0.5, tracked=3, warmup=2)
+            cap.sigma()
+            with CommDebugMode() as said:
+                cap.apply()
+        assert sum(said.get_comm_counts().values()) == messages
+        for p, q in zip(plain[::2], sharded[::2], strict=True):
+            torch.testing.assert_close(q.weight.full_tensor(), p.weight)
+
+
+@pytest.mark.slow
+def test_sharded_weights_are_scaled_as_whole_ones_with_a_message_for_each_product_that_needs_one():
+    on_ranks(2, sharded_scaling)
+
+
+def sharded_clipping() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for build in (gpt2_projection, lambda: nn.ConvTranspose2d(4, 6, 2), lambda: nn.Conv2d(4, 6, 2, groups=2)):
+        for dim in (0, 1):
+            plain = seeded(build)
+            sharded = copy.deepcopy(plain)
+            W = nn.Parameter(distribute_tensor(sharded.weight.detach(), mesh, [Shard(dim)]))
+            sharded.weight = W
+            c = 0.5 * torch.linalg.matrix_norm(plain.weight.detach().flatten(1), 2).item()
+            for model in (plain, sharded):
+                cap = SpectralNormCap(model, c, by="clip", select=lambda name, _: name == "weight", warmup=0)
+                cap.sigma()
+                with CommDebugMode() as said:
+                    cap.apply()
+            assert sum(said.get_comm_counts().values()) == 1
+            torch.testing.assert_close(W.full_tensor(), plain.weight)
+
+
+@pytest.mark.slow
+def test_sharded_weights_are_clipped_as_whole_ones_with_one_message_whatever_is_sharded():
+    on_ranks(2, sharded_clipping)

@@ -1,6 +1,6 @@
 """What a linear map has to offer to the power iteration."""
 
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,7 +13,7 @@ class LinearMap(Protocol):
     """What the power iteration needs of a weight: products with it, and the gradient that pairs (u, v) stand for.
 
     Vectors are rows, one or ``m`` of them at once, each with the ``inputs`` (or ``outputs``) of all blocks side by
-    side. Their precision may be higher than the weight's.
+    side. Their precision may be higher than the weight's. ``W`` is a tensor, or of a product its `Factors`.
     """
 
     @property
@@ -28,26 +28,30 @@ class LinearMap(Protocol):
     @property
     def inputs(self) -> int: ...
 
-    def forward(self, W: Tensor, v: Float[Tensor, "*m v"]) -> Float[Tensor, "*m u"]:
+    def forward(self, W: Any, v: Float[Tensor, "*m v"]) -> Float[Tensor, "*m u"]:
         """Wv of each row."""
         ...
 
-    def adjoint(self, W: Tensor, u: Float[Tensor, "*m u"]) -> Float[Tensor, "*m v"]:
+    def adjoint(self, W: Any, u: Float[Tensor, "*m u"]) -> Float[Tensor, "*m v"]:
         """Wᵀu of each row."""
         ...
 
-    def round_trip(self, W: Tensor, v: Float[Tensor, "m v"]) -> tuple[Float[Tensor, "m u"], Float[Tensor, "m v"]]:
+    def round_trip(self, W: Any, v: Float[Tensor, "m v"]) -> tuple[Float[Tensor, "m u"], Float[Tensor, "m v"]]:
         """Wv and Wᵀ(Wv) of each row."""
         ...
 
-    def add_outer_(self, G: Tensor, u: Float[Tensor, "k u"], v: Float[Tensor, "k v"], alpha: float = 1.0) -> None:
+    def add_outer_(self, G: Any, u: Float[Tensor, "k u"], v: Float[Tensor, "k v"], alpha: float = 1.0) -> None:
         """G += alpha·Σ ∂(uᵀWv)/∂W, in place; the sum is over the rows."""
         ...
 
-    def matrices(self, W: Tensor) -> Float[Tensor, "blocks outputs inputs"]:
+    def scale_(self, W: Any, by: Float[Tensor, " some"]) -> None:
+        """Multiply each block by its number, or all by one, in place."""
+        ...
+
+    def matrices(self, W: Any) -> Float[Tensor, "blocks outputs inputs"]:
         """The blocks as dense matrices, for measures."""
         ...
 
-    def squares(self, W: Tensor) -> Float[Tensor, " blocks"]:
+    def squares(self, W: Any) -> Float[Tensor, " blocks"]:
         """‖W‖_F² of each block."""
         ...

@@ -102,6 +102,10 @@ class OperatorMap:
             x = _bordered(v[:, p.columns].reshape(-1, *p.map.input_shape), self.border)
             G[p.kernel].add_(p.map._backward(u[:, p.rows], x, W, by=1), alpha=alpha)
 
+    def scale_(self, W: Tensor, by: Float[Tensor, " 1"]) -> None:
+        """Multiply the kernel by the number, in place."""
+        W.mul_(by[0].to(W.dtype))
+
     def part(self, groups: slice, outputs: slice, inputs: slice) -> "Part":
         """The convolution of some input channels of each of these groups to some of its output channels.
 

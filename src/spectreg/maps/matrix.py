@@ -86,6 +86,17 @@ class MatrixMap:
         norms = torch.linalg.vector_norm(parts, dim=(2, 3), dtype=torch.promote_types(W.dtype, torch.float32))
         return norms.double().square().sum(1)
 
+    def scale_(self, W: Tensor, by: Float[Tensor, " some"]) -> None:
+        """Multiply each block by its number, or all by one, in place."""
+        by = by.to(W.dtype)
+        if len(by) == 1:
+            W.mul_(by[0])
+        elif self.layout == "columns":
+            W.unflatten(1, (len(by), -1)).mul_(by[:, None])
+        else:
+            parts = W.unflatten(0, (len(by), -1))
+            parts.mul_(by.view(-1, *[1] * (parts.ndim - 1)))
+
     def forward(self, W: Tensor, v: Float[Tensor, "*m v"]) -> Float[Tensor, "*m u"]:
         """Wv of each row of ``v``, in its precision."""
         if v.ndim == 1:
@@ -129,7 +140,8 @@ class MatrixMap:
 
     def add_outer_(self, G: Tensor, u: Float[Tensor, "k u"], v: Float[Tensor, "k v"], alpha: float = 1.0) -> None:
         """G += alpha·Σ uvᵀ over the rows, rounded once to the precision of ``G``."""
-        if not (G.is_contiguous() or G.ndim == 2 or self._kernel_first(G)):
+        in_place = G.is_contiguous() or G.ndim == 2 or self._kernel_first(G) or (self.layout == "stack" and G.ndim == 3)
+        if not in_place:
             dense = torch.zeros(self.shape, dtype=u.dtype, device=u.device)
             self.add_outer_(dense, u, v)
             G.add_(dense, alpha=alpha)

@@ -1,6 +1,6 @@
 """From the vectors of a group to gradients of its weights: added, taken from the weights, or as a term of the loss."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spectreg.maps.base import LinearMap
+from spectreg.maps.factors import Factors, Target, Update, Value, tensors_of
 from spectreg.penalties import Penalty
 from spectreg.power_iteration.layout import is_sharded
 from spectreg.power_iteration.refusals import torch_func_refused
@@ -15,30 +16,46 @@ from spectreg.power_iteration.state import Group
 from spectreg.power_iteration.step import Vectors, full_precision
 
 
-def add_gradient(group: Group, weights: Sequence[Tensor], penalty: Penalty, factor: float | Tensor = 1.0) -> None:
+def add_gradient(group: Group, weights: Sequence[Value], penalty: Penalty, factor: float | Tensor = 1.0) -> None:
     """Add λφ'(σ)·uvᵀ, times ``factor``, to the gradient of each of ``weights`` whose λ is not 0."""
     if any(acts := group.acts()):
         its = zip(weights, group.members, acts, strict=True)
-        gradients = [gradient_of(W, w.name) if on else None for W, w, on in its]
+        gradients = [target_of(W, w.name) if on else None for W, w, on in its]
         group.vectors.add_outer_(gradients, scales(group, penalty, factor), [1.0] * len(gradients))
 
 
 def move(
-    group: Group, weights: Sequence[Tensor], penalty: Penalty, rates: Sequence[float | Tensor], factor: float | Tensor
+    group: Group,
+    weights: Sequence[Value],
+    penalty: Penalty,
+    rate: Callable[[Tensor], float | Tensor],
+    factor: float | Tensor,
 ) -> None:
     """W ← W − ηλφ'(σ)·uvᵀ, times ``factor``, for each of ``weights`` whose λ is not 0, with its learning rate η."""
-    if any(acts := group.acts()):
-        moved = [W if on else None for W, on in zip(weights, acts, strict=True)]
-        group.vectors.add_outer_(moved, scales(group, penalty, factor), [-rate for rate in rates])
+    targets: list[Target | None] = []
+    rates: list[float | Tensor] = []
+    for W, on in zip(weights, acts := group.acts(), strict=True):
+        if on and isinstance(W, Factors):
+            into = tuple(T if T.requires_grad else None for T in W)
+            targets.append(Update(W, into, tuple(0.0 if T is None else rate(T) for T in into)))
+            rates.append(-1.0)
+        elif on and isinstance(W, Tensor):
+            targets.append(W)
+            rates.append(-rate(W))
+        else:
+            targets.append(None)
+            rates.append(0.0)
+    if any(acts):
+        group.vectors.add_outer_(targets, scales(group, penalty, factor), rates)
 
 
-def value(group: Group, weights: Sequence[Tensor], penalty: Penalty) -> Float[Tensor, ""]:
+def value(group: Group, weights: Sequence[Value], penalty: Penalty) -> Float[Tensor, ""]:
     """λΣφ(σ) with a gradient for each of ``weights`` whose λ is not 0."""
     v = group.vectors
     parts = enumerate(zip(weights, group.acts(), v.us, v.vs, v.sigmas, strict=True))
     with torch_func_refused():
         each = [
-            PairValue.apply(W, v, i, u[: v.k].clone(), x[: v.k].clone(), s[:, : v.k].clone())
+            PairValue.apply(v, i, u[: v.k].clone(), x[: v.k].clone(), s[:, : v.k].clone(), *tensors_of(W))
             if acts else s[:, : v.k].clone()
             for i, (W, acts, u, x, s) in parts
         ]  # fmt: skip
@@ -95,11 +112,14 @@ def counted(group: Group) -> Bool[Tensor, "blocks k"] | None:
 
 
 class PairValue(torch.autograd.Function):
-    """σ = uᵀWv as a function of W, for unit u and v and a σ that are known: its gradient is uvᵀ."""
+    """σ = uᵀWv as a function of W, for unit u and v and a σ that are known: its gradient is uvᵀ.
+
+    Of a product it is a function of each factor.
+    """
 
     @staticmethod
-    def forward(ctx: Any, W: Tensor, vectors: Vectors, i: int, u: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
-        ctx.save_for_backward(W, u, v)
+    def forward(ctx: Any, vectors: Vectors, i: int, u: Tensor, v: Tensor, sigma: Tensor, *W: Tensor) -> Tensor:
+        ctx.save_for_backward(u, v, *W)
         ctx.vectors, ctx.i = vectors, i
         return sigma
 
@@ -109,12 +129,21 @@ class PairValue(torch.autograd.Function):
             raise NotImplementedError(
                 "penalty() has no second derivative: keep it out of what is differentiated with create_graph=True."
             )
-        W, u, v = ctx.saved_tensors
+        u, v, *W = ctx.saved_tensors
         scaled = u.unflatten(1, (len(gradient), -1)) * gradient.t()[:, :, None]
-        G = torch.zeros_like(W)
+        G = [torch.zeros_like(T) if wanted else None for T, wanted in zip(W, ctx.needs_input_grad[5:], strict=True)]
+        target = G[0] if len(W) == 1 else Update(Factors(W), tuple(G), (1.0,) * len(W))
         with full_precision(u):
-            ctx.vectors.add_one_(ctx.i, G, scaled.flatten(1), v)
-        return G, None, None, None, None, None
+            ctx.vectors.add_one_(ctx.i, target, scaled.flatten(1), v)
+        return None, None, None, None, None, *G
+
+
+def target_of(W: Value, name: str) -> Target:
+    """Where the gradient of ``W`` is added to: of a product, those of the factors that are trained."""
+    if isinstance(W, Factors):
+        into = tuple(gradient_of(T, name) if T.requires_grad else None for T in W)
+        return Update(W, into, (1.0,) * len(W))
+    return gradient_of(W, name)
 
 
 def gradient_of(W: Tensor, name: str) -> Tensor:

@@ -8,20 +8,24 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spectreg.linalg.eigenbasis import eigenbasis
+from spectreg.maps.factors import Value
 from spectreg.power_iteration.step import Side, Vectors, full_precision
 
 
-def follow(vectors: Vectors, weights: Sequence[Tensor], depth: int) -> None:
+def follow(vectors: Vectors, weights: Sequence[Value], depth: int) -> None:
     """Renew σ, u and v from the span of V, WᵀWV, …, (WᵀW)^depth V: ``2·depth + 1`` products a weight.
 
     As a power step, σ never exceeds the true norm but by rounding; the shortfall is that of block Lanczos. What is
-    zero or not finite keeps its vectors.
+    zero or not finite keeps its vectors. Of weights sharded by rows each rank has its rows of all products with W
+    without asking anybody, and they come together at the end: ``depth + 1`` messages.
     """
     probe, ours, theirs = copy.copy(vectors), vectors.u_side, vectors.v_side
+    size = vectors.sigma[:, :1].nan_to_num(1.0, 1.0)  # divided by, so that σ² need not be a number of float32
+    over = torch.where(size > 0, size, 1.0).reciprocal().t()
 
-    def forward(V: Float[Tensor, "m v"]) -> Float[Tensor, "m u"]:
+    def forward_share(V: Float[Tensor, "m v"]) -> Float[Tensor, "m u"]:
         probe.vs = V.split(theirs.widths, 1)
-        return torch.cat(probe.products(weights, from_u=False), 1)
+        return torch.cat(probe.shares(weights), 1)
 
     def adjoint(U: Float[Tensor, "m u"]) -> Float[Tensor, "m v"]:
         probe.us = U.split(ours.widths, 1)
@@ -29,13 +33,12 @@ def follow(vectors: Vectors, weights: Sequence[Tensor], depth: int) -> None:
 
     with full_precision(vectors.U):
         basis = orthonormal(vectors.V, None, theirs)
-        images = image = forward(basis)
+        images = image = forward_share(basis)
         for _ in range(depth):
-            length = ours.lengths(image)  # divided by, so that σ² need not be a number of float32
-            unit = image * ours.spread(torch.where(length > 0, length, 1.0).reciprocal().to(image.dtype))
-            block = orthonormal(adjoint(unit), basis, theirs)
-            image = forward(block)
+            block = orthonormal(adjoint(image * ours.spread(over)), basis, theirs)
+            image = forward_share(block)
             basis, images = torch.cat([basis, block]), torch.cat([images, image])
+        images = torch.cat(probe.whole(images.split(ours.widths, 1)), 1)
     G = ours.gram(images, images)
     finite = G.isfinite().flatten(1).all(1)
     squares, B = eigenbasis(torch.where(finite[:, None, None], G, 0.0))

@@ -4,25 +4,30 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
 from torch.nn import Parameter
 
+from spectreg.maps.factors import Factors, Value
 
-def is_sharded(W: Tensor) -> bool:
+
+def is_sharded(W: Value) -> bool:
     """Whether ``W`` is a DTensor; whose module, slow to import, is loaded where there is one."""
     if type(W) is Parameter:
         return False
+    if isinstance(W, Factors):
+        return any(map(is_sharded, W))
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(W, module.DTensor)
 
 
 def layout_of(W: Any) -> tuple[Any, ...]:
     """How ``W`` is stored; where that changes, groups have to be made anew."""
+    if isinstance(W, Factors):
+        return tuple(map(layout_of, W))
     mesh, placements = (W.device_mesh, W.placements) if is_sharded(W) else (None, None)
     return W.device, W.dtype, W.requires_grad, mesh, placements, W.shape, type(W)
 
 
-def alike(weights: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+def alike(weights: Sequence[Value]) -> list[tuple[Any, ...]]:
     """Of each weight what those in a group share: device, precision, whether it is trained, and on which ranks."""
     ranks: list[Any] = [None] * len(weights)
     if any(is_sharded(W) for W in weights):
@@ -30,4 +35,4 @@ def alike(weights: Sequence[Tensor]) -> list[tuple[Any, ...]]:
 
         sharded = [W for W in weights if is_sharded(W)]
         ranks = [meeting_ranks(W, sharded) if is_sharded(W) else None for W in weights]
-    return [(*layout_of(W)[:3], where) for W, where in zip(weights, ranks, strict=True)]
+    return [(W.device, W.dtype, W.requires_grad, where) for W, where in zip(weights, ranks, strict=True)]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectreg.maps.factors import Factors, Value, tensors_of
+from spectreg.power_iteration.layout import is_sharded
 from spectreg.weights.selection import Weight
 
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -38,9 +40,11 @@ def check_strength(name: str, number: Any, every: int) -> None:
         )
 
 
-def refuse_unfit(weights: Sequence[Weight], tensors: Sequence[Tensor]) -> None:
+def refuse_unfit(weights: Sequence[Weight], tensors: Sequence[Value]) -> None:
     """Refuse weights without values, and those that no longer have the shape they had."""
     for weight, W in zip(weights, tensors, strict=True):
+        if isinstance(W, Factors):
+            _refuse_scattered(weight.name, W)
         if W.is_meta:
             raise ValueError(
                 f"weight {weight.name!r} is on the meta device and has no values: offloaded by accelerate, or never "
@@ -51,6 +55,17 @@ def refuse_unfit(weights: Sequence[Weight], tensors: Sequence[Tensor]) -> None:
                 f"weight {weight.name!r} has the shape {tuple(W.shape)} now, and had {weight.shape} when the "
                 "regularizer was built: build a new one."
             )
+
+
+def _refuse_scattered(name: str, W: Factors) -> None:
+    """Refuse a product of sharded factors, or of ones on several devices."""
+    if is_sharded(W):
+        raise NotImplementedError(
+            f"a factor of the product {name!r} is sharded (a DTensor), which is not supported for products: act on the "
+            "factors, whose norms bound that of the product (SpectralNormRegularizer(model, …) or SpectralNormCap)."
+        )
+    if len({x.device for x in W if x.ndim}) > 1:
+        raise ValueError(f"the factors of the product {name!r} are on several devices: move them to one.")
 
 
 def refuse_computed(weights: Sequence[Weight]) -> None:
@@ -64,10 +79,11 @@ def refuse_computed(weights: Sequence[Weight]) -> None:
             )
 
 
-def refuse_constants(weights: Sequence[Weight], tensors: Sequence[Tensor]) -> None:
+def refuse_constants(weights: Sequence[Weight], tensors: Sequence[Value]) -> None:
     """Refuse computed weights through which no gradient reaches the parameters that they are made of."""
     for weight, W in zip(weights, tensors, strict=True):
-        if W.is_leaf and weight.computed:
+        parts = zip(weight.factors, tensors_of(W), strict=True)
+        if any(part.computed and T.requires_grad and T.is_leaf for part, T in parts):
             raise ValueError(
                 f"weight {weight.name!r} is under a parametrization that gives a constant in evaluation mode: call "
                 "penalty() in training mode, or under no_grad() for its value."
@@ -76,7 +92,7 @@ def refuse_constants(weights: Sequence[Weight], tensors: Sequence[Tensor]) -> No
 
 def refuse_gradients_by_sample(weights: Sequence[Weight]) -> None:
     """Refuse weights whose gradients Opacus takes sample by sample: its optimizer makes `.grad` anew from those."""
-    for weight in weights:
+    for weight in (part for w in weights for part in w.factors):
         parameter = weight.module._parameters.get(weight.attribute)
         if parameter is not None and hasattr(parameter, "grad_sample"):
             raise RuntimeError(
@@ -104,10 +120,10 @@ def refuse_schedules_in_a_graph(capturing: bool) -> None:
         )
 
 
-def refuse_strangers(members: Sequence[Weight], weights: Sequence[Tensor], held: Container[int]) -> None:
+def refuse_strangers(members: Sequence[Weight], weights: Sequence[Value], held: Container[int]) -> None:
     """Refuse weights that are not among the parameters (by id) that the optimizer holds."""
     for w, W in zip(members, weights, strict=True):
-        if id(W) not in held:
+        if any(T.requires_grad and id(T) not in held for T in tensors_of(W)):
             raise RuntimeError(
                 f"weight {w.name!r} is not a parameter of the optimizer that held it at attach(): it was "
                 "replaced or thawed since. Let its optimizer hold it, then detach() and attach() again."

@@ -43,11 +43,11 @@ class ShardedVectors(Vectors):
         self.counts = [self.meeting.counts(W) for W in weights]
         self.by_columns = any(is_sharded_by_columns(m, W) for m, W in zip(maps, weights, strict=True))
 
-    def products(self, weights: Sequence[Tensor], from_u: bool) -> list[Tensor]:
+    def products(self, weights: Sequence[Any], from_u: bool) -> list[Tensor]:
         share, given = (self.adjoint_share, self.us) if from_u else (self.forward_share, self.vs)
         return self.summed([share(i, W, x) for i, (W, x) in enumerate(zip(weights, given, strict=True))])
 
-    def round_trips(self, weights: Sequence[Tensor], guess: Tensor) -> Tensor:
+    def round_trips(self, weights: Sequence[Any], guess: Tensor) -> Tensor:
         guesses = guess.split(self.v_side.widths, 1)
         u = [self.forward_share(i, W, v) for i, (W, v) in enumerate(zip(weights, guesses, strict=True))]
         if self.by_columns:
@@ -55,14 +55,24 @@ class ShardedVectors(Vectors):
         w = [self.adjoint_share(i, W, x) for i, (W, x) in enumerate(zip(weights, u, strict=True))]
         return torch.cat([*u, *self.summed(w)] if self.by_columns else self.summed([*u, *w]), 1)
 
-    def add_one_(self, i: int, G: Tensor, u: Tensor, v: Tensor, alpha: float = 1.0) -> None:
+    def shares(self, weights: Sequence[Any]) -> list[Tensor]:
+        """Of weights sharded by rows this rank's rows of Wv, without a message; where columns are, the whole."""
+        if self.by_columns:
+            return self.products(weights, from_u=False)
+        return [self.forward_share(i, W, v) for i, (W, v) in enumerate(zip(weights, self.vs, strict=True))]
+
+    def whole(self, shares: Sequence[Tensor]) -> list[Tensor]:
+        """All rows, in one message."""
+        return list(shares) if self.by_columns else self.summed(shares)
+
+    def add_one_(self, i: int, G: Any, u: Tensor, v: Tensor, alpha: float = 1.0) -> None:
         """Add alpha·Σ uvᵀ, for map ``i``, to this rank's shard of ``G``."""
         m, local = self.maps[i], _local(G)
         u, v = u.unflatten(1, (m.blocks, -1)), v.unflatten(1, (m.blocks, -1))
         for p in self.pieces[i]:
             p.map.add_outer_(local[p.local], u[:, p.block, p.rows], v[:, p.block, p.columns], alpha)
 
-    def squares(self, weights: Sequence[Tensor]) -> list[Tensor]:
+    def squares(self, weights: Sequence[Any]) -> list[Tensor]:
         shares = [torch.zeros(m.blocks, dtype=torch.float64, device=self.U.device) for m in self.maps]
         for i, (W, share) in enumerate(zip(weights, shares, strict=True)):
             for p in self.pieces[i] if self.counts[i] else ():

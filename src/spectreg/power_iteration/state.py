@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from spectreg.maps.factors import Value
 from spectreg.power_iteration.layout import alike, is_sharded, layout_of
 from spectreg.power_iteration.refusals import (
     refuse_computed,
@@ -61,12 +62,12 @@ class Group:
         """Whether each weight is acted on: not with a strength of 0, which a CUDA graph may be given another of."""
         return [True] * len(self.members) if is_capturing(self.strength.device) else self.is_on
 
-    def acted_on(self, weights: Sequence[Tensor]) -> tuple[list[Weight], list[Tensor]]:
+    def acted_on(self, weights: Sequence[Value]) -> tuple[list[Weight], list[Value]]:
         """The members that are acted on, and their tensors of ``weights``."""
         on = self.acts()
         return list(compress(self.members, on)), list(compress(weights, on))
 
-    def step(self, weights: Sequence[Tensor], halves: int, every: int) -> float | Tensor:
+    def step(self, weights: Sequence[Value], halves: int, every: int) -> float | Tensor:
         """Take ``halves`` half steps if it is the group's turn: 1, else 0; both are to multiply the penalty with."""
         if self.count is not None and is_capturing(self.count.device):
             return self._step_in_a_graph(self.count, weights, halves, every)
@@ -88,7 +89,7 @@ class Group:
         """The number of the last step, counted from 0; 0 before the first."""
         return max(self.now() - 1, 0)
 
-    def _step_in_a_graph(self, count: Tensor, weights: Sequence[Tensor], halves: int, every: int) -> Tensor:
+    def _step_in_a_graph(self, count: Tensor, weights: Sequence[Value], halves: int, every: int) -> Tensor:
         """As ``step``, but all that depends on the turn is a value on the device: what is not to be is undone.
 
         For an odd number of halves one more is taken, and the first or the last of them undone.
@@ -108,7 +109,7 @@ class Group:
         return acts.to(self.strength.dtype)
 
 
-Arranged = list[tuple[Group, list[Tensor]]]
+Arranged = list[tuple[Group, list[Value]]]
 
 
 class State:
@@ -164,7 +165,7 @@ class State:
 
     def step(
         self, lane: int | None = None, effective: bool = False, held: Container[int] | None = None
-    ) -> list[tuple[Group, list[Tensor], float | Tensor]]:
+    ) -> list[tuple[Group, list[Value], float | Tensor]]:
         """Step the groups of ``lane`` (all if None) that are trained, and hand out those whose turn it is.
 
         The last of the three is what the penalty is to be multiplied with: 1, or 0 or 1 on the device. Refused are
@@ -194,7 +195,7 @@ class State:
         """The groups of ``lane`` (all if None) whose weights are not frozen."""
         return [(g, weights) for g, weights in self.arrange() if weights[0].requires_grad and lane in (None, g.lane)]
 
-    def look(self, at: Callable[[Group, list[Tensor]], Sequence[Tensor]]) -> dict[str, Tensor]:
+    def look(self, at: Callable[[Group, list[Value]], Sequence[Tensor]]) -> dict[str, Tensor]:
         """What ``at`` makes of each group, by the name of the weight; frozen weights are left out."""
         values: dict[str, Tensor] = {}
         for group, weights in self.trained():
@@ -204,7 +205,7 @@ class State:
 
     def arrange(self) -> Arranged:
         """The groups, with their weights as they are now."""
-        weights = {w.name: w.tensor for w in self.weights}
+        weights: dict[str, Value] = {w.name: w.tensor for w in self.weights}
         layout = [layout_of(W) for W in weights.values()], self.lanes
         if layout != self._layout:
             refuse_unfit(self.weights, list(weights.values()))
@@ -279,7 +280,7 @@ class State:
                 at_rest[w.name] = saved | ({} if start is None else {"start": start})
         return {w.name: at_rest[w.name] for w in self.weights} if at_rest else self._saved
 
-    def _regrouped(self, weights: Mapping[str, Tensor]) -> list[Group]:
+    def _regrouped(self, weights: Mapping[str, Value]) -> list[Group]:
         """The weights that are alike in all that a step needs to be the same, together; those of one shape in a row."""
         members: dict[Any, list[Weight]] = {}
         for w, key in zip(self.weights, alike(list(weights.values())), strict=True):
@@ -290,7 +291,7 @@ class State:
             group.sort(key=lambda w: (w.map.outputs, w.map.inputs))
         return [self._group(key[0], group, [weights[w.name] for w in group]) for key, group in members.items()]
 
-    def _group(self, lane: int, members: list[Weight], weights: list[Tensor]) -> Group:
+    def _group(self, lane: int, members: list[Weight], weights: list[Value]) -> Group:
         device, dtype = weights[0].device, torch.promote_types(weights[0].dtype, torch.float32)
         saved = [self._saved[w.name] for w in members]
         u, v, sigma = ([s[key].to(device, dtype) for s in saved] for key in ("u", "v", "sigma"))
@@ -309,7 +310,7 @@ class State:
         return group
 
     @torch.no_grad()
-    def _warm_up(self, weights: Mapping[str, Tensor]) -> None:
+    def _warm_up(self, weights: Mapping[str, Value]) -> None:
         """Bring vectors that were never stepped near the top singular pair; at least half a step, for a first σ.
 
         Those of frozen weights wait for the thaw.

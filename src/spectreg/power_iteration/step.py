@@ -1,8 +1,8 @@
 """The power step: the top singular vectors of many linear maps, followed one warm step at a time."""
 
 import copy
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate, groupby
 from math import inf
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spectreg.linalg.eigenbasis import eigenbasis
 from spectreg.maps.base import LinearMap
+from spectreg.maps.factors import Target, Value
 
 NEGLIGIBLE = 1e-13  # of the largest σ²: what is below is rounding
 
@@ -66,8 +67,9 @@ class Vectors:
         self.us: Sequence[Tensor] = self.U.split(self.u_side.widths, 1)
         self.vs: Sequence[Tensor] = self.V.split(self.v_side.widths, 1)
         self.sigmas = self.sigma.split(blocks)
+        self.counts = [True] * len(self.maps)  # whether this process has a share in sums over all that hold a weight
 
-    def advance(self, weights: Sequence[Tensor], halves: int, from_u: bool = False) -> None:
+    def advance(self, weights: Sequence[Value], halves: int, from_u: bool = False) -> None:
         """Take ``halves`` half steps: u from v and v from u in turn, beginning with v from u if ``from_u``."""
         with full_precision(self.U):
             while halves > 0:
@@ -78,7 +80,7 @@ class Vectors:
                     self.half_step(weights, from_u)
                     halves, from_u = halves - 1, not from_u
 
-    def whole_step(self, weights: Sequence[Tensor]) -> None:
+    def whole_step(self, weights: Sequence[Value]) -> None:
         """Both halves.
 
         V is divided by the last σ before: WᵀWV would be of the size σ², which float32 cannot hold where it can σ.
@@ -109,7 +111,7 @@ class Vectors:
         self.U.copy_(ours.combine(Y, first.new @ second.turn) + ours.combine(self.U, first.old @ second.turn))
         self.V.copy_(theirs.combine(Z, first.new @ second.new) + theirs.combine(self.V, first.turn @ second.old))
 
-    def half_step(self, weights: Sequence[Tensor], from_u: bool) -> None:
+    def half_step(self, weights: Sequence[Value], from_u: bool) -> None:
         """u from v, or v ``from_u``."""
         raw = torch.cat(list(self.products(weights, from_u)), 1)
         ours, x, theirs, other = (self.u_side, self.U, self.v_side, self.V)
@@ -125,20 +127,32 @@ class Vectors:
         x.copy_(ours.combine(raw.nan_to_num(0.0, 0.0, 0.0), ritz.new) + ours.combine(x, ritz.old))
         other.copy_(theirs.combine(other, ritz.turn))
 
-    def products(self, weights: Sequence[Tensor], from_u: bool) -> list[Float[Tensor, "m _"]]:
+    def products(self, weights: Sequence[Value], from_u: bool) -> list[Float[Tensor, "m _"]]:
         """Wᵀu or Wv of each weight."""
         if from_u:
             return [m.adjoint(W, u) for m, W, u in zip(self.maps, weights, self.us, strict=True)]
         return [m.forward(W, v) for m, W, v in zip(self.maps, weights, self.vs, strict=True)]
 
-    def round_trips(self, weights: Sequence[Tensor], guess: Float[Tensor, "m _"]) -> Float[Tensor, "m _"]:
+    def round_trips(self, weights: Sequence[Value], guess: Float[Tensor, "m _"]) -> Float[Tensor, "m _"]:
         """Wv of each weight, then WᵀWv of each, side by side."""
         parts = zip(self.maps, weights, guess.split(self.v_side.widths, 1), strict=True)
         u, w = zip(*[m.round_trip(W, v) for m, W, v in parts], strict=True)
         return torch.cat([*u, *w], 1)
 
+    def shares(self, weights: Sequence[Value]) -> list[Float[Tensor, "m _"]]:
+        """What this process has of Wv of each weight by itself; `whole` makes them whole."""
+        return self.products(weights, from_u=False)
+
+    def whole(self, shares: Sequence[Tensor]) -> list[Tensor]:
+        """Wv of each weight from the ``shares`` of all processes that hold it."""
+        return list(shares)
+
+    def summed(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The sum of these over all processes that hold the weights: of weights that are not sharded, they alone."""
+        return list(parts)
+
     def add_outer_(
-        self, targets: Sequence[Tensor | None], scale: Float[Tensor, "blocks k"], rates: Sequence[Any]
+        self, targets: Sequence[Target | None], scale: Float[Tensor, "blocks k"], rates: Sequence[Any]
     ) -> None:
         """Add ``rate·Σ scale·uvᵀ`` over the first ``k`` pairs to each target in place; rates are numbers or tensors.
 
@@ -153,11 +167,11 @@ class Vectors:
                 u, alpha = (u * rate, 1.0) if isinstance(rate, Tensor) else (u, rate)
                 self.add_one_(i, G, u, v[: self.k], alpha)
 
-    def add_one_(self, i: int, G: Tensor, u: Float[Tensor, "k _"], v: Float[Tensor, "k _"], alpha: float = 1.0) -> None:
+    def add_one_(self, i: int, G: Target, u: Float[Tensor, "k _"], v: Float[Tensor, "k _"], alpha: float = 1.0) -> None:
         """Add alpha·Σ uvᵀ, for map ``i``, to ``G``."""
         self.maps[i].add_outer_(G, u, v, alpha)
 
-    def residuals(self, weights: Sequence[Tensor]) -> list[Float[Tensor, ""]]:
+    def residuals(self, weights: Sequence[Value]) -> list[Float[Tensor, ""]]:
         """‖Wᵀu − σv‖ of each map for u = Wv/|Wv| and σ = |Wv|, the largest of its ``k`` pairs; changes nothing."""
         probe = copy.copy(self)
         with full_precision(self.U):
@@ -169,7 +183,7 @@ class Vectors:
         lengths = self.v_side.lengths(w - self.v_side.spread(sigma) * self.V)[: self.k].to(raw.dtype)
         return [part.amax() for part in lengths.split([m.blocks for m in self.maps], 1)]
 
-    def stable_ranks(self, weights: Sequence[Tensor]) -> list[Float[Tensor, ""]]:
+    def stable_ranks(self, weights: Sequence[Value]) -> list[Float[Tensor, ""]]:
         """‖W‖_F²/σ² of each map; the least of blocks that are maps of their own."""
         ranks = []
         for m, squares, sigma in zip(self.maps, self.squares(weights), self.sigmas, strict=True):
@@ -177,9 +191,27 @@ class Vectors:
             ranks.append(squares.sum() / largest.max() if m.norm == "max" else (squares / largest).min())
         return ranks
 
-    def squares(self, weights: Sequence[Tensor]) -> list[Float[Tensor, " blocks"]]:
+    def squares(self, weights: Sequence[Value]) -> list[Float[Tensor, " blocks"]]:
         """‖W‖_F² of each block."""
         return [m.squares(W) for m, W in zip(self.maps, weights, strict=True)]
+
+    @contextmanager
+    def only(self, which: Sequence[int]) -> Iterator["Vectors"]:
+        """Those of some of the maps by themselves, to be stepped alone; of weights that are not sharded."""
+        if len(which) == len(self.maps):
+            yield self
+            return
+        maps = [self.maps[i] for i in which]
+        us, vs = (
+            [side[i].unflatten(1, (m.blocks, -1)).movedim(0, 2) for i, m in zip(which, maps, strict=True)]
+            for side in (self.us, self.vs)
+        )
+        part = Vectors(maps, us, vs, [self.sigmas[i] for i in which], self.k)
+        yield part
+        for i, u, v, sigma in zip(which, part.us, part.vs, part.sigmas, strict=True):
+            self.us[i].copy_(u)
+            self.vs[i].copy_(v)
+            self.sigmas[i].copy_(sigma)
 
     def at_rest(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Copies of u, v and σ of each map, in the shapes that they were given in."""

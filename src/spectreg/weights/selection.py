@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -42,6 +43,11 @@ class Weight:
     def computed(self) -> bool:
         """Whether it is no parameter, but made of others: by a parametrization, or by a pruning mask."""
         return self.module._parameters.get(self.attribute) is None
+
+    @property
+    def factors(self) -> tuple[Any, ...]:
+        """What is read: the weight itself; of a `spectreg.weights.product.Product` each of its factors."""
+        return (self,)
 
 
 def named_weights(

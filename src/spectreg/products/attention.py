@@ -22,10 +22,14 @@ SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
 class Projection:
     """A linear layer that has run: its name, weight (outputs × inputs), bias and inputs, one row a position.
 
-    ``eps`` is the rounding of its outputs, under autocast too.
+    ``eps`` is the rounding of its outputs, under autocast too. ``module`` and ``attribute`` are where the weight is,
+    ``columns`` whether as inputs × outputs.
     """
 
     name: str
+    module: nn.Module
+    attribute: str
+    columns: bool
     weight: Tensor
     bias: Tensor | None
     inputs: Tensor
@@ -96,7 +100,9 @@ class Watch(TorchFunctionMode):
             if isinstance(x, Tensor) and (W := linear_weight(module)) is not None and x.shape[-1:] == W.shape[1:]:
                 bias: Any = module.bias
                 bias = None if bias is None else bias.detach()
-                self.ran.append(Projection(name, W, bias, x.detach().flatten(0, -2), rounding(W)))
+                columns = not isinstance(module, nn.Linear)
+                where = (name, module, "weight", columns)
+                self.ran.append(Projection(*where, W, bias, x.detach().flatten(0, -2), rounding(W)))
 
         return hook
 

@@ -1,0 +1,1 @@
+"""Products of weights that a model takes: which factors, and where they are stored."""
