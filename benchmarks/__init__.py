@@ -4,7 +4,6 @@ NAMES = (
     "step",
     "alone",
     "small_weights",
-    "caps",
     "convolution_norm",
     "measures",
     "loop",

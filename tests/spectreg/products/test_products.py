@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from cases import unchecked_types
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import on_ranks
@@ -544,7 +545,10 @@ def test_what_is_no_product_is_refused(call, message):
 
 
 def test_parameters_in_place_of_a_model_are_refused():
-    with pytest.raises(TypeError, match=r"give the nn.Module itself, not its parameters, or a list of what"):
+    with (
+        unchecked_types(),
+        pytest.raises(TypeError, match=r"give the nn.Module itself, not its parameters, or a list of what"),
+    ):
         SpectralNormRegularizer(list(own().parameters()), 1.0)
 
 
