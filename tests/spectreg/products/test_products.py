@@ -547,7 +547,7 @@ def test_what_is_no_product_is_refused(call, message):
 def test_parameters_in_place_of_a_model_are_refused():
     with (
         unchecked_types(),
-        pytest.raises(TypeError, match=r"give the nn.Module itself, not its parameters, or a list of what"),
+        pytest.raises(TypeError, match=r"give the nn.Module itself, not its parameters"),
     ):
         SpectralNormRegularizer(list(own().parameters()), 1.0)
 
