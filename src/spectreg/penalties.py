@@ -148,6 +148,12 @@ def penalty_of(penalty: str | Penalty | Callable[[Tensor], Tensor]) -> Penalty:
         _check_numbers(penalty)
         return penalty
     if not callable(penalty):
+        missing = [name for name in ("value", "slope", "target", "factor") if not hasattr(penalty, name)]
+        if len(missing) < 4:
+            raise ValueError(
+                f"penalty {penalty!r} has no {' and no '.join(missing)}: an object that is a penalty has value, slope, "
+                "target and factor, as Square has."
+            )
         raise ValueError(f"penalty {penalty!r} is neither one of {', '.join(NAMED)} nor a function of σ.")
     return Function(penalty)
 

@@ -1,3 +1,5 @@
+from inspect import unwrap
+
 import pytest
 import torch
 from cases import KINDS, mlp, seeded
@@ -7,7 +9,7 @@ from torch import nn
 from truth import svd_penalty_gradient
 
 from spectreg import SpectralNormRegularizer
-from spectreg.penalties import Function, Hinge, Power, Square
+from spectreg.penalties import Function, Hinge, Power, Square, penalty_of
 
 FUNCTIONS = {
     "square": ("square", lambda s: s**2 / 2),
@@ -114,3 +116,15 @@ def test_a_function_that_is_infinitely_steep_at_zero_leaves_a_zero_weight_alone(
     regularizer.add_gradient()
     regularizer.penalty().backward()
     assert not layer.weight.grad.any()
+
+
+def test_an_object_that_lacks_a_part_of_a_penalty_is_told_which():
+    class Partial:
+        def value(self, sigma, target):
+            return sigma
+
+        def slope(self, sigma, target):
+            return torch.ones_like(sigma)
+
+    with pytest.raises(ValueError, match=r"has no target and no factor: an object that is a penalty has value, slope"):
+        unwrap(penalty_of)(Partial())  # as users call it, without the type checks of the tests

@@ -50,3 +50,16 @@ def test_a_step_changes_the_gradient_and_nothing_else():
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert {name for name, p in model.named_parameters() if p.grad is not None} == {"0.weight", "2.weight"}
+
+
+def test_what_an_attached_regularizer_adds_is_not_added_twice_by_hand():
+    model = nn.Linear(4, 3).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    regularizer = SpectralNormRegularizer(model, 0.1).attach(optimizer)
+    with pytest.raises(
+        RuntimeError, match=r"attached, so the optimizer's step adds this gradient: .* detach\(\) first"
+    ):
+        regularizer.add_gradient()
+    regularizer.detach()
+    regularizer.add_gradient()
+    assert model.weight.grad is not None

@@ -214,6 +214,12 @@ class Claim:
     says: tuple[Kind, ...]
     but_for_stl10: bool = False
 
+    def methods(self) -> set[str]:
+        """The methods that it is about; empty where it is about those of the study, whichever they are."""
+        values = [getattr(kind, field.name) for kind in self.says for field in fields(kind)]
+        words = [word for value in values for word in (value if isinstance(value, tuple) else (value,))]
+        return {word for word in words if word in METHODS}
+
     def comparisons(self, numbers: Numbers) -> list[list[Comparison]]:
         """The comparisons of each alternative, in the settings that the claim is about."""
         left_out = {name for name, row in numbers.paper.items() if self.but_for_stl10 and row == STL10}

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from spectreg_lab.storage.store import StudyRecord
 HELD, NOT, OPEN = "held", "did not hold", "not decided"
 TONES = {HELD: "good", NOT: "bad", OPEN: "open"}
 LEVEL = 0.05
+FEW = 4  # settings and regimes that fit into a sentence
+NOT_PART = "not part of this study"
 POINTING = ("It", "So", "They")  # first words of claims that speak of the claim before
 NOTES = (
     "A statement is a difference paired over the seeds that both sides have, and pooled: its mean over settings, "
@@ -160,12 +162,14 @@ def _single(difference: Difference, corrected: float) -> str:
     return NOT if difference.mean < 0 and corrected < LEVEL else OPEN
 
 
-def _line(decision: Judged, singles: list[dict[str, Any]]) -> str:
+def _line(decision: Judged, singles: list[dict[str, Any]], methods: Collection[str]) -> str:
     """The visible line of a claim: the statement that decides, what would, and the count of single comparisons."""
     statement = deciding(decision)
     if statement is None:
         known = [row for row in singles if row["difference"].n]
-        return f"one seed of {len(known)} comparisons: no interval" if known else "nothing to compare yet"
+        if known:
+            return f"one seed of {len(known)} comparisons: no interval"
+        return "nothing to compare yet" if singles and decision.claim.methods() <= set(methods) else NOT_PART
     parts = [f"{statement.what}: {statement.pooled.text(statement.unit)}"]
     if decision.outcome == OPEN:
         parts.append(_would_decide(statement.pooled))
@@ -252,6 +256,31 @@ def _compared(study: StudyRecord, numbers: Numbers) -> str:
     )
 
 
+def _means(study: StudyRecord, table: pd.DataFrame) -> list[str]:
+    """What came out, in a sentence, where that is few numbers."""
+    rows = [
+        f"{labels.setting(study, setting)}, {labels.batch(study, regime, setting)}: "
+        + ", ".join(
+            f"{row['method']} {row['mean']:.3f}"
+            for row in records(select(table, metric="test_accuracy", setting=setting, regime=regime))
+            if row["runs"]
+        )
+        for setting, regime in regimes(study)
+    ]
+    return (
+        [f"Test accuracy, mean over seeds: {'; '.join(rows)}."]
+        if len(rows) <= FEW and len(table.dropna(subset="mean"))
+        else []
+    )
+
+
+def _tally(decisions: Sequence[Judged], lines: Sequence[str]) -> str:
+    absent = lines.count(NOT_PART)
+    counted = Counter(decision.outcome for decision in decisions) - Counter({OPEN: absent})
+    tally = ", ".join(f"{counted[name]} {name}" for name in (NOT, OPEN, HELD))
+    return f"Of {len(decisions)} claims: {tally}{f', {absent} {NOT_PART}' if absent else ''}."
+
+
 def _seen(decisions: Sequence[Judged]) -> str:
     """What differences of accuracy the study can tell from none: those of the statement that decides who is best."""
     best = next(decision for decision in decisions if decision.claim.sentence == BEST)
@@ -283,8 +312,7 @@ def exhibit(study: StudyRecord, numbers: Numbers, table: pd.DataFrame) -> Exhibi
     """Every claim with its verdict, and where spectral does not win."""
     decisions = [judged(claim, numbers) for claim in CLAIMS]
     beneath = [singles(decision, numbers) for decision in decisions]
-    counted = Counter(decision.outcome for decision in decisions)
-    tally = ", ".join(f"{counted[name]} {name}" for name in (NOT, OPEN, HELD))
+    lines = [_line(*pair, study.study["methods"]) for pair in zip(decisions, beneath, strict=True)]
     against = [_standing_alone(i) for i, decision in enumerate(decisions) if decision.outcome == NOT]
     measured = " to ".join(map(str, numbers.measured)) or "none"
     return Exhibit(
@@ -293,15 +321,22 @@ def exhibit(study: StudyRecord, numbers: Numbers, table: pd.DataFrame) -> Exhibi
         claim="",
         frame=pd.DataFrame([row for pair in zip(decisions, beneath, strict=True) for row in _frame(*pair)]),
         verdicts=[
-            Verdict(d.claim.section, d.claim.sentence, d.outcome, _line(d, rows), _tables(study, d, rows))
-            for d, rows in zip(decisions, beneath, strict=True)
+            Verdict(d.claim.section, d.claim.sentence, d.outcome, line, _tables(study, d, rows))
+            for d, rows, line in zip(decisions, beneath, lines, strict=True)
         ],
         summary=[
             _compared(study, numbers),
-            f"Of {len(decisions)} claims: {tally}. {_seen(decisions)}{_registered(study)}",
+            f"{_tally(decisions, lines)} {_seen(decisions)}{_registered(study)}",
+            *_means(study, table),
             *([f"Against the paper or the method: {' '.join(against)}"] if against else []),
-            _rows_won(study, table, "test_accuracy", "Test accuracy"),
-            _rows_won(study, table, "generalization_gap", "Generalization gap"),
+            *(
+                [
+                    _rows_won(study, table, "test_accuracy", "Test accuracy"),
+                    _rows_won(study, table, "generalization_gap", "Generalization gap"),
+                ]
+                if "spectral" in study.study["methods"]
+                else []
+            ),
         ],
         notes=[
             *NOTES,

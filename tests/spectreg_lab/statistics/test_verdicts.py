@@ -326,6 +326,24 @@ def test_the_first_sentences_say_what_was_compared_and_what_differences_could_be
     assert came_out.endswith("This study names no commit that fixed its claims and the rule before its first run.")
 
 
+def test_claims_about_methods_that_a_study_does_not_have_are_not_part_of_it(tmp_path: Path) -> None:
+    path = folders.write_study(tmp_path / "s", as_the_paper_says) / store.STUDY
+    record = json.loads(path.read_text())
+    record["study"]["methods"] = {name: {} for name in ("vanilla", "decay")}
+    record["points"] = [point for point in record["points"] if point["method"] in ("vanilla", "decay")]
+    path.write_text(json.dumps(record))
+    shown = {exhibit.name: exhibit for exhibit in exhibits(store.read_study(tmp_path / "s"))}["verdicts"]
+    lines = {verdict.sentence: verdict.line for verdict in shown.verdicts}
+    assert lines["It does so at any point: on training data, too."] == "not part of this study"
+    assert lines["Vanilla: the largest eigenvalue of the Hessian on training data grows with the batch."] == (
+        "nothing to compare yet"
+    )
+    assert f"{list(lines.values()).count('not part of this study')} not part of this study" in shown.summary[1]
+    assert shown.summary[2].startswith("Test accuracy, mean over seeds: ")
+    assert "vanilla 0.700" in shown.summary[2]
+    assert not any("spectral has the best mean" in sentence for sentence in shown.summary)
+
+
 def test_a_study_that_names_the_commit_of_its_claims_says_so_at_the_top(tmp_path: Path) -> None:
     folders.write_study(tmp_path / "s", as_the_paper_says)
     path = tmp_path / "s" / store.STUDY
