@@ -39,12 +39,13 @@ class Strengths:
 
     def at(self, names: list[str], step: int) -> list[float]:
         """λ × ``every`` of these at ``step``; of a function, what float32 cannot tell from 0 is 0."""
-        numbers = []
-        for name in names:
-            number = self.each[name]
+        numbers, asked = {}, set(names)
+        for name, number in self.each.items():  # in the order of the model, whose first fault is named
+            if name not in asked:
+                continue
             if callable(number):
                 value = number(step)
                 number = 0.0 if isinstance(value, Real) and 0 < value * self.every < SMALLEST else value
                 check_strength(f"strength of {name!r} at step {step}", number, self.every)
-            numbers.append(float(number) * self.every)
-        return numbers
+            numbers[name] = float(number) * self.every
+        return [numbers[name] for name in names]
