@@ -64,7 +64,7 @@ def optimizers(name: str, model: nn.Module, weights: list[Tensor]) -> list[torch
         (Transformer, "AdamW", 1.0, {}),
         (Transformer, "Muon", 1.0, {"by": "clip"}),
     ],
-    ids=repr,
+    ids=lambda value: getattr(value, "__name__", None) or repr(value),
 )
 def test_through_300_steps_every_norm_is_within_a_thousandth_of_the_cap(build, name, settings, value):
     model, retract = build(), "retract" in settings
