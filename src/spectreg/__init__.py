@@ -15,6 +15,7 @@ from spectreg.measures.losses import BatchLoss
 from spectreg.measures.normalized import normalized_norms
 from spectreg.measures.perturbation import perturbation_curve
 from spectreg.measures.spectra import singular_values
+from spectreg.penalties import Hinge, Power, Square
 from spectreg.products.named import named_products
 from spectreg.regularizer import SpectralNormRegularizer
 from spectreg.weights.input_sizes import input_sizes
@@ -24,8 +25,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchLoss",
+    "Hinge",
+    "Power",
     "SpectralNormCap",
     "SpectralNormRegularizer",
+    "Square",
     "adapter_norms",
     "adversarial_loss",
     "generalization_gap",
