@@ -139,14 +139,14 @@ class SpectralNormRegularizer(Following):
             RuntimeError: The regularizer is ``decoupled`` or attached, a sharded weight is gathered, or Opacus takes
                 gradients by sample and would replace what is added.
         """
+        refuse_gradients_by_sample(self._state.acted_on())
+        if self.decoupled:
+            raise RuntimeError(f"decoupled={self.decoupled} acts on the weights when the optimizer does: use attach().")
         if self._attachment is not None:
             raise RuntimeError(
                 "the regularizer is attached, so the optimizer's step adds this gradient: leave the call out, or "
                 "detach() first."
             )
-        refuse_gradients_by_sample(self._state.acted_on())
-        if self.decoupled:
-            raise RuntimeError(f"decoupled={self.decoupled} acts on the weights when the optimizer does: use attach().")
         for group, weights, acts in self._state.step():
             add_gradient(group, weights, self.penalty_function, acts)
 

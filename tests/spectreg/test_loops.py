@@ -200,6 +200,7 @@ def test_no_value_is_read_back_to_the_host_in_a_step(settings):
     regularizer.sigma()
     regularizer.attach(optimizer)
     optimizer.step()
+    regularizer.detach()
     with Reads() as reads:
         if not regularizer.decoupled:
             regularizer.add_gradient()
@@ -433,6 +434,7 @@ def test_frozen_weights_are_left_alone_and_join_in_when_they_thaw():
     model[0].weight.requires_grad_(False)
     regularizer = SpectralNormRegularizer(model, 0.1)
     regularizer.attach(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    regularizer.detach()
     regularizer.add_gradient()
     regularizer.penalty().backward()
     assert model[0].weight.grad is None
