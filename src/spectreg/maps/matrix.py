@@ -16,7 +16,7 @@ from spectreg.maps.base import Norm
 # more threads than one; and elements of a block above which it is multiplied by itself. Products with single vectors
 # never fork, conversions and sums of more than ``ALONE`` elements do: thousands of joins, each of which waits for a
 # core where other processes are busy, took 8 to 80 × the time of a product in bfloat16.
-TILE, ALONE, SINGLE = 1 << 19, 1 << 15, 1 << 12
+TILE, ALONE, SINGLE = 1 << 20, 1 << 15, 1 << 12
 PIECE_ELSEWHERE = 1 << 22  # elements converted at a time on an accelerator, where each piece costs launches
 
 
@@ -248,13 +248,12 @@ def add_times_(A: Float[Tensor, "n o"], x: Float[Tensor, "n k"], y: Float[Tensor
     elif A.stride(0) == 1 and A.stride(1) != 1:
         add_times_(A.t(), y.t(), x.t(), alpha)
     else:
-        rows = max(1, converted_at_once(A) // max(1, A.shape[1]))
-        held, lefts = x.new_empty(min(rows, len(A)), A.shape[1]), [left[:, None].split(rows) for left in x.unbind(1)]
-        for i, stored in enumerate(A.split(rows)):
-            part = held[: len(stored)].copy_(stored)
-            for left, right in zip(lefts, y, strict=True):
-                part.addcmul_(left[i], right, value=alpha)
-            stored.copy_(part)
+        few = max(1, converted_at_once(A) // max(1, A.shape[1]))
+        for some, part in swept(A, x.dtype):
+            parts = part.split(few)
+            for left, right in zip(x[some].unbind(1), y, strict=True):
+                torch._foreach_addcmul_(parts, left[:, None].split(few), [right] * len(parts), alpha)
+            torch._foreach_copy_(A[some].split(few), parts)
 
 
 def at_once(A: Tensor, x: Tensor, cached: int) -> bool:
@@ -275,8 +274,7 @@ def swept(A: Float[Tensor, "n o"], dtype: torch.dtype) -> Iterator[tuple[slice, 
         part = A[some]
         if held is not None:
             stored, part = part, held[: len(part)]
-            for to, of in zip(part.split(few), stored.split(few), strict=True):
-                to.copy_(of)
+            torch._foreach_copy_(part.split(few), stored.split(few))
         yield some, part
 
 
