@@ -88,7 +88,9 @@ def _from_datasets(source: str, files: list[Path], progress: Callable[[str], Non
         if kind == "hub":
             found = datasets.load_dataset(place)
         elif kind == "parquet":
-            found = datasets.load_dataset("parquet", data_files=_by_split(Path(place), files))
+            found = datasets.load_dataset(
+                "parquet", data_files=_by_split(Path(place), files, "train*.parquet and test*.parquet")
+            )
         else:
             found = datasets.load_dataset("imagefolder", **_image_folder(Path(place), files))
     except DataError:
@@ -130,16 +132,26 @@ def _pictures(split: Any, source: str, progress: Callable[[str], None]) -> np.nd
         try:
             found.append(pixels(_opened(split[i][image])))
         except Exception as error:  # whatever a damaged file makes its reader raise
-            raise DataError(f"{source}: image {i} cannot be decoded: {_first_line(error)}") from error
+            raise DataError(f"{source}: {_name(split, image, i)} cannot be decoded: {_first_line(error)}") from error
         if found[i].shape[:2] != found[0].shape[:2]:
             raise DataError(
-                f"{source}: image {i} is {found[i].shape[:2]} where the first is {found[0].shape[:2]} "
+                f"{source}: {_name(split, image, i)} is {found[i].shape[:2]} where the first is {found[0].shape[:2]} "
                 "(height, width): all images must have one size; resize them first"
             )
         if i % 5000 == 4999:
             progress(f"{source}: {i + 1} of {len(split)} images decoded")
     channels = max(picture.shape[2] for picture in found)
     return np.stack([np.broadcast_to(picture, (*picture.shape[:2], channels)) for picture in found])
+
+
+def _name(split: Any, column: str, i: int) -> str:
+    """The number of an image, and its file where it has one."""
+    import datasets
+
+    if not isinstance(split.features[column], datasets.Image):
+        return f"image {i}"
+    path = split.cast_column(column, datasets.Image(decode=False))[i][column]["path"]
+    return f"image {i} ({path})" if path else f"image {i}"
 
 
 def _opened(picture: Any) -> Any:
@@ -160,7 +172,9 @@ def _image_folder(folder: Path, files: list[Path]) -> dict[str, Any]:
     if not labels:
         for path in files:
             _check_class_folder(folder, path)
-    return {"data_files": _by_split(folder, files)} | ({} if labels else {"drop_labels": False})
+    return {"data_files": _by_split(folder, files, "train/CLASS/ and test/CLASS/")} | (
+        {} if labels else {"drop_labels": False}
+    )
 
 
 def _check_class_folder(folder: Path, path: Path) -> None:
@@ -173,12 +187,15 @@ def _check_class_folder(folder: Path, path: Path) -> None:
         raise DataError(f"{path} {why} its split: an image lies in train/CLASS/ or test/CLASS/, or has metadata.csv")
 
 
-def _by_split(folder: Path, files: list[Path]) -> dict[str, list[str]]:
+def _by_split(folder: Path, files: list[Path], where: str) -> dict[str, list[str]]:
     """The files of each split: what the first folder or file below ``folder`` that is called so belongs to."""
     named: dict[str, list[str]] = {}
     for path in files:
         if place := _split_of(folder, path):
             named.setdefault(place[0], []).append(str(path))
+    lacking = ["training"] * ("train" not in named) + ["test"] * (not named.keys() & {"test", "validation"})
+    if lacking:
+        raise DataError(f"{folder} has no {' and no '.join(lacking)} images: they are looked for in {where}")
     return named
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from spectreg_lab.settings import shipped
 from spectreg_lab.settings.config import (
     Adversarial,
     Config,
@@ -332,9 +333,10 @@ def read_study(path: Path, precision: str | None = None, compile: bool = False) 
 def _toml(path: Path) -> dict[str, Any]:
     try:
         if not path.exists():
-            near = get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.toml")], n=1)
-            hint = f": did you mean {path.with_name(near[0] + '.toml')}?" if near else ""
-            raise StudyError(f"study file {path} does not exist{hint}")
+            known = {name: name for name in shipped.studies()} | {p.stem: str(p) for p in path.parent.glob("*.toml")}
+            near = get_close_matches(path.stem, known, n=1)
+            hint = f"did you mean {known[near[0]]}?" if near else "`spectreg reproduce --list` names some"
+            raise StudyError(f"study file {path} does not exist: {hint}")
         if not path.is_file() or path.stat().st_size > LARGEST:
             raise StudyError(f"study file {path} is no file of at most {LARGEST} bytes")
         return tomllib.loads(path.read_text("utf-8"))

@@ -296,7 +296,7 @@ def test_an_unreadable_parquet_file_is_refused_by_name(tmp_path):
 
 def test_a_folder_without_a_test_split_is_refused(tmp_path, pictures):
     write_parquet(tmp_path, pictures, [0, 1] * 3, "train")
-    with pytest.raises(DataError, match=r"has the splits \['train'\]: train and test are needed"):
+    with pytest.raises(DataError, match=r"has no test images: they are looked for in train\*\.parquet and"):
         load(Data(name=str(tmp_path)))
 
 
@@ -452,6 +452,24 @@ def test_an_image_whose_class_its_folder_does_not_say_is_refused(tmp_path, place
     (tmp_path / place).parent.mkdir(exist_ok=True)
     Image.new("RGB", (8, 8)).save(tmp_path / place)
     with pytest.raises(DataError, match=f"{place} {message}"):
+        load(Data(name=str(tmp_path)))
+
+
+def test_folders_of_classes_without_a_split_are_told_where_images_are_looked_for(tmp_path):
+    folder_of_classes(tmp_path, ["a", "b"], 2)
+    (tmp_path / "train").rename(tmp_path / "flat")
+    with pytest.raises(DataError, match="flat has no training and no test images: they are looked for in train/CLASS/"):
+        load(Data(name=str(tmp_path / "flat")))
+
+
+def test_an_image_of_another_size_or_that_is_damaged_is_named_by_its_file(tmp_path):
+    folder_of_classes(tmp_path, ["a", "b"], 2)
+    odd = sorted((tmp_path / "train" / "b").iterdir())[0]
+    Image.new("RGB", (9, 8)).save(odd)
+    with pytest.raises(DataError, match=rf"image 2 \({odd}\) is \(8, 9\) where the first is \(8, 8\)"):
+        load(Data(name=str(tmp_path)))
+    odd.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=rf"image 2 \({odd}\) cannot be decoded"):
         load(Data(name=str(tmp_path)))
 
 
