@@ -138,9 +138,9 @@ class SpectralNormCap(Following):
         )
 
     @torch.no_grad()
-    def _apply(self, lane: int | None) -> None:
+    def _apply(self, optimizer: int | None) -> None:
         refuse_computed(self.weights)
-        groups = self._state.trained(lane)
+        groups = self._state.trained(optimizer)
         refuse_gathered(self._state.gathered)
         _refuse_half(self.weights)
         for group, weights in groups:

@@ -26,7 +26,7 @@ class Following:
         """Undo ``attach``; nothing happens if it is not attached."""
         if self._attachment is not None:
             self._attachment.remove()
-        self._attachment, self._state.lanes = None, {}
+        self._attachment, self._state.optimizer_of = None, {}
 
     @torch.no_grad()
     def sigma(self) -> dict[str, Tensor]:
@@ -35,7 +35,7 @@ class Following:
         Estimates from below, in the units of the weight; before the first step the warmup is done. Frozen weights are
         left out, as they are from steps.
         """
-        return self._state.look(lambda group, _: [s.max() for s in group.vectors.sigmas])
+        return self._state.by_weight(lambda group, _: [s.max() for s in group.vectors.sigmas])
 
     def state_dict(self) -> dict[str, Any]:
         """Its vectors by the name of the weight, alike on every rank. Safe to save; nothing of the model is in it.
@@ -63,7 +63,7 @@ class Following:
             )
         refuse_computed(self.weights if acted_on is None else acted_on)
         self._attachment = tie()
-        self._state.lanes = self._attachment.lanes
+        self._state.optimizer_of = self._attachment.optimizer_of
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_attachment": None}

@@ -17,7 +17,7 @@ BeforeStep = Callable[[int, Mapping[int, Any], Tensor | float, Tensor | float], 
 
 
 class Attachment:
-    """Hooks on the optimizers that move the weights; ``lanes`` says which of them holds each weight.
+    """Hooks on the optimizers that move the weights; ``optimizer_of`` says which of them holds each weight.
 
     Args:
         optimizers: May be wrapped; `acting` finds the one that moves the weights.
@@ -42,8 +42,8 @@ class Attachment:
         for optimizer in inner:
             refuse(optimizer)
         held = [_parameters(optimizer) for optimizer in inner]
-        self.lanes = _lanes(weights, held, weights if acted_on is None else acted_on)
-        self._handles = [hook(optimizer, lane) for lane, optimizer in enumerate(inner)]
+        self.optimizer_of = _optimizer_of(weights, held, weights if acted_on is None else acted_on)
+        self._handles = [hook(optimizer, number) for number, optimizer in enumerate(inner)]
         self._seen: dict[str, tuple[int, list[float]]] = {}
 
     def remove(self) -> None:
@@ -94,7 +94,7 @@ def before_steps(
         optimizers,
         weights,
         lambda optimizer: _refuse_unfit(optimizer, decoupled),
-        lambda optimizer, lane: optimizer.register_step_pre_hook(_hook(lane, act)),
+        lambda optimizer, number: optimizer.register_step_pre_hook(_hook(number, act)),
         acted_on,
     )
 
@@ -105,7 +105,7 @@ def after_steps(optimizers: Sequence[Any], weights: Sequence[Weight], act: Calla
         optimizers,
         weights,
         _refuse_averages,
-        lambda optimizer, lane: optimizer.register_step_post_hook(_after(lane, act)),
+        lambda optimizer, number: optimizer.register_step_post_hook(_after(number, act)),
     )
 
 
@@ -117,10 +117,10 @@ def _refuse_averages(optimizer: Optimizer) -> None:
         )
 
 
-def _after(lane: int, after_step: Callable[[int], None]) -> Callable[..., None]:
+def _after(number: int, after_step: Callable[[int], None]) -> Callable[..., None]:
     def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not _is_within_a_step(optimizer):
-            after_step(lane)
+            after_step(number)
 
     return hook
 
@@ -183,11 +183,13 @@ def _parameters(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
-def _hook(lane: int, before_step: BeforeStep) -> Callable[..., Any]:
+def _hook(number: int, before_step: BeforeStep) -> Callable[..., Any]:
     def act(optimizer: Optimizer) -> None:
         rates = {id(p): group.get("lr") for group in optimizer.param_groups for p in group["params"]}
         scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-        before_step(lane, rates, 1.0 if scale is None else scale, 1.0 if overflow is None else (overflow == 0).float())
+        before_step(
+            number, rates, 1.0 if scale is None else scale, 1.0 if overflow is None else (overflow == 0).float()
+        )
 
     def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _is_within_a_step(optimizer):
@@ -252,20 +254,20 @@ def _refuse_decoupled(optimizer: Optimizer, decoupled: bool | str) -> None:
         )
 
 
-def _lanes(weights: Sequence[Weight], held: Sequence[set[int]], acted_on: Sequence[Weight]) -> dict[str, int]:
+def _optimizer_of(weights: Sequence[Weight], held: Sequence[set[int]], acted_on: Sequence[Weight]) -> dict[str, int]:
     """Which optimizer holds each weight, of a product its trained factors; each that is ``acted_on`` has to be held."""
-    lanes: dict[str, int] = {}
+    optimizer_of: dict[str, int] = {}
     left, required = [], {w.name for w in acted_on}
     for w in weights:
         where = [(T.requires_grad, next((i for i, ids in enumerate(held) if id(T) in ids), None))
                  for T in tensors_of(w.tensor)]  # fmt: skip
-        trained = {lane for is_trained, lane in where if is_trained} or {lane for _, lane in where}
+        trained = {number for is_trained, number in where if is_trained} or {number for _, number in where}
         if len(trained) > 1 and None not in trained and w.name in required:
             raise ValueError(
                 f"the factors of {w.name!r} are held by several optimizers, of which none steps both: give them to one."
             )
         if None not in trained:
-            lanes[w.name] = trained.pop()  # type: ignore[assignment]
+            optimizer_of[w.name] = trained.pop()  # type: ignore[assignment]
         elif w.tensor.requires_grad and w.name in required:
             left.append(w.name)
     if left:
@@ -273,4 +275,4 @@ def _lanes(weights: Sequence[Weight], held: Sequence[set[int]], acted_on: Sequen
             f"the optimizer does not hold {', '.join(left[:8])}{' …' if len(left) > 8 else ''}. Attach the optimizer "
             "of this model (all of them if there are several), or leave these weights out with select."
         )
-    return lanes
+    return optimizer_of

@@ -220,7 +220,7 @@ class SpectralNormRegularizer(Following):
 
         In the units of the weight; the largest over blocks. Costs as much as a step and changes nothing.
         """
-        return self._state.look(lambda group, weights: group.vectors.residuals(weights))
+        return self._state.by_weight(lambda group, weights: group.vectors.residuals(weights))
 
     @torch.no_grad()
     def stable_rank(self) -> dict[str, Tensor]:
@@ -229,7 +229,7 @@ class SpectralNormRegularizer(Following):
         Costs a read of every weight. NaN for ``map="operator"``, whose Frobenius norm depends on the position, and for
         products.
         """
-        return self._state.look(lambda group, weights: group.vectors.stable_ranks(weights))
+        return self._state.by_weight(lambda group, weights: group.vectors.stable_ranks(weights))
 
     @torch.no_grad()
     def log(self) -> dict[str, float]:
@@ -257,7 +257,7 @@ class SpectralNormRegularizer(Following):
             each = zip(v.sigmas, v.residuals(weights), v.stable_ranks(weights), strict=True)
             return [torch.stack([s.max(), residual, rank.to(s.dtype)]) for s, residual, rank in each]
 
-        return self._state.look(three)
+        return self._state.by_weight(three)
 
     def _logged(self, numbers: Readings) -> dict[str, float]:
         if self._attachment is not None:
@@ -285,10 +285,12 @@ class SpectralNormRegularizer(Following):
         )
 
     @torch.no_grad()
-    def _before_step(self, lane: int, rates: Mapping[int, Any], factor: Tensor | float, keep: Tensor | float) -> None:
+    def _before_step(
+        self, optimizer: int, rates: Mapping[int, Any], factor: Tensor | float, keep: Tensor | float
+    ) -> None:
         """Called by the attachment: with learning rates by parameter, the gradients' scale, and 0 to skip the step."""
         free = self.decoupled == "independent"
-        for group, weights, acts in self._state.step(lane, held=rates):
+        for group, weights, acts in self._state.step(optimizer, held=rates):
             if self.decoupled:
                 move(group, weights, self.penalty_function, lambda W: 1.0 if free else rates[id(W)], keep * acts)
             else:

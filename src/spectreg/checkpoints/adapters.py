@@ -49,8 +49,8 @@ def adapter_of(name: str) -> Adapter | None:
     'fc'
     """
     for kind, other in FACTORS:
-        before, found, after = name.partition(f".{kind}")
-        if found and (not after or after.startswith(".")):
+        before, marker, after = name.partition(f".{kind}")
+        if marker and (not after or after.startswith(".")):
             own_name = after.removesuffix(".weight").lstrip(".")
             return Adapter(before.removeprefix(PREFIX), name, f"{before}.{other}{after}", kind, own_name)
     return None

@@ -110,9 +110,9 @@ def output_of(model: nn.Module, x: Tensor, input_shape: tuple[int, ...]) -> Any:
         ) from error
 
 
-def close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
+def close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
     """Whether the two agree to a share of the largest entry."""
-    return torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * wanted.abs().amax().item())
+    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().amax().item())
 
 
 class Walk(fx.Interpreter):

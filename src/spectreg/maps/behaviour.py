@@ -150,9 +150,9 @@ def put_back(now: Any, before: Any) -> None:
     now.update(before) if isinstance(now, dict) else now.extend(before)
 
 
-def close(found: Tensor, wanted: Tensor) -> bool:
+def close(actual: Tensor, expected: Tensor) -> bool:
     """Whether the two agree but for rounding."""
-    if found.shape != wanted.shape:
+    if actual.shape != expected.shape:
         return False
-    size = wanted.abs().max() if wanted.numel() else 0.0
-    return bool(((found - wanted).abs() <= torch.finfo(found.dtype).eps ** 0.75 * size).all())
+    size = expected.abs().max() if expected.numel() else 0.0
+    return bool(((actual - expected).abs() <= torch.finfo(actual.dtype).eps ** 0.75 * size).all())

@@ -150,14 +150,14 @@ class WholeLoss:
             if len(sizes) != 1 or max(sizes) < 2 or (dim and any(x.ndim == 1 for x in tensors(batch))):
                 continue
             try:
-                found = self._unequal_along(model, batch, dim, max(sizes))
+                difference = self._unequal_along(model, batch, dim, max(sizes))
             except Exception:  # half of the features, if it is these that lie there, is nothing that a model takes
                 if not dim:
                     raise
                 continue
-            if found is None:
+            if difference is None:
                 return None
-            wrong = wrong or found
+            wrong = wrong or difference
         return wrong
 
     def _unequal_along(self, model: nn.Module, batch: Any, dim: int, n: int) -> str | None:

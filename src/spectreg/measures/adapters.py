@@ -74,5 +74,5 @@ def norm_of_adapted(f: LowRank, goal: Goal, generator: torch.Generator) -> Adapt
         return y @ W + (y @ B) @ f.A
 
     start = gaussian_like(W.new_empty(STARTS, 1, W.shape[1]), generator)
-    found = largest_singular_value(forward, adjoint, start, goal)
-    return AdapterNorm(update, scale * found.values[0], scale * found.residuals[0], found.products, found.converged)
+    top = largest_singular_value(forward, adjoint, start, goal)
+    return AdapterNorm(update, scale * top.values[0], scale * top.residuals[0], top.products, top.converged)

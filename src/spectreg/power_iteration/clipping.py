@@ -35,15 +35,15 @@ def clip_(vectors: Vectors, weights: Sequence[Any], caps: Sequence[float]) -> No
 
     def spectra(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         jobs = zip(vectors.maps, pieces, sides, vectors.counts, caps, strict=True)
-        shares = [gram(m, its if counts else [], inputs, c, vectors.U.new_empty(0, dtype=dtype))
-                  for m, its, inputs, counts, c in jobs]  # fmt: skip
+        shares = [gram(m, weight if counts else [], inputs, c, vectors.U.new_empty(0, dtype=dtype))
+                  for m, weight, inputs, counts, c in jobs]  # fmt: skip
         return [spectrum(G) for G in vectors.summed(shares)]
 
-    found = spectra(vectors.U.dtype)
-    near = all(bool((sigma < FAR_ABOVE).all()) for sigma, _ in found)  # not so where float32 has overflown
+    decomposed = spectra(vectors.U.dtype)
+    near = all(bool((sigma < FAR_ABOVE).all()) for sigma, _ in decomposed)  # not so where float32 has overflown
     if not near and vectors.U.device.type != "mps":
-        found = spectra(torch.float64)
-    for i, (sigma, B) in enumerate(found):
+        decomposed = spectra(torch.float64)
+    for i, (sigma, B) in enumerate(decomposed):
         count = int((sigma > 1).sum(1).max())
         if count:
             for p in pieces[i]:

@@ -19,8 +19,8 @@ from spectreg.power_iteration.step import Vectors, full_precision
 def add_gradient(group: Group, weights: Sequence[Value], penalty: Penalty, factor: float | Tensor = 1.0) -> None:
     """Add λφ'(σ)·uvᵀ, times ``factor``, to the gradient of each of ``weights`` whose λ is not 0."""
     if any(acts := group.acts()):
-        its = zip(weights, group.members, acts, strict=True)
-        gradients = [target_of(W, w.name) if on else None for W, w, on in its]
+        parts = zip(weights, group.members, acts, strict=True)
+        gradients = [target_of(W, w.name) if on else None for W, w, on in parts]
         group.vectors.add_outer_(gradients, scales(group, penalty, factor), [1.0] * len(gradients))
 
 

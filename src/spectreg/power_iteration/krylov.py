@@ -19,37 +19,37 @@ def follow(vectors: Vectors, weights: Sequence[Value], depth: int) -> None:
     zero or not finite keeps its vectors. Of weights sharded by rows each rank has its rows of all products with W
     without asking anybody, and they come together at the end: ``depth + 1`` messages.
     """
-    probe, ours, theirs = copy.copy(vectors), vectors.u_side, vectors.v_side
+    probe, u_side, v_side = copy.copy(vectors), vectors.u_side, vectors.v_side
     size = vectors.sigma[:, :1].nan_to_num(1.0, 1.0)  # divided by, so that σ² need not be a number of float32
     over = torch.where(size > 0, size, 1.0).reciprocal().t()
 
     def forward_share(V: Float[Tensor, "m v"]) -> Float[Tensor, "m u"]:
-        probe.vs = V.split(theirs.widths, 1)
+        probe.vs = V.split(v_side.widths, 1)
         return torch.cat(probe.shares(weights), 1)
 
     def adjoint(U: Float[Tensor, "m u"]) -> Float[Tensor, "m v"]:
-        probe.us = U.split(ours.widths, 1)
+        probe.us = U.split(u_side.widths, 1)
         return torch.cat(probe.products(weights, from_u=True), 1)
 
     with full_precision(vectors.U):
-        basis = orthonormal(vectors.V, None, theirs)
+        basis = orthonormal(vectors.V, None, v_side)
         images = image = forward_share(basis)
         for _ in range(depth):
-            block = orthonormal(adjoint(image * ours.spread(over)), basis, theirs)
+            block = orthonormal(adjoint(image * u_side.spread(over)), basis, v_side)
             image = forward_share(block)
             basis, images = torch.cat([basis, block]), torch.cat([images, image])
-        images = torch.cat(probe.whole(images.split(ours.widths, 1)), 1)
-    G = ours.gram(images, images)
+        images = torch.cat(probe.whole(images.split(u_side.widths, 1)), 1)
+    G = u_side.gram(images, images)
     finite = G.isfinite().flatten(1).all(1)
     squares, B = eigenbasis(torch.where(finite[:, None, None], G, 0.0))
     sigma, B = squares[:, : vectors.m].clamp_min(0.0).sqrt(), B[..., : vectors.m]
     alive = sigma > sigma[:, :1] * 1e-6
     B = torch.where(alive[:, None], B, 0.0)
-    v = theirs.combine(basis, B)
-    u = ours.combine(images, B / torch.where(alive, sigma, 1.0)[:, None])
+    v = v_side.combine(basis, B)
+    u = u_side.combine(images, B / torch.where(alive, sigma, 1.0)[:, None])
     kept = alive.t().to(v.dtype)
-    vectors.V.copy_(torch.where(theirs.spread(kept) > 0, v, vectors.V))
-    vectors.U.copy_(torch.where(ours.spread(kept) > 0, u, vectors.U))
+    vectors.V.copy_(torch.where(v_side.spread(kept) > 0, v, vectors.V))
+    vectors.U.copy_(torch.where(u_side.spread(kept) > 0, u, vectors.U))
     vectors.sigma.copy_(torch.where(finite[:, None], sigma, torch.nan))
 
 

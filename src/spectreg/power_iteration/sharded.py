@@ -124,9 +124,9 @@ class Meeting(NamedTuple):
 
     def counts(self, W: Any) -> bool:
         """Whether this rank's shard enters the sum: of the ranks that hold the same one, only the first does."""
-        mesh, here = W.device_mesh, W.device_mesh.get_coordinate()
+        mesh, coordinate = W.device_mesh, W.device_mesh.get_coordinate()
         summed = range(mesh.ndim) if self.dimension is None else [self.dimension]
-        first = all(here[d] == 0 for d in summed if d not in _sharded_dimensions(W))
+        first = all(coordinate[d] == 0 for d in summed if d not in _sharded_dimensions(W))
         return first and (self.dimension is not None or self.ranks[0] in _ranks(W))
 
 
@@ -163,8 +163,8 @@ def check_ranks(vectors: Mapping[str, Tensor], group: Any = None) -> None:
     digests = torch.stack([(x * torch.cos(torch.arange(len(x), device=x.device))).sum() for x in bits])
     everyone = [torch.empty_like(digests) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, digests, group=group)
-    for rank, theirs in enumerate(everyone):
-        same = (theirs == everyone[0]) | (theirs.isnan() & everyone[0].isnan())
+    for rank, values in enumerate(everyone):
+        same = (values == everyone[0]) | (values.isnan() & everyone[0].isnan())
         names = [name for name, fine in zip(vectors, same.tolist(), strict=True) if not fine]
         if names:
             raise RuntimeError(

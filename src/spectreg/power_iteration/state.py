@@ -30,7 +30,7 @@ Saved = dict[str, Any]  # of one weight: u, v and sigma, calls, start if a penal
 
 @dataclass
 class Group:
-    """Weights of one device, precision and optimizer, whose vectors are stepped together.
+    """Weights of one device, precision and optimizer (by its number), whose vectors are stepped together.
 
     ``k`` is the number of values asked for, of which a block may have fewer; ``start`` the first σ, if a penalty asks
     for it; ``is_on`` which weights have a strength above 0; ``calls`` how often a step was asked for, and ``count`` the
@@ -40,7 +40,7 @@ class Group:
 
     members: list[Weight]
     vectors: Vectors
-    lane: int
+    optimizer: int
     k: int
     calls: int
     warm: bool
@@ -116,7 +116,7 @@ class State:
     """Holds the vectors of ``weights``, wherever these go, and takes power steps for them.
 
     Weights that are alike are stepped in one `Group`; the groups are made anew when a weight has moved, changed its
-    precision, was sharded, frozen or thawed, or when ``lanes`` change: by name, the number of the optimizer that holds
+    precision, was sharded, frozen or thawed, or when ``optimizer_of`` changes, which says by name which optimizer holds
     each weight. In between, and in a file, the vectors of each weight are by themselves.
 
     Args:
@@ -136,7 +136,7 @@ class State:
     ) -> None:  # fmt: skip
         self.weights, self.k, self.tracked, self.seed = weights, k, tracked, seed
         self.halves, self.every, self.warmup, self.keeps_start = halves, every, warmup, keeps_start
-        self.lanes: Mapping[str, int] = {}
+        self.optimizer_of: Mapping[str, int] = {}
         self.strengths = Strengths({w.name: 0.0 for w in weights}, every)
         self._sharded = {w.name for w in weights if is_sharded(w.tensor)}
         self.gathered: list[str] = []
@@ -164,15 +164,15 @@ class State:
         return {w.name: self.strengths.at([w.name], steps.get(w.name, 0))[0] for w in self.weights}
 
     def step(
-        self, lane: int | None = None, effective: bool = False, held: Container[int] | None = None
+        self, optimizer: int | None = None, effective: bool = False, held: Container[int] | None = None
     ) -> list[tuple[Group, list[Value], float | Tensor]]:
-        """Step the groups of ``lane`` (all if None) that are trained, and hand out those whose turn it is.
+        """Step the groups of one optimizer (all if None) that are trained, and hand out those whose turn it is.
 
         The last of the three is what the penalty is to be multiplied with: 1, or 0 or 1 on the device. Refused are
         computed weights and sharded ones that are gathered, unless ``effective``, and weights that are not among the
         parameters (by id) that are ``held``; all of these only where their strength is not 0.
         """
-        groups = self.trained(lane)
+        groups = self.trained(optimizer)
         if effective:
             for group, weights in groups:
                 refuse_constants(*group.acted_on(weights))
@@ -191,11 +191,12 @@ class State:
             turns = [(g, weights, g.step(weights, self.halves, self.every)) for g, weights in groups]
         return [turn for turn in turns if isinstance(turn[2], Tensor) or turn[2]]
 
-    def trained(self, lane: int | None = None) -> Arranged:
-        """The groups of ``lane`` (all if None) whose weights are not frozen."""
-        return [(g, weights) for g, weights in self.arrange() if weights[0].requires_grad and lane in (None, g.lane)]
+    def trained(self, optimizer: int | None = None) -> Arranged:
+        """The groups of one optimizer (all if None) whose weights are not frozen."""
+        own = [(g, weights) for g, weights in self.arrange() if optimizer in (None, g.optimizer)]
+        return [(g, weights) for g, weights in own if weights[0].requires_grad]
 
-    def look(self, at: Callable[[Group, list[Value]], Sequence[Tensor]]) -> dict[str, Tensor]:
+    def by_weight(self, at: Callable[[Group, list[Value]], Sequence[Tensor]]) -> dict[str, Tensor]:
         """What ``at`` makes of each group, by the name of the weight; frozen weights are left out."""
         values: dict[str, Tensor] = {}
         for group, weights in self.trained():
@@ -206,7 +207,7 @@ class State:
     def arrange(self) -> Arranged:
         """The groups, with their weights as they are now."""
         weights: dict[str, Value] = {w.name: w.tensor for w in self.weights}
-        layout = [layout_of(W) for W in weights.values()], self.lanes
+        layout = [layout_of(W) for W in weights.values()], self.optimizer_of
         if layout != self._layout:
             refuse_unfit(self.weights, list(weights.values()))
             sharded = {name for name, W in weights.items() if is_sharded(W)}
@@ -244,12 +245,12 @@ class State:
         self._saved, self._groups, self._layout = first, [], None
 
     def __getstate__(self) -> dict[str, Any]:
-        passing = ("_groups", "_layout", "_saved", "lanes")
+        passing = ("_groups", "_layout", "_saved", "optimizer_of")
         return {name: value for name, value in self.__dict__.items() if name not in passing} | {"saved": self.save()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved = state.pop("saved")
-        self.__dict__.update(state, lanes={})
+        self.__dict__.update(state, optimizer_of={})
         self.load(saved)
 
     def _first(self) -> dict[str, Saved]:
@@ -285,13 +286,13 @@ class State:
         members: dict[Any, list[Weight]] = {}
         for w, key in zip(self.weights, alike(list(weights.values())), strict=True):
             saved = self._saved[w.name]
-            its = (saved["sigma"].shape[1], saved["calls"], saved["warm"], "start" in saved)
-            members.setdefault((self.lanes.get(w.name, 0), *key, *its), []).append(w)
+            kept = (saved["sigma"].shape[1], saved["calls"], saved["warm"], "start" in saved)
+            members.setdefault((self.optimizer_of.get(w.name, 0), *key, *kept), []).append(w)
         for group in members.values():
             group.sort(key=lambda w: (w.map.outputs, w.map.inputs))
         return [self._group(key[0], group, [weights[w.name] for w in group]) for key, group in members.items()]
 
-    def _group(self, lane: int, members: list[Weight], weights: list[Value]) -> Group:
+    def _group(self, optimizer: int, members: list[Weight], weights: list[Value]) -> Group:
         device, dtype = weights[0].device, torch.promote_types(weights[0].dtype, torch.float32)
         saved = [self._saved[w.name] for w in members]
         u, v, sigma = ([s[key].to(device, dtype) for s in saved] for key in ("u", "v", "sigma"))
@@ -305,7 +306,7 @@ class State:
             vectors = Vectors(maps, u, v, sigma, self.k)
         calls, strength = saved[0]["calls"], torch.empty_like(vectors.sigma[:, :1])
         count = torch.full((), calls, device=device) if self.every > 1 or self.halves % 2 else None
-        group = Group(members, vectors, lane, self.k, calls, saved[0]["warm"], start, strength, count)
+        group = Group(members, vectors, optimizer, self.k, calls, saved[0]["warm"], start, strength, count)
         group.set_strengths(self.strengths, group.last())
         return group
 
@@ -316,9 +317,9 @@ class State:
         Those of frozen weights wait for the thaw.
         """
         for g in self._groups:
-            its = [weights[w.name] for w in g.members]
-            if its[0].requires_grad and not (g.calls or g.warm):
-                g.vectors.advance(its, max(2 * self.warmup, 1))
+            tensors = [weights[w.name] for w in g.members]
+            if tensors[0].requires_grad and not (g.calls or g.warm):
+                g.vectors.advance(tensors, max(2 * self.warmup, 1))
                 g.warm, g.start = True, g.vectors.sigma.clone() if self.keeps_start else None
 
 

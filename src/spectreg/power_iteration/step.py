@@ -107,25 +107,25 @@ class Vectors:
         largest = second.sigma[:, :1]
         fits = largest.isfinite() & (largest > 0)  # else Z over- or underflew: the next step has the right scale
         self.sigma.copy_(torch.where(fits, second.sigma, first.sigma / scale.t()))
-        ours, theirs = self.u_side, self.v_side
-        self.U.copy_(ours.combine(Y, first.new @ second.turn) + ours.combine(self.U, first.old @ second.turn))
-        self.V.copy_(theirs.combine(Z, first.new @ second.new) + theirs.combine(self.V, first.turn @ second.old))
+        u_side, v_side = self.u_side, self.v_side
+        self.U.copy_(u_side.combine(Y, first.new @ second.turn) + u_side.combine(self.U, first.old @ second.turn))
+        self.V.copy_(v_side.combine(Z, first.new @ second.new) + v_side.combine(self.V, first.turn @ second.old))
 
     def half_step(self, weights: Sequence[Value], from_u: bool) -> None:
         """u from v, or v ``from_u``."""
         raw = torch.cat(list(self.products(weights, from_u)), 1)
-        ours, x, theirs, other = (self.u_side, self.U, self.v_side, self.V)
+        side, x, other_side, other = (self.u_side, self.U, self.v_side, self.V)
         if from_u:
-            ours, x, theirs, other = theirs, other, ours, x
+            side, x, other_side, other = other_side, other, side, x
         if self.m == 1:
-            length = ours.lengths(raw)
+            length = side.lengths(raw)
             self.sigma.copy_(length.t())
-            keep_unit(x, raw, length, ours)
+            keep_unit(x, raw, length, side)
             return
-        ritz = Ritz.of(ours.gram(raw, raw), stays=from_u)
+        ritz = Ritz.of(side.gram(raw, raw), stays=from_u)
         self.sigma.copy_(ritz.sigma)
-        x.copy_(ours.combine(raw.nan_to_num(0.0, 0.0, 0.0), ritz.new) + ours.combine(x, ritz.old))
-        other.copy_(theirs.combine(other, ritz.turn))
+        x.copy_(side.combine(raw.nan_to_num(0.0, 0.0, 0.0), ritz.new) + side.combine(x, ritz.old))
+        other.copy_(other_side.combine(other, ritz.turn))
 
     def products(self, weights: Sequence[Value], from_u: bool) -> list[Float[Tensor, "m _"]]:
         """Wᵀu or Wv of each weight."""

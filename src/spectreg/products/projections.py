@@ -91,8 +91,8 @@ def of_torch(name: str, module: nn.MultiheadAttention) -> Attended:
     for part, attribute in enumerate(("q_proj_weight", "k_proj_weight")):
         attribute = "in_proj_weight" if fused else attribute
         W = read_weight(module, attribute).detach()
-        its = bias if bias is None or fused else bias.chunk(3)[part]
-        projection = Projection(name, module, attribute, False, W, its, W.new_zeros(0, W.shape[1]), 0.0)
+        own_bias = bias if bias is None or fused else bias.chunk(3)[part]
+        projection = Projection(name, module, attribute, False, W, own_bias, W.new_zeros(0, W.shape[1]), 0.0)
         first = part * n if fused else 0
         weights = projection.heads(module.head_dim)[1]
         sides.append([Matched(projection, slot, weights[slot]) for slot in range(first, first + n)])

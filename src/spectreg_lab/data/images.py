@@ -125,12 +125,12 @@ def _held_out(labels: Int[Tensor, " n"], count: int) -> Bool[Tensor, " n"]:
 
 def _take(file: Any, split: str, size: int | None, classes: int, shrink: int | None) -> Split:
     """The first ``size`` images of these classes in an order shuffled once and for all: the same ones in every run."""
-    found = _chosen(file, split, size, classes)
+    chosen = _chosen(file, split, size, classes)
     if shrink is None:
-        return found
-    if shrink > min(found.images.shape[2:]):
-        raise DataError(f"shrink = {shrink} leaves nothing of images of {tuple(found.images.shape[2:])} pixels")
-    return Split(global_contrast_normalization(avg_pool2d(found.images, shrink)), found.labels)
+        return chosen
+    if shrink > min(chosen.images.shape[2:]):
+        raise DataError(f"shrink = {shrink} leaves nothing of images of {tuple(chosen.images.shape[2:])} pixels")
+    return Split(global_contrast_normalization(avg_pool2d(chosen.images, shrink)), chosen.labels)
 
 
 def _chosen(file: Any, split: str, size: int | None, classes: int) -> Split:

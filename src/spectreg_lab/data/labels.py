@@ -40,9 +40,9 @@ def as_classes(
     values = np.unique(train)
     if train.dtype.kind == "i" and (lowest := min(train.min(), test.min())) < 0:
         which = "train" if train.min() == lowest else "test"
-        found = train if which == "train" else test
+        labels = train if which == "train" else test
         raise DataError(
-            f"{source}: {which} labels run from {found.min()} to {found.max()}: a label below 0 is none; leave those "
+            f"{source}: {which} labels run from {labels.min()} to {labels.max()}: a label below 0 is none; leave those "
             "images out"
         )
     if unknown := sorted(set(test.tolist()) - set(values.tolist()), key=str):

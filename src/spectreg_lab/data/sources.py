@@ -86,28 +86,28 @@ def _from_datasets(source: str, files: list[Path], progress: Callable[[str], Non
     kind, _, place = source.partition(":")
     try:
         if kind == "hub":
-            found = datasets.load_dataset(place)
+            dataset = datasets.load_dataset(place)
         elif kind == "parquet":
-            found = datasets.load_dataset(
+            dataset = datasets.load_dataset(
                 "parquet", data_files=_by_split(Path(place), files, "train*.parquet and test*.parquet")
             )
         else:
-            found = datasets.load_dataset("imagefolder", **_image_folder(Path(place), files))
+            dataset = datasets.load_dataset("imagefolder", **_image_folder(Path(place), files))
     except DataError:
         raise
     except Exception as error:  # whatever the reader of the format raises, the user sees one line
         raise DataError(f"{source} cannot be read: {type(error).__name__}: {_first_line(error)}") from error
-    test = "test" if "test" in found else "validation"
-    if "train" not in found or test not in found:
-        raise DataError(f"{source} has the splits {sorted(found)}: train and test are needed")
-    feature = found["train"].features[_column(found["train"], LABELS, source)]
-    train, other = (_labels(found[split], f"{source} {split}") for split in ("train", test))
+    test = "test" if "test" in dataset else "validation"
+    if "train" not in dataset or test not in dataset:
+        raise DataError(f"{source} has the splits {sorted(dataset)}: train and test are needed")
+    feature = dataset["train"].features[_column(dataset["train"], LABELS, source)]
+    train, other = (_labels(dataset[split], f"{source} {split}") for split in ("train", test))
     named = getattr(feature, "names", None) or ()
     train, other, classes = as_classes(train, other, source, progress, named)
     if classes < len(named):
         progress(f"{source}: {len(named) - classes} of {len(named)} named classes have no training image")
     labels = {"train": train, "test": other}
-    pictures = {"train": found["train"], "test": found[test]}
+    pictures = {"train": dataset["train"], "test": dataset[test]}
     return {n: (_pictures(pictures[n], f"{source} {n}", progress), labels[n]) for n in labels}, classes
 
 
@@ -127,21 +127,22 @@ def _labels(split: Any, where: str) -> np.ndarray:
 
 def _pictures(split: Any, source: str, progress: Callable[[str], None]) -> np.ndarray:
     """All pictures as one array; grey ones among coloured ones become coloured."""
-    image, found = _column(split, IMAGES, source), []
+    image, pictures = _column(split, IMAGES, source), []
     for i in range(len(split)):
         try:
-            found.append(pixels(_opened(split[i][image])))
+            pictures.append(pixels(_opened(split[i][image])))
         except Exception as error:  # whatever a damaged file makes its reader raise
             raise DataError(f"{source}: {_name(split, image, i)} cannot be decoded: {_first_line(error)}") from error
-        if found[i].shape[:2] != found[0].shape[:2]:
+        size, first = pictures[i].shape[:2], pictures[0].shape[:2]
+        if size != first:
             raise DataError(
-                f"{source}: {_name(split, image, i)} is {found[i].shape[:2]} where the first is {found[0].shape[:2]} "
+                f"{source}: {_name(split, image, i)} is {size} where the first is {first} "
                 "(height, width): all images must have one size; resize them first"
             )
         if i % 5000 == 4999:
             progress(f"{source}: {i + 1} of {len(split)} images decoded")
-    channels = max(picture.shape[2] for picture in found)
-    return np.stack([np.broadcast_to(picture, (*picture.shape[:2], channels)) for picture in found])
+    channels = max(picture.shape[2] for picture in pictures)
+    return np.stack([np.broadcast_to(picture, (*picture.shape[:2], channels)) for picture in pictures])
 
 
 def _name(split: Any, column: str, i: int) -> str:

@@ -16,10 +16,10 @@ MISSING = (
 
 
 def _over_training(study: StudyRecord, epochs: pd.DataFrame, setting: str) -> list[Panel]:
-    here = select(epochs, setting=setting)
+    own = select(epochs, setting=setting)
     panels = []
     for side, data in SIDES.items():
-        lines = drawing.by_regime(study, here, "epoch", f"input_gradient_{side}")
+        lines = drawing.by_regime(study, own, "epoch", f"input_gradient_{side}")
         panels.append(
             Panel(setting, f"{data}, over training", "epoch", "gradient norm", lines, drawing.positive(lines))
         )

@@ -136,4 +136,4 @@ def notes(study: StudyRecord) -> list[str]:
 def _differing(study: StudyRecord, setting: str) -> list[str]:
     metrics = ("test_accuracy", "generalization_gap")
     rows = [row(study, setting, regime, metric) for regime in study.study["regimes"] for metric in metrics]
-    return list(dict.fromkeys(what for theirs in rows for what in theirs.differing))
+    return list(dict.fromkeys(what for published in rows for what in published.differing))

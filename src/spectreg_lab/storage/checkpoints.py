@@ -73,8 +73,8 @@ def _checksum(epoch: int, tensors: dict[str, "Tensor"]) -> str:
     """A CRC-32 of the epoch and of every tensor's name, type, shape and bytes: any single changed bit shows."""
     import torch
 
-    found = zlib.crc32(str(epoch).encode())
+    checksum = zlib.crc32(str(epoch).encode())
     for name, tensor in sorted(tensors.items()):
-        found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), found)
-        found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, found)
-    return f"{found:08x}"
+        checksum = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)
+        checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, checksum)
+    return f"{checksum:08x}"

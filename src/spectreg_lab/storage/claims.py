@@ -141,7 +141,7 @@ class Watch:
     def __init__(self) -> None:
         self._seen: dict[str, tuple[int, float, bool]] = {}  # by token: time of the file, when it was new, ever changed
 
-    def look(self, folder: Path) -> Seen | None:
+    def observe(self, folder: Path) -> Seen | None:
         """Who holds the run in ``folder``; None if nobody does."""
         numbered = _claims(folder)
         if not numbered:

@@ -184,6 +184,6 @@ def fault(kind: type[BaseModel], content: Any) -> str | None:
 
 def first(error: ValidationError) -> str:
     """The first of the faults: where it is, and what."""
-    found = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(part) for part in found["loc"])
-    return f"has no {where}" if found["type"] == "missing" else f"has a wrong {where or 'content'} ({found['msg']})"
+    fault = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    return f"has no {where}" if fault["type"] == "missing" else f"has a wrong {where or 'content'} ({fault['msg']})"

@@ -138,7 +138,7 @@ class Execution:
         for job in jobs:
             if self._over(job):
                 continue
-            seen = self.watch.look(job.folder)
+            seen = self.watch.observe(job.folder)
             if seen is None:
                 yield job
             elif seen.alive is False:
@@ -162,15 +162,15 @@ class Execution:
         if time.monotonic() - self._looked > LOOK:
             self._looked = time.monotonic()
             for place in self.elsewhere:
-                self.watch.look(place)
+                self.watch.observe(place)
 
     def _abandoned(self) -> list[Job]:
         """Others' runs that nobody works on any more; waits until it can be told of each."""
         while True:
             self.elsewhere = {place: job for place, job in self.elsewhere.items() if not self._over(job)}
-            seen = {place: self.watch.look(place) for place in self.elsewhere}
-            free = [place for place, found in seen.items() if found is None or found.alive is False]
-            if free or all(found is None or found.alive for found in seen.values()):
+            seen = {place: self.watch.observe(place) for place in self.elsewhere}
+            free = [place for place, state in seen.items() if state is None or state.alive is False]
+            if free or all(state is None or state.alive for state in seen.values()):
                 return [self.elsewhere.pop(place) for place in free]
             time.sleep(LOOK)
             self.display.tick()

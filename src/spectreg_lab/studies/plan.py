@@ -74,7 +74,10 @@ def _of_an_image(setting: Model, shape: tuple[int, int, int], classes: int) -> t
         return tensor
 
     x = torch.empty(2, *shape, device="meta")  # batch normalization needs two
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda found: found):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+    ):
         network(x).sum().backward()
     return sum(parameter.numel() for parameter in network.parameters()), sum(kept) / 2, counter.get_total_flops() / 2
 

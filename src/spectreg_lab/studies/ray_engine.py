@@ -109,9 +109,9 @@ class RayEngine:
     def _outcome(self, task: Any, job: Job) -> Outcome:
         errors = self.ray.exceptions
         try:
-            found = self.ray.get(task)
-            assert isinstance(found, Outcome)
-            return found
+            outcome = self.ray.get(task)
+            assert isinstance(outcome, Outcome)
+            return outcome
         except errors.RayTaskError as error:
             raise DeviceError(f"a machine of the cluster cannot do a run: {str(error).splitlines()[-1]}") from None
         except errors.RayError as error:

@@ -72,11 +72,11 @@ def own_strengths(tried: pd.DataFrame) -> pd.DataFrame:
     """
     at_rates = tried.merge(_best_rates(tried)[[*CELL, "learning_rate"]], on=[*CELL, "learning_rate"])
     keys = ["setting", "method"]
-    found = at_rates.groupby([*keys, "strength"], as_index=False, sort=False).agg(
+    by_strength = at_rates.groupby([*keys, "strength"], as_index=False, sort=False).agg(
         validation=("validation", "mean"), training=("training", "min"), shared=("chosen", "any")
     )
-    shared = found[found["shared"]][[*keys, "strength", "validation"]]
-    own = _best(found.drop(columns="shared"), keys)
+    shared = by_strength[by_strength["shared"]][[*keys, "strength", "validation"]]
+    own = _best(by_strength.drop(columns="shared"), keys)
     return own.merge(shared, on=keys, how="left", suffixes=("", "_shared"))
 
 
@@ -102,17 +102,17 @@ def read(source: Path | StringIO, path: Path) -> pd.DataFrame:
         StudyError: ``source`` is no such table.
     """
     try:
-        found = pd.read_csv(source)
-        if missing := sorted({*KEYS, *NUMBERS, "chosen"} - set(found)):
+        table = pd.read_csv(source)
+        if missing := sorted({*KEYS, *NUMBERS, "chosen"} - set(table)):
             raise ValueError(f"it has no column {', '.join(missing)}")
         for name in NUMBERS:
-            found[name] = pd.to_numeric(found[name])
-        if not found["chosen"].isin([True, False]).all():
+            table[name] = pd.to_numeric(table[name])
+        if not table["chosen"].isin([True, False]).all():
             raise ValueError("its column chosen is not True or False")
     except (pd.errors.EmptyDataError, pd.errors.ParserError, ValueError, OverflowError) as error:
         cause = line(str(error))
         raise StudyError(f"{path} is not the table of a search: {cause}; `spectreg search` writes it anew") from None
-    return found
+    return table
 
 
 def _tried(folder: Path) -> pd.DataFrame:
@@ -143,9 +143,9 @@ def _tried(folder: Path) -> pd.DataFrame:
 def _best_rates(tried: pd.DataFrame) -> pd.DataFrame:
     by_method = tried.sort_values("validation").groupby([*CELL, "learning_rate", "method"], as_index=False).last()
     fitting = tried.groupby([*CELL, "learning_rate", "method"], as_index=False)["training"].max()
-    found = by_method.groupby([*CELL, "learning_rate"], as_index=False)["validation"].mean()
+    by_rate = by_method.groupby([*CELL, "learning_rate"], as_index=False)["validation"].mean()
     least = fitting.groupby([*CELL, "learning_rate"], as_index=False)["training"].min()
-    return _best(found.merge(least, on=[*CELL, "learning_rate"]), CELL)
+    return _best(by_rate.merge(least, on=[*CELL, "learning_rate"]), CELL)
 
 
 def _best_strengths(at_rates: pd.DataFrame) -> pd.DataFrame:

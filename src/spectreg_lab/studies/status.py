@@ -54,9 +54,9 @@ class Overview:
             there = {entry.name for entry in entries}
         for run, row in self.rows.items():
             if run in there and row.state != "finished":
-                found = progress(self.folder / RUNS / run)
-                seen = found.owner and self._watch.look(self.folder / RUNS / run)
-                self.rows[run] = replace(row, progress=found, alive=seen.alive if seen else None)
+                progress_now = progress(self.folder / RUNS / run)
+                seen = progress_now.owner and self._watch.observe(self.folder / RUNS / run)
+                self.rows[run] = replace(row, progress=progress_now, alive=seen.alive if seen else None)
         self._pace = self._measured()
 
     def of(self, state: str) -> list[Row]:

@@ -53,7 +53,7 @@ def _row(study: StudyRecord, runs: pd.DataFrame, label: dict[str, str]) -> list[
     metric = label["metric"]
     by_method = {m: select(runs, method=m).set_index("seed")[metric].astype(float) for m in study.study["methods"]}
     winners, versus = best(by_method, metric), _against_spectral(by_method)
-    theirs = paper.row(study, label["setting"], label["regime"], metric)
+    published = paper.row(study, label["setting"], label["regime"], metric)
     rows = []
     for method, numbers in by_method.items():
         difference, p_holm = versus.get(method, (NONE, math.nan))
@@ -74,8 +74,8 @@ def _row(study: StudyRecord, runs: pd.DataFrame, label: dict[str, str]) -> list[
                 "pairs": difference.n,
                 "p": difference.p,
                 "p_holm": p_holm,
-                "paper": theirs.values.get(method, math.nan),
-                "not_comparable_in": ", ".join(theirs.differing),
+                "paper": published.values.get(method, math.nan),
+                "not_comparable_in": ", ".join(published.differing),
             }
         )
     return rows

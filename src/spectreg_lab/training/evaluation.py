@@ -50,7 +50,7 @@ def spectral_norms(model: nn.Module) -> dict[str, Float[Tensor, ""]]:
     for group in grams.values():
         largest = torch.linalg.eigvalsh(torch.cat(list(group.values())))[:, -1].clamp_min(0).sqrt()
         blocks = largest.split([len(gram) for gram in group.values()])
-        norms |= {name: found.max() for name, found in zip(group, blocks, strict=True)}
+        norms |= {name: values.max() for name, values in zip(group, blocks, strict=True)}
     finite = {weight.name: weight.tensor.isfinite().all() for weight in named_weights(model)}
     return {name: torch.where(finite[name].to(norms[name].device), norms[name], torch.nan) for name in finite}
 
@@ -66,9 +66,9 @@ def read(values: Mapping[str, Tensor]) -> dict[str, float]:
     by_device: dict[torch.device, dict[str, Tensor]] = {}
     for name, value in values.items():
         by_device.setdefault(value.device, {})[name] = value.detach()
-    found: dict[str, float] = {}
+    numbers_by_name: dict[str, float] = {}
     for device, group in by_device.items():
         dtype = torch.float32 if device.type == "mps" else torch.float64
         numbers = torch.stack([value.to(dtype) for value in group.values()]).tolist()
-        found |= dict(zip(group, numbers, strict=True))
-    return {name: found[name] for name in values}
+        numbers_by_name |= dict(zip(group, numbers, strict=True))
+    return {name: numbers_by_name[name] for name in values}

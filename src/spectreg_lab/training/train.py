@@ -123,19 +123,19 @@ class Training:
                 buffer.copy_(self._reduced(buffer, "mean"))
 
     def _reduced(self, tensor: Tensor, how: Literal["sum", "mean"]) -> Tensor:
-        found = self.fabric.all_reduce(tensor, reduce_op=how)
-        assert isinstance(found, Tensor)
-        return found
+        reduced = self.fabric.all_reduce(tensor, reduce_op=how)
+        assert isinstance(reduced, Tensor)
+        return reduced
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of the weights, the momentum and the method's vectors, by ``part/name``."""
-        found = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
             if momentum is not None:
-                found[f"momentum/{name}"] = momentum
-        found |= {f"method/{name}": value for name, value in self.method.state().items()}
-        return {name: value.detach().to("cpu", copy=True) for name, value in found.items()}
+                tensors[f"momentum/{name}"] = momentum
+        tensors |= {f"method/{name}": value for name, value in self.method.state().items()}
+        return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Go on from `tensors`."""
@@ -185,8 +185,8 @@ def _metrics(training: Training, number: int, objective: Tensor) -> dict[str, An
     splits = {"train": training.train, "test": training.test} if due else {}
     values, size = {"objective": objective}, portion(config.micro_batch, training.fabric)
     for side, split in splits.items():
-        found = evaluate(training.method.forward, split, size, training.fabric)
-        values[f"{side}_loss"], values[f"{side}_accuracy"] = found
+        totals = evaluate(training.method.forward, split, size, training.fabric)
+        values[f"{side}_loss"], values[f"{side}_accuracy"] = totals
     parts = {"sigma": spectral_norms(training.model), "sigma_estimate": training.method.estimates()}
     values |= {f"{part}/{name}": norm for part, norms in parts.items() for name, norm in norms.items()}
     numbers = read(values)

@@ -41,7 +41,7 @@ def hold(folder):
 
 def watch_until_known(folder, patience=10.0):
     watch, deadline = Watch(), time.monotonic() + patience
-    while (seen := watch.look(folder)) and seen.alive is None and time.monotonic() < deadline:
+    while (seen := watch.observe(folder)) and seen.alive is None and time.monotonic() < deadline:
         time.sleep(0.01)
     return seen
 
@@ -88,7 +88,7 @@ def test_the_claim_of_a_killed_process_of_this_machine_is_free_at_once(tmp_path)
         claim(tmp_path).__enter__()
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert Watch().look(tmp_path).alive is False
+    assert Watch().observe(tmp_path).alive is False
     with claim(tmp_path):
         assert holder(tmp_path).process == os.getpid()
 
@@ -117,7 +117,7 @@ def test_a_living_claim_is_never_stale_and_a_dead_one_always_whatever_the_owners
     watch, end = Watch(), time.monotonic() + 3 * claims.STALE
     verdicts = set()
     while time.monotonic() < end:
-        verdicts.add(watch.look(tmp_path).alive)
+        verdicts.add(watch.observe(tmp_path).alive)
         time.sleep(0.01)
     stop.set()
     beating.join()
