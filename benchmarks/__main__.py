@@ -12,10 +12,9 @@ import time
 
 import torch
 
-from benchmarks import LIMIT, NAMES, page
-from benchmarks.harness import RESULTS, THREADS, Row, failed, record
+from benchmarks import NAMES, page
+from benchmarks.harness import RESULTS, THREADS, failed, record
 
-NAME = "the benchmarks themselves"
 # One thread; and glibc keeps what is freed, as the allocator of a GPU does. Otherwise each step of a network gives its
 # memory back and takes it again, and the page faults, tens of thousands a step, vary by more than a penalty costs.
 ENVIRONMENT = {f"{library}_NUM_THREADS": str(THREADS) for library in ("OMP", "MKL", "OPENBLAS")} | {
@@ -32,38 +31,27 @@ def run(name: str) -> None:
     try:
         module.main()
     except Exception as error:
-        record(failed(module.NAME, "all that follows", "spectreg", "peers", error))
+        record(failed(module.NAME, "all that follows", "spectreg", error))
         raise
 
 
-def forget(titles: set[str]) -> None:
-    """Drop the lines that are about to be measured again, and how long these took."""
-    if RESULTS.exists():
-        lines = [(line, json.loads(line)) for line in RESULTS.read_text().splitlines(keepends=True)]
-        old = {line for line, row in lines if (row["case"] if row["benchmark"] == NAME else row["benchmark"]) in titles}
-        RESULTS.write_text("".join(line for line, _ in lines if line not in old))
+def forget(benchmark: str) -> None:
+    """Drop the lines that are about to be measured again."""
+    lines = RESULTS.read_text().splitlines(keepends=True)
+    RESULTS.write_text("".join(line for line in lines if json.loads(line)["benchmark"] != benchmark))
 
 
 def main(names: list[str]) -> int:
     if names[:1] == ["--here"]:
         run(names[1])
         return 0
-    names = names or list(NAMES)
-    modules = {name: importlib.import_module(f"benchmarks.{name}") for name in names}
-    forget({module.NAME for module in modules.values()} | ({"all"} if len(names) == len(NAMES) else set()))
-    print(f"torch {torch.__version__}, {THREADS} thread(s), load {os.getloadavg()}", flush=True)
-    worst, begin, left = 0, time.time(), sum(module.SECONDS for module in modules.values())
-    for name, module in modules.items():
-        print(f"--- {name}: some {module.SECONDS} s; with what follows {left / 60:.1f} min", flush=True)
-        start = time.time()
-        environment = os.environ | ENVIRONMENT | {"SPECTREG_BENCHMARKS_END": str(start + left)}
+    begin, worst = time.time(), 0
+    for name in names or NAMES:
+        print(f"--- {name}, after {(time.time() - begin) / 60:.1f} minutes", flush=True)
+        forget(importlib.import_module(f"benchmarks.{name}").NAME)
         command = [sys.executable, "-m", "benchmarks", "--here", name]
-        worst = max(worst, abs(subprocess.run(command, env=environment, check=False).returncode))
-        left -= module.SECONDS
-        record(Row(NAME, module.NAME, "took", "", "s", time.time() - start, note=f"budget {module.SECONDS} s"))
-    if len(names) == len(NAMES):
-        goal = f"`make benchmarks` within {LIMIT // 60} minutes"
-        record(Row(NAME, "all", "took", "", "s", time.time() - begin, goal=goal, at_most=LIMIT))
+        worst = max(worst, abs(subprocess.run(command, env=os.environ | ENVIRONMENT, check=False).returncode))
+    print(f"--- {(time.time() - begin) / 60:.1f} minutes", flush=True)
     page.write()
     return worst
 

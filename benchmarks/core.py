@@ -22,8 +22,7 @@ import torch
 
 from benchmarks import penalties as by
 from benchmarks import sharded, step
-from benchmarks.alone import linears
-from benchmarks.harness import RESULTS, Call, in_turn, origin
+from benchmarks.harness import RESULTS, Call, differences, in_turn, origin
 
 ROUNDS = 9
 WHERE = {"1 thread": (1, 0), "2 threads": (2, 0), "2 threads, 2 busy processes": (2, 2)}
@@ -64,7 +63,7 @@ def company(processes: int) -> Iterator[None]:
 def beside_floor(case: str, rounds: int = ROUNDS) -> dict[str, float]:
     """Wall seconds of the floor, and of each setting the median ratio to it."""
     count, size, dtype = MODELS[case]
-    model = linears(count, size, dtype)
+    model = by.linears(count, size, dtype)
     settings = SETTINGS if count < 60 else {name: SETTINGS[name] for name in LARGE}
     calls: dict[str, Call] = {name: by.ready(model, warmup=1, **kw).add_gradient for name, kw in settings.items()}
     weights = by.matrices(model)
@@ -85,7 +84,7 @@ def of_a_step(name: str) -> dict[str, float]:
     model = by.with_gradients(network.make()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x, y, few = torch.randn(64, *network.shape), torch.randint(10, (64,)), network.decides
     whole = step.whole_steps(model, x, y, (), 2, warmup=1)["vanilla"]
-    extra = step.differences(step.whole_steps(model, x[:few], y[:few], (step.OURS, "half steps"), 2 * ROUNDS))
+    extra = differences(step.whole_steps(model, x[:few], y[:few], (step.OURS, "half steps"), 2 * ROUNDS))
     seconds = statistics.median(whole)
     percent = {n: 100 * statistics.median(t) / seconds for n, t in extra.items()}
     return {"whole steps, %": percent[step.OURS], "half steps, %": percent["half steps"], "step": seconds}

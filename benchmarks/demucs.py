@@ -7,20 +7,19 @@ ours goes on from the vectors of the step before. Errors are of Σσ² beside AR
 initializes them, which do not move.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from scipy.sparse.linalg import svds
 from torch import Tensor, nn
 
-from benchmarks.harness import Call, Row, in_turn, ratio, record
+from benchmarks.harness import Call, Row, compare, record
 from spectreg import SpectralNormRegularizer
 
 NAME = "penalty of Demucs"
-SECONDS = 24
 STRENGTH = 1e-5
-ROUNDS = 3
 STEPS = 50
+LOWRANK = {"svd_lowrank, dim 50": (50, 4), "svd_lowrank, dim 1": (1, 2)}
 
 
 def layers(depth: int, channels: int) -> Iterator[nn.Module]:
@@ -55,53 +54,33 @@ def matrices(model: nn.Module) -> list[Tensor]:
     ]
 
 
-def by_svd_lowrank(model: nn.Module, dim: int, niters: int) -> Callable[[], Tensor]:
-    return lambda: sum((torch.svd_lowrank(W, dim, niters)[1][0].square() for W in matrices(model)), torch.zeros(()))
-
-
-def by_ours(model: nn.Module, **settings: int) -> SpectralNormRegularizer:
-    return SpectralNormRegularizer(model, 2 * STRENGTH, map="joint", select=large, **settings)
-
-
-def squares(model: nn.Module) -> float:
-    """Σσ² by ARPACK."""
-    arrays = [W.detach().double().numpy() for W in matrices(model)]
-    return sum(float(svds(W, k=1, return_singular_vectors=False, random_state=0)[0]) ** 2 for W in arrays)
-
-
-def error(value: float, truth: float) -> float:
-    return value / truth - 1
-
-
-def measure(depth: int, channels: int, rounds: int) -> None:
+def main(depth: int = 5, channels: int = 48) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*layers(depth, channels))
-    millions = sum(W.numel() for W in matrices(model)) / 1e6
-    case = f"{len(matrices(model))} weights of Demucs, {millions:.0f} M parameters"
-    one, eight = by_ours(model), by_ours(model, tracked=8)
-    ways = {name: by_svd_lowrank(model, *sizes) for name, sizes in LOWRANK.items()}
-    calls: dict[str, Call] = {name: lambda way=way: (STRENGTH * way()).backward() for name, way in ways.items()}
+    weights = [W.detach() for W in matrices(model)]
+    case = f"{len(weights)} weights of Demucs, {sum(W.numel() for W in weights) / 1e6:.0f} M parameters"
+    arrays = [W.double().numpy() for W in weights]
+    truth = sum(float(svds(W, k=1, return_singular_vectors=False, random_state=0)[0]) ** 2 for W in arrays)
+
+    def by_ours(**settings: int) -> SpectralNormRegularizer:
+        return SpectralNormRegularizer(model, 2 * STRENGTH, map="joint", select=large, **settings)
+
+    def by_svd_lowrank(dim: int, niters: int) -> Tensor:
+        return sum((torch.svd_lowrank(W, dim, niters)[1][0].square() for W in matrices(model)), torch.zeros(()))
+
+    def tell(name: str, squares: float, note: str) -> None:
+        record(Row(NAME, case, name, "truth", "relative error of Σσ²", squares / truth - 1, note=note))
+
+    for name, sizes in LOWRANK.items():
+        tell(name, by_svd_lowrank(*sizes).item(), "at every step")
+    one, eight = by_ours(), by_ours(tracked=8)
+    for name, ours in {"penalty()": one, "tracked=8": eight}.items():
+        tell(name, ours.penalty().item() / STRENGTH, "after the warm-up")
+        for _ in range(STEPS):
+            ours.add_gradient()
+        tell(name, ours.penalty().item() / STRENGTH, f"after {STEPS} steps")
+    calls: dict[str, Call] = {n: lambda s=s: (STRENGTH * by_svd_lowrank(*s)).backward() for n, s in LOWRANK.items()}
     calls |= {"penalty()": lambda: one.penalty().backward(), "add_gradient": one.add_gradient}
     calls |= {"tracked=8": eight.add_gradient}
-    times = in_turn(calls, rounds, 1)
-    truth = squares(model)
-    errors = {name: error(way().item(), truth) for name, way in ways.items()}
-    with torch.no_grad():
-        for name, ours in {"penalty()": by_ours(model), "tracked=8": by_ours(model, tracked=8)}.items():
-            first = error(ours.penalty().item() / STRENGTH, truth)
-            for _ in range(STEPS):
-                ours.add_gradient()
-            errors[name] = error(ours.penalty().item() / STRENGTH, truth)
-            note = f"after {STEPS} steps; {first:+.1e} after the warm-up"
-            record(Row(NAME, case, name, "truth", "relative error of Σσ²", errors[name], note=note))
-    for name in LOWRANK:
-        record(Row(NAME, case, name, "truth", "relative error of Σσ²", errors[name], note="at every step"))
-        for ours in ("penalty()", "add_gradient", "tracked=8"):
-            record(ratio(NAME, case, ours, name, times))
-
-
-LOWRANK = {"svd_lowrank, dim 50": (50, 4), "svd_lowrank, dim 1": (1, 2)}
-
-
-def main() -> None:
-    measure(5, 48, ROUNDS)
+    rows = [(ours, name, {}) for name in LOWRANK for ours in ("penalty()", "add_gradient", "tracked=8")]
+    compare(NAME, case, calls, rows, 3, warmup=1)

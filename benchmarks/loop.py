@@ -10,21 +10,21 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from itertools import count
 
+import pytorch_lightning as lightning
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.harness import ROUNDS, Call, failed, in_turn, ratio, record, same, spread
+from benchmarks.harness import ROUNDS, Call, Times, in_turn, ratio, record, same
 from spectreg_lab import models
 from spectreg_lab.data import Images, batches, load
 from spectreg_lab.settings.config import VGG, Augmentation, Config, Data, DenseNet, Vanilla
 from spectreg_lab.training.train import Training
 
 NAME = "the loop"
-SECONDS = 100
 NETWORKS = {"VGG": VGG(width=16, stages=(1, 1, 2), hidden=64), "DenseNet": DenseNet(depth=10, growth=8)}
 LAB, HAND, TRAINER = "spectreg's loop", "by hand", "Lightning Trainer"
 EPOCHS, WARMUP = 2 * ROUNDS, 2
@@ -33,25 +33,24 @@ EPOCHS, WARMUP = 2 * ROUNDS, 2
 def network(training: Training) -> tuple[nn.Module, torch.optim.Optimizer]:
     config, images = training.config, training.train.images
     model = models.build(config.model, tuple(images.shape[1:]), 10, config.seed).to(memory_format=torch.channels_last)
-    return model, torch.optim.SGD(
-        model.parameters(), lr=config.learning_rate, momentum=config.momentum, nesterov=True, fused=True
-    )
+    settings = {"lr": config.learning_rate, "momentum": config.momentum, "nesterov": True, "fused": True}
+    return model, torch.optim.SGD(model.parameters(), **settings)
 
 
-def epoch_of(training: Training, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+def epochs(training: Training) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+    """The batches of each epoch."""
     config = training.config
-    return batches(training.train, config.batch_size, config.seed, number, config.data.augmentation)
+    for number in count(1):
+        yield batches(training.train, config.batch_size, config.seed, number, config.data.augmentation)
 
 
-def by_hand(training: Training, made: tuple[nn.Module, torch.optim.Optimizer] | None = None) -> Call:
-    model, optimizer = made or network(training)
-    done = [0]
+def by_hand(training: Training, model: nn.Module, optimizer: torch.optim.Optimizer) -> Call:
+    each = epochs(training)
 
     def epoch() -> None:
-        done[0] += 1
         model.train()
         total = torch.zeros(())
-        for x, y in epoch_of(training, done[0]):
+        for x, y in next(each):
             optimizer.zero_grad()
             loss = cross_entropy(model(x), y)
             loss.backward()
@@ -61,28 +60,15 @@ def by_hand(training: Training, made: tuple[nn.Module, torch.optim.Optimizer] | 
     return epoch
 
 
-def by_lab(training: Training) -> Call:
-    done = [0]
-
-    def epoch() -> None:
-        done[0] += 1
-        training.epoch(done[0])
-
-    return epoch
-
-
-def trainer(training: Training, callback: Any, **settings: Any) -> Call:
-    """What fits the same network with the Lightning Trainer."""
-    import pytorch_lightning as lightning
-
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    network_, optimizer = network(training)
+def by_trainer(training: Training, calls: dict[str, Call]) -> Times:
+    """Seconds of the Trainer's epochs, and of one of each of ``calls`` after every one of them."""
+    each, times = epochs(training), {name: [] for name in (TRAINER, *calls)}
+    model, optimizer = network(training)
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.network = network_
+            self.network = model
 
         def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
             return cross_entropy(self.network(batch[0]), batch[1])
@@ -92,21 +78,7 @@ def trainer(training: Training, callback: Any, **settings: Any) -> Call:
 
     class Epoch(torch.utils.data.IterableDataset):
         def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-            done[0] += 1
-            return epoch_of(training, done[0])
-
-    done = [0]
-    loader = torch.utils.data.DataLoader(Epoch(), batch_size=None)
-    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    made = lightning.Trainer(accelerator="cpu", devices=1, callbacks=[callback], **off, **settings)
-    return lambda: made.fit(Module(), loader)
-
-
-def with_the_trainer(training: Training, calls: dict[str, Call]) -> dict[str, list[float]]:
-    """Seconds of the Trainer's epochs, and of one of each of ``calls`` after every one of them."""
-    import pytorch_lightning as lightning
-
-    times: dict[str, list[float]] = {TRAINER: [], **{name: [] for name in calls}}
+            return next(each)
 
     class Clock(lightning.Callback):
         def on_train_epoch_start(self, *_: object) -> None:
@@ -117,74 +89,40 @@ def with_the_trainer(training: Training, calls: dict[str, Call]) -> dict[str, li
             for name, taken in in_turn(calls, 1, 0).items():
                 times[name] += taken
 
-    trainer(training, Clock(), max_epochs=EPOCHS + WARMUP)()
+    loader = torch.utils.data.DataLoader(Epoch(), batch_size=None)
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = lightning.Trainer(accelerator="cpu", devices=1, max_epochs=EPOCHS + WARMUP, callbacks=[Clock()], **off)
+    trainer.fit(Module(), loader)
     return {name: taken[WARMUP:] for name, taken in times.items()}
 
 
-def first_steps(config: Config, images: Images, fabric: Fabric) -> dict[str, Call]:
-    """From nothing but the images to the end of the first step."""
-    training = Training(config, images, fabric)
+def compare(case: str, config: Config, images: Images) -> None:
+    training = Training(config, images, Fabric(accelerator="cpu", devices=1))
+    model, optimizer = network(training)
+    numbers, hand = count(1), by_hand(training, model, optimizer)
 
     def lab() -> None:
-        training = Training(config, images, fabric)
-        training.step(*next(epoch_of(training, 1)))
+        training.epoch(next(numbers))
 
-    def hand() -> None:
-        model, optimizer = network(training)
-        x, y = next(epoch_of(training, 1))
-        cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-    def lightning() -> None:
-        from pytorch_lightning import Callback
-
-        trainer(training, Callback(), max_steps=1)()
-
-    return {LAB: lab, HAND: hand, TRAINER: lightning}
-
-
-def check(config: Config, images: Images, fabric: Fabric) -> float:
-    """How far apart an epoch of the lab's loop and one by hand leave the weights; an error if that is far."""
-    training = Training(config, images, fabric)
-    training.epoch(1)
-    made = network(training)
-    by_hand(training, made)()
-    flat = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in (training.model, made[0])]
-    return same("the weights after an epoch", *flat, 1e-3)
-
-
-def compare(case: str, config: Config, images: Images, fabric: Fabric) -> None:
-    error = check(config, images, fabric)
-    training = Training(config, images, fabric)
-    calls, starts = {LAB: by_lab(training), HAND: by_hand(training)}, first_steps(config, images, fabric)
-    try:
-        times = with_the_trainer(training, calls)
-    except Exception as said:
-        record(failed(NAME, case, LAB, TRAINER, said))
-        times = in_turn(calls, EPOCHS, WARMUP)
-        del starts[TRAINER]
-    count = len(training.train) // config.batch_size * config.batch_size
-    for other, limit, goal in (
-        (HAND, 1.05, "at most 1.05 × a loop by hand"),
-        (TRAINER, 1.0, "faster than the Trainer"),
-    ):
-        if other in times:
-            rates = [count / statistics.median(times[name]) for name in (LAB, other)]
-            note = f"{rates[0]:.0f} images a second for {rates[1]:.0f}"
-            record(
-                ratio(NAME, case, LAB, other, times, at_most=limit, goal=f"the loop: {goal}", note=note, error=error)
-            )
-    for name, taken in in_turn(starts, ROUNDS, 1, clock=time.perf_counter).items():
-        record(spread(NAME, case, name, "the first step", "ms", [1e3 * t for t in taken]))
+    lab()
+    hand()
+    flat = [torch.cat([p.detach().flatten() for p in each.parameters()]) for each in (training.model, model)]
+    error = same("the weights after an epoch", *flat, 1e-3)
+    times = by_trainer(training, {LAB: lab, HAND: hand})
+    images_an_epoch = len(training.train) // config.batch_size * config.batch_size
+    for other, limit in ((HAND, 1.05), (TRAINER, 1.0)):
+        rates = [images_an_epoch / statistics.median(times[name]) for name in (LAB, other)]
+        note = f"{rates[0]:.0f} images a second for {rates[1]:.0f}"
+        record(ratio(NAME, case, LAB, other, times, at_most=limit, note=note, error=error))
 
 
 def main() -> None:
-    fabric = Fabric(accelerator="cpu", devices=1)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     data = Data(augmentation=Augmentation(pad=1, flip=True))
     images = load(data)
-    for name, setting in NETWORKS.items():
+    for name, model in NETWORKS.items():
         for size in (16, 128):
-            config = Config(
-                model=setting, method=Vanilla(), data=data, batch_size=size, learning_rate=0.01, epochs=1000
-            )
-            compare(f"{name}, B={size}, augmented", config, images, fabric)
+            method = {"method": Vanilla(), "learning_rate": 0.01, "epochs": 1000}
+            config = Config(model=model, data=data, batch_size=size, **method)
+            compare(f"{name}, B={size}, augmented", config, images)

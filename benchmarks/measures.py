@@ -9,30 +9,28 @@ import contextlib
 import io
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
-from torch import nn
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import spectreg
-from benchmarks.harness import ROUNDS, Call, failed, in_turn, ratio, record
-from spectreg.linalg.lanczos import Eigenvalues
+from benchmarks.harness import Call, compare, failed, lazily, record
 from spectreg_lab.models.vgg import vgg
 from spectreg_lab.settings.config import VGG
 
 NAME = "measures"
-SECONDS = 145
-VALUES = "all singular values of VGG-16"
 
 
-def beside(case: str, peer: str, ours: Call, theirs: Call, error: float | None, note: str, limit: float | None = 1.0,
-           goal: str = "", why: str = "") -> None:  # fmt: skip
+def beside(case: str, peer: str, ours: Call, theirs: Call, error: float | None, **more: object) -> None:
     """A row of ours over ``theirs``; ``error`` is how far their results lie apart, or ours from the truth."""
     if error is not None and not error < 1e-3:
         raise AssertionError(f"{case}, {peer}: the results differ by {error:.1e} relative.")
-    times = in_turn({"spectreg": ours, peer: theirs}, ROUNDS, 1)
-    record(ratio(NAME, case, "spectreg", peer, times, at_most=limit, error=error, note=note, goal=goal, why=why))
+    calls = {"spectreg": ours, peer: theirs}
+    compare(NAME, case, calls, [("spectreg", peer, {"error": error, **more})], warmup=1)
 
 
 def spectra() -> None:
@@ -44,20 +42,24 @@ def spectra() -> None:
     def numpy() -> dict[str, np.ndarray]:
         return {n: np.linalg.svd(W, compute_uv=False) for n, W in weights.items()}
 
-    def ours() -> object:
-        return spectreg.singular_values(model)
+    def watched() -> Call:
+        import weightwatcher
 
-    both = {n: s.values[0].numpy() for n, s in spectreg.singular_values(model).items()}, numpy()
+        logging.disable(logging.WARNING)
+        watcher = weightwatcher.WeightWatcher(model=model)
+        return partial(watcher.analyze, plot=False, randomize=False, mp_fit=False)
+
+    def quietly(call: Call) -> None:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            call()
+
+    ours = partial(spectreg.singular_values, model)
+    both = {n: s.values[0].numpy() for n, s in ours().items()}, numpy()
     errors = [max(np.abs(found[n] - S).max() / S[0] for n, S in truth.items()) for found in both]
-    note = f"largest error {errors[0]:.0e} of σ₁, NumPy's {errors[1]:.0e}"
-    goal = "all singular values: at most a third of NumPy's time"
-    why = "Ours are in float64, NumPy's in float32."
-    beside(VALUES, "NumPy", ours, numpy, errors[0], note, 1 / 3, goal, why)
-    top_values()
-    try:
-        watched(model, ours)
-    except Exception as error:
-        record(failed(NAME, VALUES, "spectreg", "weightwatcher", error))
+    case, note = "all singular values of VGG-16", f"NumPy's error {errors[1]:.0e} of σ₁; ours are in float64"
+    beside(case, "NumPy", ours, numpy, errors[0], at_most=1 / 3, note=note)
+    note = "weightwatcher also fits a power law to each spectrum, and cuts a kernel into its taps"
+    beside(case, "weightwatcher", ours, partial(quietly, lazily(watched)), None, note=note)
 
 
 def top_values() -> None:
@@ -74,29 +76,12 @@ def top_values() -> None:
         return np.sort(svds(W.numpy(), k=4, return_singular_vectors=False, v0=start))[::-1]
 
     errors = [float(np.abs(f() / truth - 1).max()) for f in (ours, theirs)]
-    note = f"relative error {errors[0]:.0e}, svds' {errors[1]:.0e}"
     why = "Both are Lanczos, and ours runs to a smaller error."
-    goal = "the largest singular values: faster than SciPy's svds"
-    beside("the 4 largest of a 1024 × 2048 matrix", "SciPy svds", ours, theirs, errors[0], note, 1.0, goal, why)
+    more = {"at_most": 1.0, "note": f"svds' error {errors[1]:.0e}", "why": why}
+    beside("the 4 largest of a 1024 × 2048 matrix", "SciPy svds", ours, theirs, errors[0], **more)
 
 
-def watched(model: nn.Module, ours: Call) -> None:
-    import weightwatcher
-
-    logging.disable(logging.WARNING)
-
-    def theirs() -> object:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return weightwatcher.WeightWatcher(model=model).analyze(plot=False, randomize=False, mp_fit=False)
-
-    theirs()
-    note = "weightwatcher also fits a power law to each spectrum, and cuts a kernel into its taps"
-    beside(VALUES, "weightwatcher", ours, theirs, None, note, None)
-
-
-def trained_network() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    from sklearn.datasets import load_digits
-
+def trained_network() -> tuple[nn.Module, Tensor, Tensor]:
     digits = load_digits()
     x = torch.tensor(digits.images[:512, None] / 8 - 1, dtype=torch.float32)
     y = torch.tensor(digits.target[:512])
@@ -110,29 +95,28 @@ def trained_network() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return model.eval(), x, y
 
 
-Pair = Callable[[], tuple[float, torch.Tensor]]
+Pair = Callable[[], tuple[float, Tensor]]
 
 
-def with_curvlinops(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Pair:
+def with_curvlinops(model: nn.Module, x: Tensor, y: Tensor) -> Pair:
     from curvlinops import HessianLinearOperator
     from scipy.sparse.linalg import eigsh
 
-    operator = HessianLinearOperator(
-        model, nn.CrossEntropyLoss(), list(model.parameters()), [(x, y)], check_deterministic=False
-    )
+    data = list(model.parameters()), [(x, y)]
+    operator = HessianLinearOperator(model, nn.CrossEntropyLoss(), *data, check_deterministic=False)
     start = np.random.default_rng(0).standard_normal(operator.shape[0]).astype(np.float32)
 
-    def call() -> tuple[float, torch.Tensor]:
+    def call() -> tuple[float, Tensor]:
         values, vectors = eigsh(operator.to_scipy(), k=1, which="LA", tol=1e-3, v0=start)
         return float(values[0]), torch.from_numpy(vectors[:, 0].copy()).float()
 
     return call
 
 
-def with_pyhessian(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Pair:
+def with_pyhessian(model: nn.Module, x: Tensor, y: Tensor) -> Pair:
     from pyhessian import hessian
 
-    def call() -> tuple[float, torch.Tensor]:
+    def call() -> tuple[float, Tensor]:
         torch.manual_seed(0)
         found = hessian(model, nn.CrossEntropyLoss(), data=(x, y), cuda=False).eigenvalues(maxIter=300, tol=1e-5)
         return found[0][0], torch.cat([part.flatten() for part in found[1][0]])
@@ -140,59 +124,48 @@ def with_pyhessian(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Pair:
     return call
 
 
-def hessian() -> None:
+def hessian(peer: str, prepare: Callable[[nn.Module, Tensor, Tensor], Pair]) -> None:
+    """Both at the residual ‖Hv − value·v‖/value that the peer reaches, taken by two plain derivatives."""
     model, x, y = trained_network()
+    theirs = prepare(model, x, y)
+    value, v = theirs()
     parameters = list(model.parameters())
-    case, goal = "top Hessian eigenvalue, digits", "faster than curvlinops and PyHessian at the same residual"
+    first = torch.autograd.grad(F.cross_entropy(model(x), y), parameters, create_graph=True)
+    second = torch.autograd.grad(torch.cat([g.flatten() for g in first]) @ v, parameters)
+    residual = float((torch.cat([g.flatten() for g in second]) - value * v).norm() / value)
 
-    def ours(tolerance: float) -> Eigenvalues:
-        return spectreg.hessian_top_eigenvalues(model, F.cross_entropy, [(x, y)], tolerance=tolerance)
+    def ours(tolerance: float = residual) -> float:
+        return spectreg.hessian_top_eigenvalues(model, F.cross_entropy, [(x, y)], tolerance=tolerance).values[0]
 
-    def residual(value: float, v: torch.Tensor) -> float:
-        """‖Hv − value·v‖/value by two plain derivatives."""
-        first = torch.autograd.grad(F.cross_entropy(model(x), y), parameters, create_graph=True)
-        second = torch.autograd.grad(torch.cat([g.flatten() for g in first]) @ v, parameters)
-        return float((torch.cat([g.flatten() for g in second]) - value * v).norm() / value)
-
-    truth = ours(1e-6).values[0]
-    for peer, prepare in (("curvlinops with eigsh", with_curvlinops), ("PyHessian", with_pyhessian)):
-        try:
-            theirs = prepare(model, x, y)
-            value, v = theirs()
-            reached = residual(value, v)
-            error = abs(ours(reached).values[0] / value - 1)
-            distances = [abs(found / truth - 1) for found in (ours(reached).values[0], value)]
-            note = f"off the value at a residual of 1e-6 by {distances[0]:.0e}, theirs by {distances[1]:.0e}; "
-            note += f"both at their residual of {reached:.0e}"
-            beside(case, peer, lambda r=reached: ours(r), theirs, error, note, goal=f"top Hessian eigenvalue: {goal}")
-        except Exception as error:
-            record(failed(NAME, case, "spectreg", peer, error))
+    truth = ours(1e-6)
+    apart = [abs(found / truth - 1) for found in (ours(), value)]
+    note = f"off the value at a residual of 1e-6 by {apart[0]:.0e}, theirs by {apart[1]:.0e}; "
+    note += f"both at their residual of {residual:.0e}"
+    beside("top Hessian eigenvalue, digits", peer, ours, theirs, abs(ours() / value - 1), at_most=1.0, note=note)
 
 
 def jacobian() -> None:
     model, x, _ = trained_network()
     x = x[:64]
 
-    def dense() -> torch.Tensor:
+    def dense() -> Tensor:
         one = torch.func.jacrev(lambda z: model(z[None])[0])
         return torch.linalg.matrix_norm(torch.func.vmap(one)(x).detach().flatten(2), 2)
 
-    truth = dense()
-    goal = "Jacobian norm: faster than jacrev with an SVD"
     why = "Where outputs are few the formed Jacobian costs fewer passes than an iteration; the default forms it there."
-    for name, exact in (("formed", True), ("power iteration to 1e-3", False)):
-
-        def ours(exact: bool = exact) -> torch.Tensor:
-            return spectreg.jacobian_norm(model, x, exact=exact).value
-
-        error = float((ours() / truth - 1).abs().max())
-        beside(f"Jacobian norm of 64 examples, 10 outputs, {name}", "jacrev and SVD", ours, dense, error,
-               f"largest error {error:.0e}", 1.0 if exact else None, goal * exact, why)  # fmt: skip
+    for name, exact, limit in (("formed", True, 1.0), ("power iteration to 1e-3", False, None)):
+        ours = partial(spectreg.jacobian_norm, model, x, exact=exact)
+        error = float((ours().value / dense() - 1).abs().max())
+        case = f"Jacobian norm of 64 examples, 10 outputs, {name}"
+        beside(case, "jacrev and SVD", ours, dense, error, at_most=limit, why=why)
 
 
 def main() -> None:
-    for part in (spectra, hessian, jacobian):
+    curvlinops = partial(hessian, "curvlinops with eigsh", with_curvlinops)
+    pyhessian = partial(hessian, "PyHessian", with_pyhessian)
+    parts = {"NumPy": spectra, "svds": top_values, "curvlinops": curvlinops, "PyHessian": pyhessian}
+    for name, part in (parts | {"jacrev": jacobian}).items():
         try:
             part()
         except Exception as error:
-            record(failed(NAME, part.__name__, "spectreg", "peers", error))
+            record(failed(NAME, f"beside {name}", "spectreg", error))

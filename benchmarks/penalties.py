@@ -1,15 +1,13 @@
 """The same penalty λ/2·Σσ² in the ways one would write it, and the floor of any of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from benchmarks.harness import same
+from benchmarks.harness import Call
 from spectreg import SpectralNormRegularizer
-
-Act = Callable[[], None]
 
 
 def with_gradients(model: nn.Module) -> nn.Module:
@@ -19,6 +17,17 @@ def with_gradients(model: nn.Module) -> nn.Module:
             parameter.grad = torch.empty_like(parameter)
         parameter.grad.fill_(0.0)
     return model
+
+
+def linears(count: int, size: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Linear layers with weights and gradients that are there."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = nn.Sequential(*[nn.Linear(size, size, bias=False, dtype=dtype) for _ in range(count)])
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        nn.init.uniform_(p, -0.01, 0.01)
+    return with_gradients(model)
 
 
 def matrices(model: nn.Module) -> list[Tensor]:
@@ -32,7 +41,7 @@ def ready(model: nn.Module, strength: float = 1e-9, **settings: object) -> Spect
     return regularizer
 
 
-def floor(weights: Sequence[Tensor], vectors: Sequence[Tensor] | None = None, strength: float = 1e-9) -> Act:
+def floor(weights: Sequence[Tensor], vectors: Sequence[Tensor] | None = None, strength: float = 1e-9) -> Call:
     """One read of each W (Wv) and one read-modify-write of its gradient (a rank-one add).
 
     With the top right singular vectors it adds what the regularizer adds: λ·Wv·vᵀ = λσuvᵀ.
@@ -49,7 +58,7 @@ def floor(weights: Sequence[Tensor], vectors: Sequence[Tensor] | None = None, st
     return act
 
 
-def bare(weights: Sequence[Tensor], vectors: Sequence[Tensor], strength: float = 1e-9) -> Act:
+def bare(weights: Sequence[Tensor], vectors: Sequence[Tensor], strength: float = 1e-9) -> Call:
     """A whole power step and the gradient in torch calls, one weight after the other."""
 
     @torch.no_grad()
@@ -77,43 +86,27 @@ def autograd_term(weights: Sequence[Tensor], vectors: Sequence[Tensor], strength
     return strength / 2 * total
 
 
-def by_autograd(weights: Sequence[Tensor], vectors: Sequence[Tensor], strength: float = 1e-9) -> Act:
-    return lambda: autograd_term(weights, vectors, strength).backward()
-
-
-def by_svd(weights: Sequence[Tensor], strength: float = 1e-9) -> Act:
-    """σ by a singular value decomposition with a gradient."""
-
-    def act() -> None:
-        for W in weights:
-            (strength / 2 * torch.linalg.matrix_norm(W.flatten(1), 2).square()).backward()
-
-    return act
-
-
-def by_penalty(regularizer: SpectralNormRegularizer) -> Act:
-    return lambda: regularizer.penalty().backward()
-
-
-def check() -> float:
-    """How far the gradients of all these ways lie apart, once their vectors have converged; an error if that is far."""
-    torch.manual_seed(0)
-    model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(3)])
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.outer(torch.randn(64), torch.randn(64)) / 8)
-    weights = matrices(model)
-    vectors = [torch.linalg.svd(W.detach())[2][0].clone() for W in weights]
-    ours = ready(model, 1.0, warmup=60)
-    acts = {"ours": ours.add_gradient, "penalty()": by_penalty(ours), "floor": floor(weights, vectors, 1.0)}
-    acts |= {"bare torch calls": bare(weights, vectors, 1.0), "autograd": by_autograd(weights, vectors, 1.0)}
-    acts |= {"SVD": by_svd(weights, 1.0)}
-    found = {}
-    for name, act in acts.items():
-        with_gradients(model)
-        act()
-        found[name] = torch.cat([W.grad.flatten() for W in weights])  # type: ignore[union-attr]
-    return max(same(name, g, found["ours"], 1e-4) for name, g in found.items())
+def ways(
+    model: nn.Module, strength: float = 1e-9, vectors: Sequence[Tensor] | None = None, warmup: int = 15
+) -> dict[str, Call]:
+    """Each way to have the penalty, as it acts between ``backward`` and the optimizer."""
+    weights, more = matrices(model), {"strength": strength, "warmup": warmup}
+    vs = vectors or [nn.functional.normalize(torch.randn(W[0].numel()), dim=0) for W in weights]
+    ours, eighth, watching = ready(model, **more), ready(model, every=8, **more), ready(model, 0)
+    return {
+        "add_gradient": ours.add_gradient,
+        "half steps": ready(model, steps=0.5, **more).add_gradient,
+        "every=8": lambda: [eighth.add_gradient() for _ in range(8)],
+        "strength=0": watching.add_gradient,
+        "log()": watching.log,
+        "penalty()": lambda: ours.penalty().backward(),
+        "floor": floor(weights, [v.clone() for v in vs], strength),
+        "torch calls by hand": bare(weights, [v.clone() for v in vs], strength),
+        "autograd penalty": lambda: autograd_term(weights, vs, strength).backward(),
+        "SVD penalty": lambda: [
+            (strength / 2 * torch.linalg.matrix_norm(W.flatten(1), 2).square()).backward() for W in weights
+        ],
+    }
 
 
 def normalized(model: nn.Module) -> nn.Module:
@@ -144,7 +137,7 @@ def lipschitz_layers(model: nn.Module) -> nn.Module:
     return model
 
 
-def parametrized_weights(model: nn.Module) -> Act:
+def parametrized_weights(model: nn.Module) -> Call:
     """What the parametrizations of ``model`` cost a step: each weight computed, and its gradient taken back.
 
     One weight at a time, as the layers of a network do it: all at once would hold a copy of every weight, in memory
@@ -160,7 +153,7 @@ def parametrized_weights(model: nn.Module) -> Act:
     return act
 
 
-def accumulation(weights: Sequence[Tensor]) -> Act:
+def accumulation(weights: Sequence[Tensor]) -> Call:
     """What of the above is none of the parametrization's: each gradient added to what the parameter has."""
     gradients = [torch.randn_like(W) for W in weights]
 

@@ -1,6 +1,5 @@
 """The harness of the benchmarks, at sizes where nothing is measured."""
 
-import importlib
 import json
 import sys
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import LIMIT, NAMES, alone, page, penalties
+from benchmarks import alone, page, penalties
 from benchmarks.harness import Row, in_turn, quartiles, ratio, record, same
 
 
@@ -32,13 +31,11 @@ def test_the_floor_every_rival_and_ours_add_the_same_gradient_of_the_svd():
     U, S, Vh = zip(*(torch.linalg.svd(W.detach()) for W in weights), strict=True)
     truth = torch.cat([(0.3 * s[0] * torch.outer(u[:, 0], vh[0])).flatten() for u, s, vh in zip(U, S, Vh, strict=True)])
     vectors = [vh[0].clone() for vh in Vh]
-    ours = penalties.ready(model, 0.3, warmup=60)
-    acts = [ours.add_gradient, penalties.by_penalty(ours), penalties.floor(weights, vectors, 0.3)]
-    acts += [penalties.bare(weights, vectors, 0.3), penalties.by_autograd(weights, vectors, 0.3)]
-    acts += [penalties.by_svd(weights, 0.3)]
-    for act in acts:
+    ways = penalties.ways(model, 0.3, vectors, warmup=60)
+    names = ("add_gradient", "penalty()", "floor", "torch calls by hand", "autograd penalty", "SVD penalty")
+    for name in names:
         penalties.with_gradients(model)
-        act()
+        ways[name]()
         found = torch.cat([W.grad.flatten() for W in weights])
         torch.testing.assert_close(found, truth)
 
@@ -59,10 +56,6 @@ def test_a_ratio_is_the_median_of_the_paired_ratios():
 def test_two_sides_that_compute_different_things_stop_the_benchmark():
     with pytest.raises(AssertionError, match=r"σ: the two sides differ by 1.0e\+00 relative, above 1e-03"):
         same("σ", torch.tensor([2.0]), torch.tensor([1.0]), 1e-3)
-
-
-def test_all_budgets_together_are_within_the_limit():
-    assert sum(importlib.import_module(f"benchmarks.{name}").SECONDS for name in NAMES) < LIMIT
 
 
 def test_a_row_is_behind_above_one_unless_more_is_better():
@@ -94,12 +87,12 @@ def test_peak_memory_is_that_of_the_tensors_alive_at_once():
     assert alone.peak(two_after_each_other_then_two_together) == 2 * 4000
 
 
-def test_the_page_shows_every_line_and_says_which_goals_are_missed_and_why(tmp_path):
+def test_the_page_shows_every_line_and_says_which_limits_are_missed_and_why(tmp_path):
     lines, target = tmp_path / "benchmarks.jsonl", tmp_path / "benchmarks.md"
-    goal = {"goal": "a step: next to free", "at_most": 1.5}
+    limit = {"at_most": 1.5}
     rows = [
-        Row("a step", "small", "ours", "peer", "×", 1.25, 1.0, 1.5, 15, error=1e-6, why="it checks", **goal),
-        Row("a step", "large", "ours", "peer", "×", 7.0, 6.0, 8.0, 15, note="a note", why="it waits", **goal),
+        Row("a step", "small", "ours", "peer", "×", 1.25, 1.0, 1.5, 15, error=1e-6, why="it checks", **limit),
+        Row("a step", "large", "ours", "peer", "×", 7.0, 6.0, 8.0, 15, note="a note", why="it waits", **limit),
         Row("a step", "large", "ours", "another", "×", 0.5, 0.4, 0.6, 15, why="not to be seen"),
         Row("a step", "large", "absent peer", "ours", "×", note="ModuleNotFoundError: No module named 'peer'"),
         Row("norms", "16", "FFT and SVD", "truth", "ms", 3.0, error=1e-3),
@@ -108,13 +101,9 @@ def test_the_page_shows_every_line_and_says_which_goals_are_missed_and_why(tmp_p
         record(row, lines)
     page.write(lines, target, tmp_path / "every-row.md")
     text = (tmp_path / "every-row.md").read_text()
-    assert "0 of 1 goals are met" in text
-    assert "| A step: next to free | **missed** | 1 of 2 | large: 7 × (limit ≤ 1.5) |" in text
-    assert (
-        "| ours | peer | 7 × | 6 to 8 | 15 | ≤ 1.5: **missed** | a note; ◄ **goal missed**, peer ahead: it waits |"
-        in text
-    )
-    assert "≤ 1.5: met | error +1.0e-06; ◄ peer ahead: it checks |" in text
+    assert "1 of 2 limits are met.\n\n- large, ours beside peer: 7 ×, ≤ 1.5: **missed**\n" in text
+    assert "| ours | peer | 7 × | 6 to 8 | 15 | ≤ 1.5: **missed** | a note; ◄ it waits |" in text
+    assert "≤ 1.5: met | error +1.0e-06; ◄ it checks |" in text
     assert "not to be seen" not in text
     assert "did not run" in text
     assert "No module named 'peer'" in text
