@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import spectreg
-from benchmarks.harness import ROUNDS, Call, Row, Times, compare, in_turn, ratio, record, spread, that_run
+from benchmarks.harness import ROUNDS, Call, Row, Times, compare, first, in_turn, ratio, record, spread
 from spectreg import SpectralNormRegularizer
 
 NAME = "norm of a convolution"
@@ -97,16 +97,12 @@ def warm(layer: nn.Conv2d, size: int) -> Call:
     return call
 
 
-def norm(layer: nn.Conv2d, size: int, tolerance: float) -> float:
-    shape = layer.in_channels, size, size
-    return spectreg.operator_norm(layer, shape, tolerance=tolerance, max_products=400).value
-
-
 def methods(layer: nn.Conv2d, size: int, iterations: int) -> dict[str, Call]:
     shape = layer.in_channels, size, size
     found: dict[str, Call] = {"spectreg, warm": warm(layer, size)}
     for t in (0.2, 0.05, 0.02, 0.01, 5e-3):
-        found[f"spectreg, cold, tolerance {t:g}"] = partial(norm, layer, size, t)
+        cold = partial(spectreg.operator_norm, layer, shape, tolerance=t, max_products=400)
+        found[f"spectreg, cold, tolerance {t:g}"] = lambda cold=cold: cold().value
     found["spectreg, certified"] = lambda: spectreg.operator_norm(layer, shape, tight=True).upper
     found["FFT and SVD, circular"] = partial(fourier, layer, size)
     found["FFT and SVD, padded"] = partial(fourier, layer, size + 2)
@@ -138,17 +134,13 @@ def at_equal_error(case: str, times: Times, errors: dict[str, float]) -> None:
 def main() -> None:
     for channels, size, iterations in SIZES:
         layer, case = layer_of(channels), f"{channels} → {channels} on {size}²"
-        exact, calls, errors = truth(layer, size), methods(layer, size, iterations), {}
-
-        def first(name: str, exact=exact, calls=calls, errors=errors) -> None:  # type: ignore[no-untyped-def]
-            errors[name] = calls[name]() / exact - 1
-
-        able = that_run(NAME, case, {name: partial(first, name) for name in calls})
-        times = in_turn({name: calls[name] for name in able}, warmup=1)
+        exact, calls = truth(layer, size), methods(layer, size, iterations)
+        errors = {name: found / exact - 1 for name, found in first(NAME, case, calls).items()}
+        times = in_turn({name: calls[name] for name in errors}, warmup=1)
         for name, taken in times.items():
             record(spread(NAME, case, name, "truth", "ms", [1e3 * t for t in taken], error=errors[name]))
         at_equal_error(f"{case}, at equal error", times, errors)
         x = torch.randn(1, channels, size, size)
         passes = {"spectreg, warm": warm(layer, size), "a forward pass": torch.no_grad()(lambda: layer(x))}  # noqa: B023
         rows = [("spectreg, warm", "a forward pass", {"at_most": 3.0, "why": WHY_PASS})]
-        compare(NAME, case, passes, rows, 4 * ROUNDS)
+        compare(NAME, case, passes, rows, rounds=4 * ROUNDS)

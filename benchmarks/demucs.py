@@ -83,4 +83,4 @@ def main(depth: int = 5, channels: int = 48) -> None:
     calls |= {"penalty()": lambda: one.penalty().backward(), "add_gradient": one.add_gradient}
     calls |= {"tracked=8": eight.add_gradient}
     rows = [(ours, name, {}) for name in LOWRANK for ours in ("penalty()", "add_gradient", "tracked=8")]
-    compare(NAME, case, calls, rows, 3, warmup=1)
+    compare(NAME, case, calls, rows, rounds=3, warmup=1)

@@ -16,7 +16,7 @@ from lightning_fabric import Fabric
 from benchmarks.harness import in_turn, record, spread
 from spectreg_lab.data import Images, Split
 from spectreg_lab.settings.config import Config, Vanilla
-from spectreg_lab.settings.studies import Study, read_study
+from spectreg_lab.settings.studies import read_study
 from spectreg_lab.storage.checkpoints import Checkpoint
 from spectreg_lab.storage.store import RunFolder
 from spectreg_lab.training.evaluation import evaluate, portion, read, spectral_norms
@@ -70,16 +70,14 @@ def measure(setting: str, config: Config, size: tuple[int, int, int], limit: flo
     record(spread(NAME, case, "norms, copy and files", "the steps", "%", rest))
 
 
-def settings(study: Study) -> dict[tuple[str, str], Config]:
-    """The first run of each setting and regime, without a method."""
-    first: dict[tuple[str, str], Config] = {}
-    for point in study.points():
-        first.setdefault((point.setting, point.regime), point.config.model_copy(update={"method": Vanilla()}))
-    return first
+def settings(study: str) -> dict[tuple[str, str], Config]:
+    """The last run of each setting and regime, without a method."""
+    points = read_study(STUDIES / study).points()
+    return {(p.setting, p.regime): p.config.model_copy(update={"method": Vanilla()}) for p in points}
 
 
 def main() -> None:
     os.environ.setdefault("SPECTREG_TEST_DATA", "photographs")  # named by the study, not read
-    for (setting, _), config in settings(read_study(STUDIES / "cpu.toml")).items():
+    for (setting, _), config in settings("cpu.toml").items():
         measure(f"{setting} of studies/cpu.toml", config, IMAGES[setting], 10)
-    measure("the paper's VGG", settings(read_study(STUDIES / "paper.toml"))["vgg", "small"], PAPERS, 5)
+    measure("the paper's VGG", settings("paper.toml")["vgg", "small"], PAPERS, 5)

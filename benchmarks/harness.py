@@ -100,26 +100,29 @@ def lazily(make: Callable[[], Call]) -> Call:
     return lambda: made()()
 
 
-def that_run(benchmark: str, case: str, calls: Mapping[str, Call]) -> dict[str, Call]:
-    """The calls that can be called; for each of the others a row that says why not."""
-    able = {}
+def first(benchmark: str, case: str, calls: Mapping[str, Call]) -> dict[str, Any]:
+    """What each call returns at first; for one that does not run a row says why not."""
+    results = {}
     for name, call in calls.items():
         try:
-            call()
-            able[name] = call
+            results[name] = call()
         except Exception as error:
             record(failed(benchmark, case, name, error))
-    return able
+    return results
 
 
-def compare(
-    benchmark: str, case: str, calls: Mapping[str, Call], rows: Iterable[Ratio], rounds: int = ROUNDS, **how: Any
-) -> None:
-    """Time the calls in turn and record each row whose two sides both run."""
-    ratios(benchmark, case, in_turn(that_run(benchmark, case, calls), rounds, **how), rows)
+def timed(benchmark: str, case: str, calls: Mapping[str, Call], rounds: int = ROUNDS, **how: Any) -> Times:
+    """Seconds, in turn, of the calls that run at all."""
+    return in_turn({name: calls[name] for name in first(benchmark, case, calls)}, rounds, **how)
+
+
+def compare(benchmark: str, case: str, calls: Mapping[str, Call], rows: Iterable[Ratio], **how: Any) -> None:
+    """Time the calls in turn and record the rows."""
+    ratios(benchmark, case, timed(benchmark, case, calls, **how), rows)
 
 
 def ratios(benchmark: str, case: str, times: Times, rows: Iterable[Ratio]) -> None:
+    """Record each row whose two sides both ran."""
     for subject, against, more in rows:
         if subject in times and against in times:
             record(ratio(benchmark, case, subject, against, times, **more))
@@ -180,13 +183,3 @@ def same(what: str, found: Tensor, truth: Tensor, tolerance: float) -> float:
     if not apart <= tolerance:
         raise AssertionError(f"{what}: the two sides differ by {apart:.1e} relative, above {tolerance:.0e}.")
     return apart
-
-
-@cache
-def buffer() -> Tensor:
-    return torch.zeros(2**24)
-
-
-def sweep() -> None:
-    """Put everything out of the caches, as the passes of a network leave them."""
-    buffer().add_(1.0)

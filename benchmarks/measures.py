@@ -137,10 +137,8 @@ def hessian(peer: str, prepare: Callable[[nn.Module, Tensor, Tensor], Pair]) -> 
     def ours(tolerance: float = residual) -> float:
         return spectreg.hessian_top_eigenvalues(model, F.cross_entropy, [(x, y)], tolerance=tolerance).values[0]
 
-    truth = ours(1e-6)
-    apart = [abs(found / truth - 1) for found in (ours(), value)]
-    note = f"off the value at a residual of 1e-6 by {apart[0]:.0e}, theirs by {apart[1]:.0e}; "
-    note += f"both at their residual of {residual:.0e}"
+    off = [abs(found / ours(1e-6) - 1) for found in (ours(), value)]
+    note = f"both at their residual of {residual:.0e}; off the value at 1e-6 by {off[0]:.0e}, theirs by {off[1]:.0e}"
     beside("top Hessian eigenvalue, digits", peer, ours, theirs, abs(ours() / value - 1), at_most=1.0, note=note)
 
 

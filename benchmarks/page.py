@@ -104,16 +104,20 @@ def table(lines: Sequence[Line]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def origin(line: Line) -> str:
-    """Where a line of a record comes from."""
-    peers = ", ".join(f"{name} {version}" for name, version in line["peers"].items())
-    return f"torch {line['torch']}, {line['machine']}, {line['started'][:10]}; peers: {peers}.\n"
+def origin(lines: Sequence[Line]) -> str:
+    """The commits, machines and peers of a record."""
+    commits: dict[str, list[str]] = {}
+    for line in lines:
+        peers = ", ".join(f"{name} {version}" for name, version in line["peers"].items())
+        place = f"torch {line['torch']}, {line['threads']} thread(s), {line['machine']}; {peers}"
+        commits.setdefault(place, []).append(line["commit"][:7])
+    return "".join(f"- {', '.join(dict.fromkeys(found))}: {place}\n" for place, found in commits.items())
 
 
 def every_row(records: dict[str, list[Line]]) -> str:
     parts = [FULL]
     for name, lines in records.items():
-        parts += [f"## `results/{name}`\n", origin(lines[0]), limits(lines), table(lines)]
+        parts += [f"## `results/{name}`\n", origin(lines), limits(lines), table(lines)]
     return "\n".join(parts)
 
 

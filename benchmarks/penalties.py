@@ -1,6 +1,7 @@
 """The same penalty λ/2·Σσ² in the ways one would write it, and the floor of any of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -138,27 +139,22 @@ def lipschitz_layers(model: nn.Module) -> nn.Module:
 
 
 def parametrized_weights(model: nn.Module) -> Call:
-    """What the parametrizations of ``model`` cost a step: each weight computed, and its gradient taken back.
-
-    One weight at a time, as the layers of a network do it: all at once would hold a copy of every weight, in memory
-    that the system has to provide anew (on an MLP of 5 × 1024, 24 ms for 12).
-    """
+    """What the parametrizations of ``model`` cost a step: each weight computed, and its gradient taken back."""
     owners = [(m, n) for m in model.modules() if hasattr(m, "parametrizations") for n in m.parametrizations]
-    gradients = [torch.randn_like(getattr(m, n)) for m, n in owners]
-
-    def act() -> None:
-        for (m, n), G in zip(owners, gradients, strict=True):
-            getattr(m, n).backward(G)
-
-    return act
+    return each_backward([partial(getattr, m, n) for m, n in owners])
 
 
 def accumulation(weights: Sequence[Tensor]) -> Call:
     """What of the above is none of the parametrization's: each gradient added to what the parameter has."""
-    gradients = [torch.randn_like(W) for W in weights]
+    return each_backward([partial(W.view_as, W) for W in weights])
+
+
+def each_backward(weights: Sequence[Callable[[], Tensor]]) -> Call:
+    """One weight at a time, as the layers of a network do it: all at once would hold a copy of every weight."""
+    gradients = [torch.randn_like(weight()) for weight in weights]
 
     def act() -> None:
-        for W, G in zip(weights, gradients, strict=True):
-            W.view_as(W).backward(G)
+        for weight, G in zip(weights, gradients, strict=True):
+            weight().backward(G)
 
     return act

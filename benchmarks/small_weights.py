@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import penalties as by
-from benchmarks.harness import Call, compare, differences, in_turn, lazily, ratios, record, spread, that_run
+from benchmarks.harness import Call, compare, differences, lazily, ratios, record, spread, timed
 
 NAME = "many small weights"
 COMPILED = "10 × 64², torch.compile"
@@ -59,8 +59,7 @@ def compiled(way: str) -> Call:
 def under_compile() -> None:
     torch._dynamo.config.recompile_limit = 64  # all ways share the function `loss`
     names = "add_gradient, compiled", "add_gradient, as it is", "penalty()", "autograd penalty", SPECTRAL_NORM
-    calls = that_run(NAME, COMPILED, {name: compiled(name) for name in ("no penalty", *names)})
-    times = in_turn(calls, 60, 5)
+    times = timed(NAME, COMPILED, {name: compiled(name) for name in ("no penalty", *names)}, 60, warmup=5)
     added, whole = differences(times, "no penalty"), statistics.median(times["no penalty"])
     for name, extra in added.items():
         note = f"a step without takes {1e3 * whole:.2f} ms"

@@ -9,6 +9,7 @@ that is the time of computing each and taking its gradient back, less the accumu
 import copy
 import statistics
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -16,20 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import penalties as by
-from benchmarks.harness import (
-    ROUNDS,
-    Call,
-    Ratio,
-    Times,
-    differences,
-    in_turn,
-    lazily,
-    ratios,
-    record,
-    spread,
-    sweep,
-    that_run,
-)
+from benchmarks.harness import ROUNDS, Call, Ratio, Times, differences, in_turn, lazily, ratios, record, spread, timed
 from spectreg_lab.models import build
 from spectreg_lab.settings.config import NIN, VGG, DenseNet
 
@@ -102,32 +90,38 @@ def train_step(model: nn.Module, x: Tensor, y: Tensor, optimizer: torch.optim.Op
     return step
 
 
-def nothing() -> None:
-    pass
-
-
 def whole_steps(model: nn.Module, x: Tensor, y: Tensor, ways: Sequence[str], rounds: int, warmup: int = 2) -> Times:
     """Seconds of whole steps in turn. The model is shared, but for the way that changes how its weights are made.
 
     After that one the shared model is out of the caches: a step that does not count brings it back.
     """
     optimizer = sgd(model)
-    acts = {"vanilla": nothing, BACK: nothing, **by.ways(model)}
+    acts = {"vanilla": lambda: None, BACK: lambda: None, **by.ways(model)}
     steps = {name: train_step(model, x, y, optimizer, act) for name, act in acts.items()}
-    steps["torch's weight decay"] = train_step(model, x, y, sgd(model, 1e-4), nothing)
+    steps["torch's weight decay"] = train_step(model, x, y, sgd(model, 1e-4), acts[BACK])
     if SPECTRAL_NORM in ways:
         peer = by.normalized(copy.deepcopy(model))
-        steps[SPECTRAL_NORM] = train_step(peer, x, y, sgd(peer), nothing)
+        steps[SPECTRAL_NORM] = train_step(peer, x, y, sgd(peer), acts[BACK])
     first = [BACK] * (SPECTRAL_NORM in ways)
     times = in_turn({name: steps[name] for name in (*first, "vanilla", *ways)}, rounds, warmup)
     return {name: times[name] for name in ("vanilla", *ways)}
+
+
+@cache
+def buffer() -> Tensor:
+    return torch.zeros(2**24)
+
+
+def sweep() -> None:
+    """Put everything out of the caches, as the passes of a network leave them."""
+    buffer().add_(1.0)
 
 
 def by_itself(case: str, model: nn.Module) -> Times:
     """Seconds that each of the slow ways takes."""
     peer = lazily(lambda: by.parametrized_weights(by.lipschitz_layers(copy.deepcopy(model))))
     ways = by.ways(model) | {"deel-torchlip": peer, PLAIN: by.accumulation(by.matrices(model))}
-    times = in_turn(that_run(NAME, case, {name: ways[name] for name in (*ALONE, PLAIN)}), ROUNDS, 1, sweep)
+    times = timed(NAME, case, {name: ways[name] for name in (*ALONE, PLAIN)}, warmup=1, between=sweep)
     times["every=8"] = [seconds / 8 for seconds in times["every=8"]]
     net = {name: taken for name, taken in differences(times, PLAIN).items() if name == "deel-torchlip"}
     return {name: taken for name, taken in times.items() if name != PLAIN} | net

@@ -27,4 +27,4 @@ def main() -> None:
         training = Training(setting, Images(Split(x, y), Split(x, y), 10), Fabric(accelerator="cpu", devices=1))
         calls[name] = lambda training=training: training.step(x, y)
     rows = [(name, "vanilla", {"at_most": most, "why": WHY}) for name, (_, most) in PAPERS.items() if most]
-    compare(NAME, "the paper's VGG, B=64", calls, rows, 2 * ROUNDS + 1)
+    compare(NAME, "the paper's VGG, B=64", calls, rows, rounds=2 * ROUNDS + 1)
