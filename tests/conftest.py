@@ -8,9 +8,10 @@ from collections.abc import Iterator
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a hub name fails at once
 
+import annotations
 import jaxtyping
 
-with jaxtyping.install_import_hook("spectreg", "beartype.beartype"):
+with annotations.once(), jaxtyping.install_import_hook("spectreg", "beartype.beartype"):
     import spectreg  # noqa: F401
 
 import pytest
