@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -71,10 +72,13 @@ def decode(source: str, files: list[Path], progress: Callable[[str], None]) -> t
 
 
 def _digits(held_back: int) -> tuple[Decoded, int]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images, labels = digits.images[..., None] * (255 / 16), digits.target
+    # The file is read without scikit-learn, which takes as long to import as torch does.
+    package = find_spec("sklearn")
+    if package is None or not package.submodule_search_locations:
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+    place = Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
+    table = np.loadtxt(place, delimiter=",")
+    images, labels = table[:, :-1].reshape(-1, 8, 8, 1) * (255 / 16), table[:, -1].astype(int)
     cut = len(labels) - held_back
     return {"train": (images[:cut], labels[:cut]), "test": (images[cut:], labels[cut:])}, 10
 
