@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from lightning_fabric import Fabric
 
@@ -63,10 +64,23 @@ def tiny() -> Callable[..., Config]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def photographs() -> Path:
     """The folder of photographs; a test that needs it skips where it is absent."""
     place = os.environ.get("SPECTREG_TEST_DATA")
     if not place or not Path(place).is_dir():
         pytest.skip("SPECTREG_TEST_DATA does not name a folder of photographs")
     return Path(place)
+
+
+@pytest.fixture(scope="session")
+def few_photographs(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the 60,000 of CIFAR-10, 300 of each class to train on and 100 to test on, in files of the same kind."""
+    from pyarrow import parquet
+
+    folder = tmp_path_factory.mktemp("few-photographs")
+    for split, of_each in (("train", 300), ("test", 100)):
+        table = parquet.read_table(photographs / "cifar10-jpeg" / f"{split}.parquet")
+        rows = pd.Series(range(len(table))).groupby(table["label"].to_pandas()).head(of_each)
+        parquet.write_table(table.take(rows.to_list()), folder / f"{split}.parquet")
+    return folder

@@ -113,11 +113,9 @@ def test_control_c_stops_cleanly_says_how_to_go_on_and_loses_nothing_finished(st
 
 @pytest.mark.slow
 @pytest.mark.photographs
-def test_a_reduced_vgg_learns_real_photographs(photographs, tmp_path):
+def test_a_reduced_vgg_learns_real_photographs(few_photographs, tmp_path):
     words = ["--model", "vgg", "--width", "8", "--stages", "1,1,1", "--train-size", "2000", "--test-size", "1000"]
-    code, out, err = spectreg(
-        "train", *words, "--data", photographs / "cifar10-jpeg", "--epochs", "6", "--out", tmp_path / "run"
-    )
+    code, out, err = spectreg("train", *words, "--data", few_photographs, "--epochs", "6", "--out", tmp_path / "run")
     assert code == 0, err
     last = [line for line in out.splitlines() if line.startswith("epoch")][-1]
     assert float(last.split("test_accuracy")[1].split()[0]) > 0.35  # 0.1 is chance

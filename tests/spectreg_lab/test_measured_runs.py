@@ -154,8 +154,8 @@ def test_the_command_measures_a_run_or_all_of_them_and_skips_what_is_there(tmp_p
 
 @pytest.mark.slow
 @pytest.mark.photographs
-def test_a_network_of_photographs_is_measured_too(photographs, tmp_path, tiny):
-    data = Data(name=f"{photographs}/cifar10-jpeg", train_size=200, test_size=100)
+def test_a_network_of_photographs_is_measured_too(few_photographs, tmp_path, tiny):
+    data = Data(name=str(few_photographs), train_size=200, test_size=100)
     run(tiny(epochs=1, data=data), tmp_path)
     assert measure(tmp_path, QUICK)
     found = RunFolder(tmp_path).measures()

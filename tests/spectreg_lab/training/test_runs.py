@@ -1,10 +1,8 @@
 import errno
 import json
+import multiprocessing
 import os
 import random
-import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -18,13 +16,18 @@ from spectreg_lab.training.runs import run
 from spectreg_lab.training.train import Training
 
 
-def train(out, method, cache):
-    """The command of a run of eight short epochs, in a process of its own."""
-    words = ["--method", method, "--model", "vgg", "--width", "4", "--stages", "1,1", "--train-size", "320"]
-    words += ["--test-size", "60", "--batch-size", "16", "--epochs", "8", "--out", str(out)]
-    code = "import sys; from spectreg_lab.cli import main; sys.argv[0] = 'spectreg'; main()"
-    environment = {**os.environ, "SPECTREG_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", code, "train", *words], env=environment, stdout=subprocess.DEVNULL)
+def train(config, out):
+    """The run in a process of its own, which is forked from one that has imported what a run needs."""
+    multiprocessing.set_forkserver_preload(["spectreg_lab.training.runs", "torch._dynamo"])
+    process = multiprocessing.get_context("forkserver").Process(target=alone, args=(config, out, dict(os.environ)))
+    process.start()
+    return process
+
+
+def alone(config, out, environment):
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    run(config, out)
 
 
 def lines(folder):
@@ -33,22 +36,26 @@ def lines(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["adversarial", "spectral"])
-def test_a_run_killed_at_a_random_moment_ends_with_the_numbers_and_weights_of_one_that_was_not(tmp_path, cache, method):
+def test_a_run_killed_at_a_random_moment_ends_with_the_numbers_and_weights_of_one_that_was_not(tmp_path, tiny, method):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert train(whole, method, cache).wait() == 0
+    data = Data(train_size=320, test_size=60)
+    config = tiny({"name": method}, data=data, batch_size=16, epochs=8)
+    alone(config, whole, {})
     random.seed(method)
     kills = 0
     for _ in range(3):
-        process = train(killed, method, cache)
+        process = train(config, killed)
         seen = len(lines(killed)) if killed.exists() else 0
-        while process.poll() is None and len(lines(killed)) == seen:
+        while process.is_alive() and len(lines(killed)) == seen:
             time.sleep(0.002)
         time.sleep(random.random() * 0.3)
-        kills += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kills += process.is_alive()
+        process.kill()
+        process.join()
     assert kills, "the run was over before it could be killed"
-    assert train(killed, method, cache).wait() == 0
+    process = train(config, killed)
+    process.join()
+    assert process.exitcode == 0
     assert lines(killed) == lines(whole)
     ends = [RunFolder(folder).resume() for folder in (whole, killed)]
     assert ends[0].tensors.keys() == ends[1].tensors.keys()
