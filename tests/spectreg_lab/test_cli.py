@@ -6,6 +6,7 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 
+import forked
 import pytest
 from small_study import STUDY
 
@@ -31,9 +32,17 @@ def spectreg(*words):
 
 
 def in_process(*words):
-    """The same without a process of its own, which takes seconds to import torch: exit code, output, errors."""
+    """The same without a process of its own, which takes seconds to import torch: exit code, output, errors.
+
+    The processes of its runs are forked from one that has imported it.
+    """
     out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+    with (
+        forked.local_engine(),
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
         patch.setenv("COLUMNS", "200")
         patch.setenv("NO_COLOR", "1")
         patch.setattr("sys.argv", ["spectreg", *map(str, words)])
@@ -86,7 +95,7 @@ def test_bad_input_is_one_line_and_a_non_zero_exit(words, message, tmp_path):
 
 @pytest.mark.slow
 def test_reproduce_leaves_a_page_and_prints_its_place(study, tmp_path):
-    code, out, err = spectreg("reproduce", study, "--out", tmp_path / "out")
+    code, out, err = in_process("reproduce", study, "--out", tmp_path / "out")
     assert code == 0
     page = tmp_path / "out" / "report" / "report.html"
     assert f"report: {page.resolve()}" in out
@@ -96,8 +105,9 @@ def test_reproduce_leaves_a_page_and_prints_its_place(study, tmp_path):
 
 @pytest.mark.slow
 def test_control_c_stops_cleanly_says_how_to_go_on_and_loses_nothing_finished(study, tmp_path):
-    study.write_text(study.read_text().replace("epochs = 2", "epochs = 40"))
-    process = start("reproduce", study, "--out", tmp_path / "out", "--processes", "1", start_new_session=True)
+    study.write_text(study.read_text().replace("epochs = 2", "epochs = 20"))
+    words = ("reproduce", study, "--out", tmp_path / "out", "--processes", "1", "--regime", "small")
+    process = start(*words, start_new_session=True)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "out").rglob("outcome.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -106,7 +116,7 @@ def test_control_c_stops_cleanly_says_how_to_go_on_and_loses_nothing_finished(st
     assert process.returncode == 130
     assert "The same command goes on from there" in err
     assert "Traceback" not in err
-    code, _, err = spectreg("reproduce", study, "--out", tmp_path / "out", "--processes", "1")
+    code, _, err = in_process(*words)
     assert code == 0
     assert "finished before" in err
 

@@ -2,6 +2,7 @@ import os
 import signal
 from pathlib import Path
 
+import forked
 import pytest
 from small_study import STUDY
 
@@ -78,7 +79,8 @@ def study(tmp_path):
 
 def carry_out(study, folder, processes=2, engine=None, record=None):
     record = record or Record()
-    execute(begin(study, folder, "spectreg reproduce", record), engine or LocalEngine(processes, 1), record)
+    with forked.local_engine():
+        execute(begin(study, folder, "spectreg reproduce", record), engine or LocalEngine(processes, 1), record)
     return record
 
 

@@ -1,11 +1,10 @@
 import errno
 import json
-import multiprocessing
-import os
 import random
 import threading
 import time
 
+import forked
 import pytest
 import torch
 
@@ -14,20 +13,6 @@ from spectreg_lab.storage.errors import RunError
 from spectreg_lab.storage.run_folder import RunFolder
 from spectreg_lab.training.runs import run
 from spectreg_lab.training.train import Training
-
-
-def train(config, out):
-    """The run in a process of its own, which is forked from one that has imported what a run needs."""
-    multiprocessing.set_forkserver_preload(["spectreg_lab.training.runs", "torch._dynamo"])
-    process = multiprocessing.get_context("forkserver").Process(target=alone, args=(config, out, dict(os.environ)))
-    process.start()
-    return process
-
-
-def alone(config, out, environment):
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    run(config, out)
 
 
 def lines(folder):
@@ -40,11 +25,11 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_numbers_and_weights_of_on
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     data = Data(train_size=320, test_size=60)
     config = tiny({"name": method}, data=data, batch_size=16, epochs=8)
-    alone(config, whole, {})
+    run(config, whole)
     random.seed(method)
     kills = 0
     for _ in range(3):
-        process = train(config, killed)
+        process = forked.process(run, config, killed)
         seen = len(lines(killed)) if killed.exists() else 0
         while process.is_alive() and len(lines(killed)) == seen:
             time.sleep(0.002)
@@ -53,7 +38,7 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_numbers_and_weights_of_on
         process.kill()
         process.join()
     assert kills, "the run was over before it could be killed"
-    process = train(config, killed)
+    process = forked.process(run, config, killed)
     process.join()
     assert process.exitcode == 0
     assert lines(killed) == lines(whole)
