@@ -24,11 +24,12 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Coverage is told of the first parameters of a test only, and so never more than is covered."""
+    """Coverage is told of the first parameters of a test only, and of none of one marked ``untraced``."""
     test = item.nodeid.partition("[")[0]
     seen[test] += 1
     coverage = sys.modules.get("coverage")
-    measuring = coverage.Coverage.current() if coverage and seen[test] > MEASURED else None
+    left_out = seen[test] > MEASURED or item.get_closest_marker("untraced") is not None
+    measuring = coverage.Coverage.current() if coverage and left_out else None
     if measuring is None:
         return (yield)
     measuring.stop()

@@ -71,6 +71,7 @@ KEPT = [
 
 
 @pytest.mark.slow
+@pytest.mark.untraced
 @pytest.mark.parametrize("kept", KEPT)
 def test_the_page_of_a_kept_study_is_written_again_from_its_one_file_with_the_tables_that_are_kept(kept, tmp_path):
     assert report.write(kept / archive.NAME, out=tmp_path).stat().st_size > 100_000

@@ -53,6 +53,7 @@ def optimizers(name: str, model: nn.Module, weights: list[Tensor]) -> list[torch
     return [torch.optim.Muon(weights, lr=0.02), torch.optim.AdamW(rest, lr=0.01)]
 
 
+@pytest.mark.untraced
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "name", "value", "settings"),

@@ -321,6 +321,8 @@ def test_a_merged_weight_is_brought_below_its_cap_by_its_adapter_alone(kind):
         SpectralNormCap(products, c, retract=True).apply()
 
 
+@pytest.mark.slow
+@pytest.mark.untraced
 @given(
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(0, 10**6),
     st.sampled_from(["float64", "float32"]),

@@ -140,6 +140,7 @@ def test_a_broken_record_of_a_study_is_refused_with_its_remedy(tmp_path: Path, c
 
 
 @pytest.mark.slow
+@pytest.mark.untraced
 def test_the_page_of_a_hundred_runs_of_200_epochs_is_under_12_mb(tmp_path: Path) -> None:
     def curve(regime: str, method: str, seed: int) -> list[tuple[float, float]]:
         return [(1 - 0.9**n, 0.8 - 0.7**n / (seed + 2)) for n in range(1, 201)]

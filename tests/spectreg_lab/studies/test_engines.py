@@ -7,7 +7,7 @@ import time
 
 import pytest
 from small_study import STUDY
-from test_cli import spectreg
+from test_cli import in_process
 from test_execution import numbers
 
 from spectreg_lab.storage.claims import holder
@@ -100,7 +100,6 @@ def test_a_process_is_told_its_gpu_and_threads_before_torch_is_imported(monkeypa
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
-@pytest.mark.slow
 def test_an_unknown_engine_is_one_line(study, tmp_path):
-    code, _, err = spectreg("reproduce", study, "--out", tmp_path / "out", "--engine", "slurm")
+    code, _, err = in_process("reproduce", study, "--out", tmp_path / "out", "--engine", "slurm")
     assert (code, err.strip()) == (2, "spectreg: --engine slurm: no such engine; known: local, ray")
