@@ -36,6 +36,8 @@ class Small(nn.Module):
         super().__init__()
         self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
         self.head = nn.Linear(64, 4)
+        for layer in (self.first, self.second, self.head):
+            nn.init.zeros_(layer.bias)  # as drawn by torch they would differ between the trainings that are compared
 
     def forward(self, x):
         x = nn.functional.max_pool2d(self.first(x).relu(), 2)
@@ -85,6 +87,7 @@ def trained(network: str, tracked: int | None) -> tuple[float, dict[str, float]]
 
 
 @pytest.mark.slow
+@pytest.mark.untraced
 @pytest.mark.parametrize("network", ["mlp", "cnn"])
 def test_four_vectors_train_small_layers_as_an_exact_svd_does_where_one_falls_ten_per_cent_short(network):
     lag, norms = trained(network, tracked=4)
