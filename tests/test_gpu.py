@@ -82,7 +82,8 @@ def test_images_that_cannot_be_read_are_replaced_by_a_stand_in_that_says_so(tmp_
 
 
 @pytest.mark.slow
-def test_the_command_writes_a_line_for_each_thing_as_it_is_known(tmp_path, capsys):
+def test_the_command_writes_a_line_for_each_thing_as_it_is_known(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(gpu.QUICK, "slice", 2)  # seconds, shared by all methods
     out = tmp_path / "gpu.jsonl"
     words = ["--device", "cpu", "--quick", "--out", str(out), "--parts", "measures", "slice"]
     assert gpu.main(words) == 0
