@@ -7,6 +7,7 @@ import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from folders import write_study
@@ -82,7 +83,7 @@ def test_a_search_in_which_every_run_failed_says_so_and_is_no_success(tmp_path, 
         "sys.argv",
         ["spectreg", "search", str(tmp_path / "small.toml"), "--out", str(tmp_path / "o"), "--processes", "1"],
     )
-    with pytest.raises(SystemExit) as end:
+    with forked.local_engine(), pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
     assert "no run of this search has finished" in capsys.readouterr().err.splitlines()[-1]

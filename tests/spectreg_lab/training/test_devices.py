@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
 from small_study import STUDY
 from test_cli import in_process
 
@@ -50,8 +52,9 @@ def statistics(model):
     return {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
 
 
-def two_epochs(fabric, place):
+def two_epochs(fabric, place, environment):
     """Train each method and write its weights, from the first process; from each its running statistics."""
+    os.environ.update(environment)
     setting = config(Vanilla(), model=VGG(width=4, stages=(1, 1), hidden=8))
     training = Remembering(setting, load(setting.data), fabric)
     training.epoch(1)
@@ -66,14 +69,16 @@ def two_epochs(fabric, place):
     outcome = run(config(Spectral()), place / "run", fabric)
     if fabric.global_rank == 0:
         (place / "outcome.json").write_text(json.dumps(outcome))
-    # Fabric leaves this to `atexit`, which a spawned process skips: its gloo threads would then now and then abort it.
+    # Fabric leaves this to `atexit`, which a forked process skips: its gloo threads would then now and then abort it.
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one_and_leave_one_run_folder(tmp_path, fabric):
-    several = Fabric(accelerator="cpu", devices=2, strategy="ddp_spawn", precision="64-true")
-    several.launch(two_epochs, tmp_path)
+    forked.context()
+    strategy = DDPStrategy(start_method="forkserver")
+    several = Fabric(accelerator="cpu", devices=2, strategy=strategy, precision="64-true")
+    several.launch(two_epochs, tmp_path, {"SPECTREG_CACHE": os.environ["SPECTREG_CACHE"]})
     for method in METHODS:
         setting = config(method)
         training = Training(setting, load(setting.data), fabric)
