@@ -610,6 +610,7 @@ def measure_sharded() -> None:
         hessian_top_eigenvalues(model, F.cross_entropy, [(randn(12, 4), classes(12))])
 
 
+@pytest.mark.slow
 def test_the_hessian_of_a_sharded_model_is_refused_with_the_way_to_a_whole_one():
     on_ranks(1, measure_sharded)
 

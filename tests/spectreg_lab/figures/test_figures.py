@@ -49,11 +49,33 @@ def shown(folder: Path) -> dict[str, Exhibit]:
     return {exhibit.name: exhibit for exhibit in exhibits(store.read_study(folder))}
 
 
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study with every measure."""
+    return folders.write_study(tmp_path_factory.mktemp("measured") / "s", line=line, measures=measures)
+
+
+@pytest.fixture(scope="module")
+def drawn_of_measured(measured: Path) -> dict[str, Exhibit]:
+    return shown(measured)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study without measures."""
+    return folders.write_study(tmp_path_factory.mktemp("bare") / "s", seeds=(0,))
+
+
+@pytest.fixture(scope="module")
+def drawn_of_bare(bare: Path) -> dict[str, Exhibit]:
+    return shown(bare)
+
+
 FIGURES = ("figure1", "figure2", "figure3", "figure4", "sigma", "perturbation", "jacobian", "layers", "cost")
 
 
-def test_every_figure_is_drawn_where_every_measure_is_there(tmp_path: Path) -> None:
-    found = shown(folders.write_study(tmp_path / "s", line=line, measures=measures))
+def test_every_figure_is_drawn_where_every_measure_is_there(drawn_of_measured: dict[str, Exhibit]) -> None:
+    found = drawn_of_measured
     for name in FIGURES:
         assert not found[name].missing, name
         assert all(panel.lines for panel in found[name].panels), name
@@ -71,14 +93,15 @@ def test_the_norms_of_layers_stand_in_the_order_of_the_graph_without_those_that_
 
 
 @pytest.mark.parametrize("name", ["figure2", "figure3", "figure4", "perturbation", "jacobian", "layers"])
-def test_a_figure_without_its_measure_says_so_and_names_the_command_that_makes_it(tmp_path: Path, name: str) -> None:
-    found = shown(folders.write_study(tmp_path / "s", seeds=(0,)))
-    assert not found[name].panels
-    assert "`spectreg measure STUDY_FOLDER`" in found[name].missing
+def test_a_figure_without_its_measure_says_so_and_names_the_command_that_makes_it(
+    drawn_of_bare: dict[str, Exhibit], name: str
+) -> None:
+    assert not drawn_of_bare[name].panels
+    assert "`spectreg measure STUDY_FOLDER`" in drawn_of_bare[name].missing
 
 
-def test_a_page_of_runs_without_measures_is_written_and_shows_the_command(tmp_path: Path) -> None:
-    page = report.write(folders.write_study(tmp_path / "s", seeds=(0,))).read_text()
+def test_a_page_of_runs_without_measures_is_written_and_shows_the_command(bare: Path) -> None:
+    page = report.write(bare).read_text()
     assert "<code>spectreg measure STUDY_FOLDER</code>" in page
 
 
@@ -103,8 +126,10 @@ def test_values_that_are_null_or_missing_in_a_line_are_read_as_not_measured(tmp_
     report.write(folder)
 
 
-def test_the_csv_of_figure_3_has_the_residual_of_every_eigenvalue_measured_after_training(tmp_path: Path) -> None:
-    frame = shown(folders.write_study(tmp_path / "s", line=line, measures=measures))["figure3"].frame
+def test_the_csv_of_figure_3_has_the_residual_of_every_eigenvalue_measured_after_training(
+    drawn_of_measured: dict[str, Exhibit],
+) -> None:
+    frame = drawn_of_measured["figure3"].frame
     ends = frame[frame.epoch == frame.epoch.max()]
     assert set(ends.hessian_train_residual) == set(ends.hessian_test_residual) == {0.25}
     assert frame[frame.epoch == 1].hessian_test_residual.isna().all()
@@ -126,8 +151,8 @@ def test_the_correlations_with_the_gap_are_shown_by_setting_with_their_n(tmp_pat
     assert set(found.frame.seed) == {0, 1, 2}
 
 
-def test_the_cost_is_relative_to_vanilla_with_the_same_seed(tmp_path: Path) -> None:
-    study = store.read_study(folders.write_study(tmp_path / "s", line=line))
+def test_the_cost_is_relative_to_vanilla_with_the_same_seed(measured: Path) -> None:
+    study = store.read_study(measured)
     ratios = cost.ratios(frames.runs(study)).groupby("method").relative.unique()
     assert {method: list(found) for method, found in ratios.items()} == {
         "vanilla": [1.0],
@@ -144,12 +169,11 @@ def test_the_typical_norm_is_the_geometric_mean_over_the_weights(tmp_path: Path)
 
 
 def test_local_norms_are_summed_up_by_their_median_and_largest_and_unconverged_ones_are_warned_of(
-    tmp_path: Path,
+    measured: Path, drawn_of_measured: dict[str, Exhibit]
 ) -> None:
-    folder = folders.write_study(tmp_path / "s", line=line, measures=measures)
-    first = jacobian.values(store.read_study(folder)).iloc[0]
+    first = jacobian.values(store.read_study(measured)).iloc[0]
     assert (first["median"], first.largest, first.bound, first.examples) == (2.0, 6.0, 50.0, 3)
-    found = shown(folder)
+    found = drawn_of_measured
     assert found["jacobian"].warnings == ["Local Jacobian: the norms of 8 runs had not converged."]
     assert "had not converged" in found["figure3"].warnings[0]
 
@@ -163,8 +187,8 @@ def test_a_local_norm_of_zero_is_counted_below_the_logarithmic_axis_and_not_draw
     assert [line.name for line in found.panels[0].lines] == ["decay, largest", "decay, bound"]
 
 
-def test_the_first_regime_is_solid_and_the_second_dashed(tmp_path: Path) -> None:
-    found = shown(folders.write_study(tmp_path / "s", line=line, measures=measures))
+def test_the_first_regime_is_solid_and_the_second_dashed(drawn_of_measured: dict[str, Exhibit]) -> None:
+    found = drawn_of_measured
     for name in ("figure2", "figure3", "figure4"):
         dashes = {
             (line.name.split(", ")[1], line.dash)
