@@ -14,6 +14,7 @@ from typing import Any
 
 import jaxtyping
 import torch
+from torch.nn.parameter import is_lazy
 
 VALUES = (int, str, type(None), torch.dtype)  # of these the value counts, in a Literal or as a dimension
 passed: set[Hashable] = set()
@@ -24,7 +25,7 @@ def sort(x: Any) -> Hashable:
     """All of x that an annotation can tell apart."""
     kind = type(x)
     if isinstance(x, torch.Tensor):
-        return kind, x.shape, x.dtype
+        return (kind, x.dtype) if is_lazy(x) else (kind, x.dtype, x.shape)
     if isinstance(x, VALUES):
         return kind, x
     if isinstance(x, tuple | list):
