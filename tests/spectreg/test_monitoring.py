@@ -106,7 +106,7 @@ def test_where_a_pattern_gives_zero_the_weight_is_followed_and_its_gradient_stay
 def test_the_numbers_of_a_log_are_those_of_full_decompositions(kind):
     module = seeded(kind.build)
     settings = {"select": lambda name, _: name == kind.weight} | kind.settings
-    regularizer = SpectralNormRegularizer(module, 0, warmup=300, **settings)
+    regularizer = SpectralNormRegularizer(module, 0, warmup=150, **settings)
     numbers = regularizer.log()
     matrices = kind.matrices(module.get_parameter(kind.weight).detach())
     tops = torch.stack([torch.linalg.svdvals(matrix)[0] for matrix in matrices])

@@ -192,7 +192,7 @@ def places(content: Any) -> list[tuple[Any, ...]]:
 CONTENT = tomllib.loads(STUDY + SEARCH + "[measure]\n[training]\nmomentum = 0.5\n")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     place=st.sampled_from(places(CONTENT)), value=VALUES, how=st.sampled_from(["replace", "remove", "add", "rename"])
 )

@@ -105,8 +105,17 @@ def test_a_run_that_failed_by_itself_is_not_tried_by_the_others_but_by_the_next_
     assert len([end for end in take_part(content, tmp_path / "out").ends if end[1] == "failed"]) == 3
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES], ids=errno.errorcode.get)
-@pytest.mark.parametrize("where", ["claim", "checkpoint", "metrics"])
+@pytest.mark.parametrize(
+    ("where", "code"),
+    [
+        ("claim", errno.EACCES),
+        ("claim", errno.EROFS),
+        ("checkpoint", errno.ENOSPC),
+        ("checkpoint", errno.EDQUOT),
+        ("metrics", errno.ENOSPC),
+    ],
+    ids=lambda value: errno.errorcode.get(value, value),
+)
 def test_a_folder_that_cannot_be_written_stops_the_study_in_one_line_and_the_same_command_goes_on(
     study, tmp_path, monkeypatch, code, where
 ):
