@@ -72,15 +72,22 @@ def decode(source: str, files: list[Path], progress: Callable[[str], None]) -> t
 
 
 def _digits(held_back: int) -> tuple[Decoded, int]:
-    # The file is read without scikit-learn, which takes as long to import as torch does.
-    package = find_spec("sklearn")
-    if package is None or not package.submodule_search_locations:
-        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
-    place = Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
-    table = np.loadtxt(place, delimiter=",")
+    table = _digits_file()
     images, labels = table[:, :-1].reshape(-1, 8, 8, 1) * (255 / 16), table[:, -1].astype(int)
     cut = len(labels) - held_back
     return {"train": (images[:cut], labels[:cut]), "test": (images[cut:], labels[cut:])}, 10
+
+
+def _digits_file() -> np.ndarray:
+    """A row an image: 64 pixels and the label. Without importing scikit-learn, which takes as long as torch does."""
+    package = find_spec("sklearn")
+    for place in (package and package.submodule_search_locations) or ():
+        if (file := Path(place) / "datasets" / "data" / "digits.csv.gz").is_file():
+            return np.loadtxt(file, delimiter=",")
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return np.column_stack([digits.data, digits.target])
 
 
 def _from_datasets(source: str, files: list[Path], progress: Callable[[str], None]) -> tuple[Decoded, int]:
