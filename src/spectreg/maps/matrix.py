@@ -12,10 +12,10 @@ from torch import Tensor
 
 from spectreg.maps.base import Norm
 
-# On a CPU: elements that stay in the cache of a core from one product to the next; elements of which torch takes no
-# more threads than one; and elements of a block above which it is multiplied by itself. Products with single vectors
-# never fork, conversions and sums of more than ``ALONE`` elements do: thousands of joins, each of which waits for a
-# core where other processes are busy, took 8 to 80 × the time of a product in bfloat16.
+# On a CPU: elements that stay in the cache from one product to the next; elements of which torch takes no more threads
+# than one; elements of a block above which it is multiplied by itself. Products with single vectors never fork,
+# conversions of more than ``ALONE`` elements do: thousands of joins, each of which waits for a core where other
+# processes are busy, took 8 to 80 × the time of a product in bfloat16.
 TILE, ALONE, SINGLE = 1 << 20, 1 << 15, 1 << 12
 PIECE_ELSEWHERE = 1 << 22  # elements converted at a time on an accelerator, where each piece costs launches
 
@@ -204,12 +204,14 @@ class MatrixMap:
 def times(x: Float[Tensor, "m n"], A: Float[Tensor, "n o"]) -> Float[Tensor, "m o"]:
     """x·A for few rows ``x``, in their precision, at the price of reading ``A`` once.
 
-    A CPU's matrix product copies a large ``A`` before it multiplies it with a few rows. Products with one row after
-    the other, of a part of ``A`` that stays in the cache, take less time and never fork.
+    A CPU copies a large ``A`` before it multiplies it with few rows. Products with parts of ``A`` take less time: on
+    one thread row by row, on several as one batch, which forks and joins once.
     """
     if at_once(A, x, ALONE if len(x) > 1 else A.numel()):
         A = A.to(x.dtype)
         return torch.mv(A.t(), x[0])[None] if len(x) == 1 else x @ A
+    if is_batched(x, A):
+        return with_rows(x, A.t()) if A.stride(0) == 1 else with_columns(x, A)
     y = x.new_zeros(len(x), A.shape[1])
     if A.stride(0) == 1:  # the transpose of a matrix of rows: each part gives some of the outputs
         for some, part in swept(A.t(), x.dtype):
@@ -222,15 +224,42 @@ def times(x: Float[Tensor, "m n"], A: Float[Tensor, "n o"]) -> Float[Tensor, "m 
 
 def there_and_back(x: Float[Tensor, "m i"], A: Float[Tensor, "o i"]) -> tuple[Tensor, Tensor]:
     """Ax and AᵀAx for few rows ``x``: the second product of a part of ``A`` finds it in the cache."""
-    if at_once(A, x, ALONE if len(x) > 1 else TILE):
+    if at_once(A, x, ALONE if len(x) > 1 else TILE) or is_batched(x, A):
         A = A.to(x.dtype)
-        y = torch.mv(A, x[0])[None] if len(x) == 1 else x @ A.t()
-        return y, torch.mv(A.t(), y[0])[None] if len(x) == 1 else y @ A
+        y = times(x, A.t())
+        return y, times(y, A)
     y, z = x.new_zeros(len(x), len(A)), torch.zeros_like(x)
     for some, part in swept(A, x.dtype):
         add_products_(y[:, some], part, x)
         add_products_(z, part.t(), y[:, some])
     return y, z
+
+
+def is_batched(x: Tensor, A: Tensor) -> bool:
+    """Whether several threads are to share a product with several rows."""
+    return len(x) > 1 and A.dtype == x.dtype and torch.get_num_threads() > 1
+
+
+def with_rows(x: Float[Tensor, "m i"], A: Float[Tensor, "o i"]) -> Float[Tensor, "m o"]:
+    """xAᵀ for few rows ``x``, as one batch of products that all threads share."""
+    parts, rest = in_parts(A, len(x))
+    y = torch.bmm(x.expand(len(parts), -1, -1), parts.mT).transpose(0, 1).flatten(1)
+    return torch.cat([y, x @ rest.t()], 1) if len(rest) else y
+
+
+def with_columns(x: Float[Tensor, "m o"], A: Float[Tensor, "o i"]) -> Float[Tensor, "m i"]:
+    """xA for few rows ``x``, as one batch of products that all threads share."""
+    parts, rest = in_parts(A, len(x))
+    along, last = x.split([len(A) - len(rest), len(rest)], 1)
+    y = torch.bmm(along.unflatten(1, (len(parts), -1)).transpose(0, 1), parts).sum(0)
+    return y + last @ rest if len(rest) else y
+
+
+def in_parts(A: Float[Tensor, "o i"], m: int) -> tuple[Float[Tensor, "parts some i"], Float[Tensor, "rest i"]]:
+    """Two parts a thread of equally many rows, at least 4m each, and the rows that are left."""
+    parts = max(1, min(2 * torch.get_num_threads(), len(A) // (4 * m)))
+    rows = len(A) // parts * parts
+    return A[:rows].unflatten(0, (parts, -1)), A[rows:]
 
 
 def add_products_(y: Float[Tensor, "m o"], A: Float[Tensor, "o i"], x: Float[Tensor, "m i"]) -> None:
@@ -320,5 +349,5 @@ def pieces(S: Float[Tensor, "blocks parts outputs columns"], whole: bool) -> Ite
 
 
 def _dense(piece: Float[Tensor, "blocks parts rows columns"], dtype: torch.dtype) -> Float[Tensor, "blocks rows _"]:
-    """A piece as matrices in this precision; a copy, unless it is of one part and of this precision already."""
+    """A piece as matrices in this precision."""
     return piece.to(dtype).transpose(1, 2).flatten(2)

@@ -3,6 +3,7 @@ import torch
 from cases import KINDS, seeded
 
 from spectreg import named_weights
+from spectreg.maps import matrix
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -45,3 +46,25 @@ def test_a_gradient_stored_otherwise_than_its_weight_gets_the_same_numbers(kind)
     m.add_outer_(straight, u, v)
     m.add_outer_(strided, u, v)
     torch.testing.assert_close(strided, straight)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+@pytest.mark.parametrize("shape", [(37, 53), (64, 8), (3, 300), (1, 70)], ids=str)
+@pytest.mark.parametrize("m", [1, 2, 5])
+@pytest.mark.parametrize("stored", ["rows", "columns", "bfloat16"])
+def test_products_with_few_rows_are_those_of_the_matrix_on_any_number_of_threads(
+    threads, shape, m, stored, monkeypatch
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for name in ("TILE", "ALONE"):
+        monkeypatch.setattr(matrix, name, 40)
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(shape, generator=generator)
+    A = {"rows": A, "columns": A.t().contiguous().t(), "bfloat16": A.bfloat16()}[stored]
+    x, y = torch.randn(m, shape[1], generator=generator), torch.randn(m, shape[0], generator=generator)
+    forward, adjoint = x.double() @ A.t().double(), y.double() @ A.double()
+    torch.testing.assert_close(matrix.times(x, A.t()).double(), forward, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(matrix.times(y, A).double(), adjoint, rtol=1e-5, atol=1e-4)
+    there, back = matrix.there_and_back(x, A)
+    torch.testing.assert_close(there.double(), forward, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(back.double(), forward @ A.double(), rtol=1e-5, atol=1e-3)
