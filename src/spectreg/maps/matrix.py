@@ -224,10 +224,13 @@ def times(x: Float[Tensor, "m n"], A: Float[Tensor, "n o"]) -> Float[Tensor, "m 
 
 def there_and_back(x: Float[Tensor, "m i"], A: Float[Tensor, "o i"]) -> tuple[Tensor, Tensor]:
     """Ax and AᵀAx for few rows ``x``: the second product of a part of ``A`` finds it in the cache."""
-    if at_once(A, x, ALONE if len(x) > 1 else TILE) or is_batched(x, A):
+    if at_once(A, x, ALONE if len(x) > 1 else TILE):
         A = A.to(x.dtype)
-        y = times(x, A.t())
-        return y, times(y, A)
+        y = torch.mv(A, x[0])[None] if len(x) == 1 else x @ A.t()
+        return y, torch.mv(A.t(), y[0])[None] if len(x) == 1 else y @ A
+    if is_batched(x, A):
+        y = with_rows(x, A)
+        return y, with_columns(y, A)
     y, z = x.new_zeros(len(x), len(A)), torch.zeros_like(x)
     for some, part in swept(A, x.dtype):
         add_products_(y[:, some], part, x)
