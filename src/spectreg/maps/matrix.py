@@ -224,10 +224,12 @@ def times(x: Float[Tensor, "m n"], A: Float[Tensor, "n o"]) -> Float[Tensor, "m 
 
 def there_and_back(x: Float[Tensor, "m i"], A: Float[Tensor, "o i"]) -> tuple[Tensor, Tensor]:
     """Ax and AᵀAx for few rows ``x``: the second product of a part of ``A`` finds it in the cache."""
-    if at_once(A, x, ALONE if len(x) > 1 else TILE):
+    m = x.shape[0]  # len() of a tensor takes as long as a small product
+    if at_once(A, x, ALONE if m > 1 else TILE):
         A = A.to(x.dtype)
-        y = torch.mv(A, x[0])[None] if len(x) == 1 else x @ A.t()
-        return y, torch.mv(A.t(), y[0])[None] if len(x) == 1 else y @ A
+        y = torch.mv(A, x.squeeze(0)) if m == 1 else x @ A.t()
+        z = torch.mv(A.t(), y) if m == 1 else y @ A
+        return y.view(m, -1), z.view(m, -1)
     if is_batched(x, A):
         y = with_rows(x, A)
         return y, with_columns(y, A)
@@ -273,7 +275,7 @@ def add_products_(y: Float[Tensor, "m o"], A: Float[Tensor, "o i"], x: Float[Ten
 
 def add_times_(A: Float[Tensor, "n o"], x: Float[Tensor, "n k"], y: Float[Tensor, "k o"], alpha: float) -> None:
     """A += alpha·xy, rounded once to the precision of ``A``."""
-    if A.dtype == x.dtype and len(y) == 1:
+    if A.dtype == x.dtype and y.shape[0] == 1:
         A.addcmul_(x, y, value=alpha)  # a quarter faster than addr_
     elif A.dtype == x.dtype:
         A.addmm_(x, y, alpha=alpha)
