@@ -30,6 +30,11 @@ Multiples of the floor, and per cent of a step of 64 examples; **bold**: the lim
 every row in `results/core.md`.
 
 {core}
+Of bfloat16 a step converts on one thread, so that with two it is no faster and its floor is: where each piece was
+converted on both, it took 1.5 × the floor on a quiet machine and 5 × beside busy processes. Beside busy processes bare
+torch calls miss the limit too, and the numbers of that column differ by half from one run to the next. A step makes 3
+calls of torch a weight and 28 for all weights together, where 15 were aimed at.
+
 ## Beside others
 
 Measured **before the power step was rewritten**, each column at the commit it names, on one thread. Every row, with
