@@ -20,6 +20,7 @@ def module_of(function):
     return function if isinstance(function, nn.Module) else Apply(function)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", CASES)
 def test_no_pair_is_stretched_by_more_than_the_rule_says(function):
     bound = lipschitz_bound(module_of(function).double(), SHAPE).value
