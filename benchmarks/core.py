@@ -103,14 +103,14 @@ def beside_gathering() -> dict[str, float]:
 def table(rows: list[dict[str, Any]], every: bool = True) -> str:
     """What was measured beside each limit, a column for each of the circumstances; what is missed is bold.
 
-    Unless ``every``, floors' multiples without a limit are left out.
+    Unless ``every``, floors' multiples and half steps without a limit are left out.
     """
     lines = [["", "limit", *WHERE], ["---"] * (2 + len(WHERE))]
     for case in dict.fromkeys(row["case"] for row in rows):
         own = {row["where"]: row for row in rows if row["case"] == case}
         for name in dict.fromkeys(key for row in own.values() for key in row if key not in ("where", "case", "step")):
             limit = LIMITS.get(case, {}).get(name)
-            if case in MODELS and not (every or limit):
+            if not (every or limit) and (case in MODELS or name.startswith("half")):
                 continue
             cells = [shown(own.get(where, {}).get(name), name, limit) for where in WHERE]
             lines.append([f"{case}, {name}", f"≤ {limit}" if limit else "", *cells])

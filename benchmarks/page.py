@@ -30,10 +30,8 @@ Multiples of the floor, and per cent of a step of 64 examples; **bold**: the lim
 every row in `results/core.md`.
 
 {core}
-Of bfloat16 a step converts on one thread, so that with two it is no faster and its floor is: where each piece was
-converted on both, it took 1.5 × the floor on a quiet machine and 5 × beside busy processes. Beside busy processes bare
-torch calls miss the limit too, and the numbers of that column differ by half from one run to the next. A step makes 3
-calls of torch a weight and 28 for all weights together, where 15 were aimed at.
+A step converts bfloat16 on one thread: on two it took 1.5 × the floor, but 5 × beside busy processes. There bare torch
+calls miss the limit too, and numbers vary by half. Beyond 3 calls a weight a step makes 28, where 15 were the aim.
 
 ## Beside others
 
