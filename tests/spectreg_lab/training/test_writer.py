@@ -58,4 +58,5 @@ def test_memory_that_is_freed_stays_with_the_process():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
         torch.ones(size, dtype=torch.uint8)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < size / page
+    taken_anew = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / (size / page)
+    assert taken_anew < 3  # of 10: once or twice the space that was freed has been cut by something small in between
