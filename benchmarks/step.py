@@ -8,6 +8,7 @@ that is the time of computing each and taking its gradient back, less the accumu
 
 import copy
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -90,7 +91,10 @@ def train_step(model: nn.Module, x: Tensor, y: Tensor, optimizer: torch.optim.Op
     return step
 
 
-def whole_steps(model: nn.Module, x: Tensor, y: Tensor, ways: Sequence[str], rounds: int, warmup: int = 2) -> Times:
+def whole_steps(
+    model: nn.Module, x: Tensor, y: Tensor, ways: Sequence[str], rounds: int, warmup: int = 2,
+    clock: Callable[[], float] = time.process_time,
+) -> Times:  # fmt: skip
     """Seconds of whole steps in turn. The model is shared, but for the way that changes how its weights are made.
 
     After that one the shared model is out of the caches: a step that does not count brings it back.
@@ -103,7 +107,7 @@ def whole_steps(model: nn.Module, x: Tensor, y: Tensor, ways: Sequence[str], rou
         peer = by.normalized(copy.deepcopy(model))
         steps[SPECTRAL_NORM] = train_step(peer, x, y, sgd(peer), acts[BACK])
     first = [BACK] * (SPECTRAL_NORM in ways)
-    times = in_turn({name: steps[name] for name in (*first, "vanilla", *ways)}, rounds, warmup)
+    times = in_turn({name: steps[name] for name in (*first, "vanilla", *ways)}, rounds, warmup, clock=clock)
     return {name: times[name] for name in ("vanilla", *ways)}
 
 

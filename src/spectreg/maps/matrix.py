@@ -12,11 +12,11 @@ from torch import Tensor
 
 from spectreg.maps.base import Norm
 
-# On a CPU: elements that stay in the cache from one product to the next; elements of which torch takes no more threads
-# than one; elements of a block above which it is multiplied by itself. Products with single vectors never fork,
-# conversions of more than ``ALONE`` elements do: thousands of joins, each of which waits for a core where other
-# processes are busy, took 8 to 80 × the time of a product in bfloat16.
-TILE, ALONE, SINGLE = 1 << 20, 1 << 15, 1 << 12
+# On a CPU: elements that stay in the cache from one product to the next; elements above which several threads share a
+# product with one vector; elements of which torch takes no more threads than one; elements of a block above which it is
+# multiplied by itself. Conversions of more than ``ALONE`` elements fork: thousands of joins, each of which waits for a
+# core where other processes are busy, took 8 to 80 × the time of a product in bfloat16.
+TILE, SHARED, ALONE, SINGLE = 1 << 20, 1 << 19, 1 << 15, 1 << 12
 PIECE_ELSEWHERE = 1 << 22  # elements converted at a time on an accelerator, where each piece costs launches
 
 
@@ -204,14 +204,14 @@ class MatrixMap:
 def times(x: Float[Tensor, "m n"], A: Float[Tensor, "n o"]) -> Float[Tensor, "m o"]:
     """x·A for few rows ``x``, in their precision, at the price of reading ``A`` once.
 
-    A CPU copies a large ``A`` before it multiplies it with few rows. Products with parts of ``A`` take less time: on
-    one thread row by row, on several as one batch, which forks and joins once.
+    A CPU copies a large ``A`` before it multiplies it with few rows, and takes one thread alone for one row.
+    Products with parts of ``A`` take less time: on one thread row by row, on several as one batch, which forks once.
     """
+    if is_shared(x, A):
+        return with_rows(x, A.t()) if A.stride(0) == 1 else with_columns(x, A)
     if at_once(A, x, ALONE if len(x) > 1 else A.numel()):
         A = A.to(x.dtype)
         return torch.mv(A.t(), x[0])[None] if len(x) == 1 else x @ A
-    if is_batched(x, A):
-        return with_rows(x, A.t()) if A.stride(0) == 1 else with_columns(x, A)
     y = x.new_zeros(len(x), A.shape[1])
     if A.stride(0) == 1:  # the transpose of a matrix of rows: each part gives some of the outputs
         for some, part in swept(A.t(), x.dtype):
@@ -224,15 +224,15 @@ def times(x: Float[Tensor, "m n"], A: Float[Tensor, "n o"]) -> Float[Tensor, "m 
 
 def there_and_back(x: Float[Tensor, "m i"], A: Float[Tensor, "o i"]) -> tuple[Tensor, Tensor]:
     """Ax and AᵀAx for few rows ``x``: the second product of a part of ``A`` finds it in the cache."""
+    if is_shared(x, A):
+        y = with_rows(x, A)
+        return y, with_columns(y, A)
     m = x.shape[0]  # len() of a tensor takes as long as a small product
     if at_once(A, x, ALONE if m > 1 else TILE):
         A = A.to(x.dtype)
         y = torch.mv(A, x.squeeze(0)) if m == 1 else x @ A.t()
         z = torch.mv(A.t(), y) if m == 1 else y @ A
         return y.view(m, -1), z.view(m, -1)
-    if is_batched(x, A):
-        y = with_rows(x, A)
-        return y, with_columns(y, A)
     y, z = x.new_zeros(len(x), len(A)), torch.zeros_like(x)
     for some, part in swept(A, x.dtype):
         add_products_(y[:, some], part, x)
@@ -240,9 +240,11 @@ def there_and_back(x: Float[Tensor, "m i"], A: Float[Tensor, "o i"]) -> tuple[Te
     return y, z
 
 
-def is_batched(x: Tensor, A: Tensor) -> bool:
-    """Whether several threads are to share a product with several rows."""
-    return len(x) > 1 and A.dtype == x.dtype and torch.get_num_threads() > 1
+def is_shared(x: Tensor, A: Tensor) -> bool:
+    """Whether several threads are to share a product, as a batch of products with parts of ``A``."""
+    if A.numel() <= ALONE or A.device.type != "cpu" or A.dtype != x.dtype or torch.compiler.is_compiling():
+        return False
+    return torch.get_num_threads() > 1 and A.numel() > (ALONE if x.shape[0] > 1 else SHARED)
 
 
 def with_rows(x: Float[Tensor, "m i"], A: Float[Tensor, "o i"]) -> Float[Tensor, "m o"]:

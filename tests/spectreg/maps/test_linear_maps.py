@@ -12,7 +12,7 @@ from spectreg.maps import matrix
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
 def test_the_products_and_the_outer_product_of_a_map_are_those_of_its_dense_blocks(kind, m, piece, dtype, monkeypatch):
     # Vectors are in float64: a weight in float32 is cut, and one in float64 where it is multiplied with several.
-    for name in ("TILE", "ALONE", "SINGLE"):
+    for name in ("TILE", "SHARED", "ALONE", "SINGLE"):
         monkeypatch.setattr(f"spectreg.maps.matrix.{name}", piece)
     module = seeded(kind.build)
     chosen = named_weights(module, select=lambda name, _: name == kind.weight, **kind.settings)
@@ -56,7 +56,7 @@ def test_products_with_few_rows_are_those_of_the_matrix_on_any_number_of_threads
     threads, shape, m, stored, monkeypatch
 ):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    for name in ("TILE", "ALONE"):
+    for name in ("TILE", "SHARED", "ALONE"):
         monkeypatch.setattr(matrix, name, 40)
     generator = torch.Generator().manual_seed(0)
     A = torch.randn(shape, generator=generator)
