@@ -30,14 +30,14 @@ Multiples of the floor, and per cent of a step of 64 examples; **bold**: the lim
 every row in `results/core.md`.
 
 {core}
-A step converts bfloat16 on one thread: on two it took 1.5 × the floor, but 5 × beside busy processes. There bare torch
-calls miss the limit too, and numbers vary by half. Beyond 3 calls a weight a step makes 28, where 15 were the aim.
+Beside busy processes threads wait for each other. So a whole step multiplies on one thread: with both, at 4372814, it
+took 1.1 × the floor where the machine is quiet, 1.6 to 2.5 × where not; bare torch calls take 1.5 × in both. bfloat16 is
+converted on one thread, too. A step makes 3 calls a weight and 28; 15 were the aim.
 
 ## Beside others
 
-Measured **before the power step was rewritten**, each column at the commit it names, on one thread. Every row, with
-quartiles, limits, and the reason for each limit that is missed, is in `results/benchmarks.md`; `make benchmarks`
-measures them anew in about 25 minutes.
+Measured **before the power step was rewritten**, each column at its commit, on one thread. Every row, with quartiles
+and the reason for each missed limit: `results/benchmarks.md`; `make benchmarks` takes about 25 minutes.
 
 {asked}
 
