@@ -121,6 +121,8 @@ def _tried(folder: Path) -> pd.DataFrame:
         cause = next((f"; the first failed with {run.error}" for run in runs if run.error), "")
         raise StudyError(f"{folder}: no run of this search has finished, so there is nothing to choose from{cause}")
     for run in runs:
+        if run.status == "unfinished":  # another process may be at it
+            continue
         method = run.config.get("method", {})
         last = run.metrics[-1] if run.metrics and run.status == "finished" else {}
         rows.append(

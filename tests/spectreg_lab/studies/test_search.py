@@ -53,6 +53,26 @@ def test_every_combination_is_in_the_table_and_on_disk(folder):
     assert len((folder / "search.csv").read_text().splitlines()) == len(GRID) + 1
 
 
+def test_a_run_that_another_process_is_at_does_not_count_and_one_that_failed_learned_nothing(folder):
+    before = choose(folder).tried
+    best = Config(model=VGG(), method=Spectral(strength=0.3), batch_size=64, learning_rate=0.1, epochs=1)
+    plan = json.loads((folder / store.STUDY).read_text())
+    for seed in (1, 2):
+        config = best.model_copy(update={"seed": seed})
+        run = run_folder.RunFolder(folder / "runs" / config.name)
+        run.path.mkdir(parents=True)
+        run.begin(config, {})
+        if seed == 2:
+            run.end("failed", error="NonFiniteLossError: of nan")
+        label = {"setting": "vgg", "regime": "small", "method": "spectral", "seed": seed, "run": config.name}
+        plan["points"].append(label)
+    (folder / store.STUDY).write_text(json.dumps(plan))
+    after = choose(folder).tried
+    assert len(after) == len(before)
+    row = (after.method == "spectral") & (after.learning_rate == 0.1)
+    assert after[row][["n", "validation"]].to_numpy().tolist() == [[2, 0.81 / 2]]
+
+
 def test_the_table_says_which_combinations_were_chosen(folder):
     choose(folder)
     table = pd.read_csv(folder / "search.csv")
