@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import reduce
 from itertools import accumulate, groupby
 from math import inf
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from spectreg.linalg.eigenbasis import eigenbasis
 from spectreg.maps.base import LinearMap
 from spectreg.maps.factors import Target, Value
 
+ALONE = 1 << 15  # numbers for which torch takes one thread on a CPU, whatever their number
 NEGLIGIBLE = 1e-13  # of the largest σ²: what is below is rounding
 
 
@@ -239,7 +241,7 @@ class Side(NamedTuple):
 
     @classmethod
     def of(cls, sizes: Sequence[int], blocks: Sequence[int], m: int, device: torch.device) -> "Side":
-        """Of ``blocks`` vectors of ``size`` numbers for each map; ``sums`` is of at most ``m`` rows then."""
+        """Of ``blocks`` vectors of ``size`` numbers for each map; `sums` is of at most ``m`` rows then."""
         each = [size for size, count in zip(sizes, blocks, strict=True) for _ in range(count)]
         owners = torch.arange(len(each), device="cpu").repeat_interleave(torch.tensor(each, device="cpu"))
         offsets = torch.tensor([0, *accumulate(each * m)], device="cpu")
@@ -249,22 +251,37 @@ class Side(NamedTuple):
             runs = [(len(list(same)), size) for size, same in groupby(each)]
         return cls(owners.to(device), offsets.to(device), len(each), widths, runs)
 
+    def sums(self, x: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows blocks"]:
+        """The sum of the numbers of each vector; of at most ``m`` rows."""
+        offsets = self.offsets[: len(x) * self.blocks + 1]
+        return torch.segment_reduce(x.view(-1), "sum", offsets=offsets, unsafe=True).view(len(x), self.blocks)
+
     def lengths(self, x: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows blocks"]:
         """The length of each vector, in float64, where the squares of float32 cannot overflow."""
-        offsets = self.offsets[: len(x) * self.blocks + 1]
-        squares = _wide(x).square().view(-1)
-        return torch.segment_reduce(squares, "sum", offsets=offsets, unsafe=True).view(len(x), self.blocks).sqrt()
+        return self.sums(_wide(x).square()).sqrt()
 
     def gram(self, x: Float[Tensor, "m columns"], y: Float[Tensor, "n columns"]) -> Float[Tensor, "blocks m n"]:
         """The products of the vectors of each block, in float64."""
-        pairs = zip(self.by_block(_wide(x)), self.by_block(_wide(y)), strict=True)
+        x, y = _wide(x), _wide(y)
+        if self.at_once(y):
+            return torch.stack([self.sums(row * y) for row in x.unbind()]).permute(2, 0, 1)
+        pairs = zip(self.by_block(x), self.by_block(y), strict=True)
         return torch.cat([(a @ b.mT).view(-1, len(x), len(y)) for a, b in pairs])
 
     def combine(self, x: Float[Tensor, "m columns"], C: Float[Tensor, "blocks m n"]) -> Float[Tensor, "n columns"]:
         """The vectors of each block, as columns, times its matrix of ``C``."""
-        parts = zip(C.mT.to(x.dtype).split([count for count, _ in self.runs]), self.by_block(x), strict=True)
-        products = [c[0] @ part if part.ndim == 2 else (c @ part).transpose(0, 1).flatten(1) for c, part in parts]
+        if self.at_once(x):
+            rows = zip(C.permute(1, 2, 0).to(x.dtype).unbind(), x.unbind(), strict=True)
+            parts = [self.spread(c).mul_(row) for c, row in rows]
+            return reduce(Tensor.add_, parts)
+        blocks = zip(C.mT.to(x.dtype).split([count for count, _ in self.runs]), self.by_block(x), strict=True)
+        products = [c[0] @ part if part.ndim == 2 else (c @ part).transpose(0, 1).flatten(1) for c, part in blocks]
         return torch.cat(products, 1)
+
+    def at_once(self, x: Tensor) -> bool:
+        """Whether to multiply a row with all blocks at once: of many small ones this takes less, and never forks."""
+        few = len(x) * self.blocks < len(self.offsets) and 2 * len(x) < len(self.runs)
+        return few and x.device.type == "cpu" and x.numel() <= ALONE
 
     def by_block(self, x: Float[Tensor, "m columns"]) -> list[Float[Tensor, "*blocks m size"]]:
         """The vectors of each block, those of a run in one tensor."""

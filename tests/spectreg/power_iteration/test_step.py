@@ -3,7 +3,7 @@ import torch
 from truth import printed_algorithm
 
 from spectreg.maps.matrix import MatrixMap
-from spectreg.power_iteration.step import Vectors
+from spectreg.power_iteration.step import Side, Vectors
 
 
 def gaussian() -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,3 +44,21 @@ def test_a_whole_step_is_two_half_steps(m, rank):
         torch.testing.assert_close(whole.sigma, halves.sigma, rtol=1e-10, atol=1e-10)
         for x, y in ((whole.U, halves.U), (whole.V, halves.V)):  # each up to its sign
             torch.testing.assert_close((x[:rank] * y[:rank]).sum(1).abs(), y[:rank].square().sum(1))
+
+
+@pytest.mark.parametrize("sizes", [[5], [3, 4, 5], [2, 2, 7, 1, 3, 3, 3, 6, 4]], ids=len)
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_products_of_few_vectors_are_those_of_each_block_however_many_blocks_there_are(sizes, m):
+    counts = [1 + i % 2 for i in range(len(sizes))]  # some maps have two blocks
+    side = Side.of(sizes, counts, m, torch.device("cpu"))
+    columns = sum(size * count for size, count in zip(sizes, counts, strict=True))
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(m, columns, generator=generator, dtype=torch.float64) for _ in range(2))
+    C = torch.randn(sum(counts), m, m, generator=generator, dtype=torch.float64)
+    each = [size for size, count in zip(sizes, counts, strict=True) for _ in range(count)]
+    pairs = list(zip(x.split(each, 1), y.split(each, 1), strict=True))
+    torch.testing.assert_close(side.gram(x, y), torch.stack([a @ b.t() for a, b in pairs]))
+    torch.testing.assert_close(
+        side.combine(x, C), torch.cat([c.t() @ a for c, (a, _) in zip(C, pairs, strict=True)], 1)
+    )
+    torch.testing.assert_close(side.lengths(x), torch.stack([a.norm(dim=1) for a, _ in pairs], 1))
