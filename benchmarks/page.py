@@ -31,8 +31,8 @@ every row in `results/core.md`.
 
 {core}
 Beside busy processes threads wait for each other. So a whole step multiplies on one thread: with both, at 4372814, it
-took 1.1 × the floor quiet, 1.6 to 2.5 × there; bare torch calls take 1.5 ×. bfloat16 is converted on one thread, too.
-A step makes 3 calls a weight and 28; 15 were the aim.
+took 1.1 × the floor quiet, 1.6 to 2.5 × there; bare torch calls take 1.5 to 1.6 ×. bfloat16 is converted on one thread,
+too. A step makes 3 calls a weight and 28; 15 were the aim.
 
 ## Beside others
 

@@ -225,8 +225,8 @@ def times(x: Float[Tensor, "m n"], A: Float[Tensor, "n o"]) -> Float[Tensor, "m 
 def there_and_back(x: Float[Tensor, "m i"], A: Float[Tensor, "o i"]) -> tuple[Tensor, Tensor]:
     """Ax and AᵀAx for few rows ``x``: the second product of a part of ``A`` finds it in the cache.
 
-    One row stays on one thread: shared by two, a step takes a quarter less on a quiet machine, but a tenth to a fifth
-    more beside busy processes.
+    One row stays on one thread: shared, a step takes less on a quiet machine, but more beside busy processes
+    (docs/benchmarks.md).
     """
     m = x.shape[0]  # len() of a tensor takes as long as a small product
     if m > 1 and is_shared(x, A):

@@ -15,8 +15,8 @@ from torch import Tensor
 from spectreg.linalg.eigenbasis import eigenbasis
 from spectreg.maps.base import LinearMap
 from spectreg.maps.factors import Target, Value
+from spectreg.maps.matrix import ALONE
 
-ALONE = 1 << 15  # numbers for which torch takes one thread on a CPU, whatever their number
 NEGLIGIBLE = 1e-13  # of the largest σ²: what is below is rounding
 
 

@@ -543,7 +543,7 @@ def test_a_second_derivative_that_is_not_symmetric_is_refused_and_its_parametriz
         hessian_top_eigenvalues(model.to(dtype), F.cross_entropy, [(x[:6], y[:6]), (x[6:], y[6:])])
 
 
-@pytest.mark.parametrize("margin", [12, 14, 15, 16])
+@pytest.mark.parametrize("margin", [12, 14])
 def test_the_hessian_of_a_network_that_fits_well_is_measured_though_rounding_makes_it_unequal(margin):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 3)), torch.randn(2000, 4)
@@ -557,6 +557,22 @@ def test_the_hessian_of_a_network_that_fits_well_is_measured_though_rounding_mak
     top = hessian_top_eigenvalues(model, F.cross_entropy, [(x, y)])
     assert top.values[0] == pytest.approx(truth, rel=1e-2)
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("scale", [28, 32, 40])
+def test_a_hessian_that_float32_cannot_hold_is_refused_and_measured_in_float64(scale):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 3)), torch.randn(2000, 4)
+    with torch.no_grad():
+        model[2].weight.mul_(scale)
+        best, second = (output := model(x)).topk(2, 1).values.unbind(1)
+        sure = (best - second).argsort()[-4:]
+        x, y = x[sure], output[sure].argmax(1)
+    with pytest.raises(ValueError, match=r"lost in rounding .*model\.double"):
+        hessian_top_eigenvalues(model, F.cross_entropy, [(x, y)])
+    model, x = model.double(), x.double()
+    truth = largest_eigenvalue(model, F.cross_entropy, x, y)
+    assert hessian_top_eigenvalues(model, F.cross_entropy, [(x, y)]).values[0] == pytest.approx(truth, rel=1e-3)
 
 
 class Length(nn.Module):
