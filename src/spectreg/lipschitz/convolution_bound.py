@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from spectreg.maps.convolution import OperatorMap
+from spectreg.maps.convolution import OperatorMap, in_each, padding_of
 
 ROUNDING = 1 + 1e-10  # a certificate stays one when float64 rounds it
 CHUNK = 2**22  # entries of K(ω) in memory at a time
@@ -62,7 +62,7 @@ def kernel_phases(layer: _ConvNd, W: Tensor) -> Float[Tensor, "groups outputs in
     Of a transposed convolution, of the one that it transposes: ``outputs`` are then its inputs.
     """
     W = W.unflatten(0, (layer.groups, -1))
-    for dim, (s, d) in enumerate(zip(layer.stride, layer.dilation, strict=True)):
+    for dim, (s, d) in enumerate(zip(*strides_of(layer), strict=True)):
         if s > 1 or d > 1:
             W = split_phases(W.movedim(3 + dim, -1), s, d).movedim(-1, 3 + dim)
     return W
@@ -137,17 +137,24 @@ def circle_size(layer: _ConvNd, input_size: tuple[int, ...], taps: tuple[int, ..
     return tuple(n + k - 1 for n, k in zip(m, taps, strict=True))
 
 
+def strides_of(layer: _ConvNd) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Stride and dilation in each dimension."""
+    dimensions = len(layer.kernel_size)
+    return in_each(layer.stride, dimensions), in_each(layer.dilation, dimensions)
+
+
 def added(layer: _ConvNd) -> list[int]:
     """How many points padding adds, by dimension."""
-    amounts = layer._reversed_padding_repeated_twice
+    amounts = padding_of(layer)
     return [a + b for a, b in zip(amounts[::2], amounts[1::2], strict=True)][::-1]
 
 
 def wraps(layer: _ConvNd) -> bool:
     """Whether the kernel eats up all that circular padding adds: then the layer is part of a circular convolution."""
-    spans = [d * (k - 1) for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+    strides, gaps = strides_of(layer)
+    spans = [d * (k - 1) for k, d in zip(layer.kernel_size, gaps, strict=True)]
     eaten = all(a <= span for a, span in zip(added(layer), spans, strict=True))
-    return layer.padding_mode == "circular" and eaten and set(layer.stride) == {1}
+    return layer.padding_mode == "circular" and eaten and set(strides) == {1}
 
 
 def padding_growth(layer: _ConvNd, input_size: tuple[int, ...]) -> float:
@@ -156,6 +163,6 @@ def padding_growth(layer: _ConvNd, input_size: tuple[int, ...]) -> float:
         return 1.0
     with torch.enable_grad():
         x = torch.zeros(1, 1, *input_size, dtype=torch.float64, requires_grad=True, device="cpu")
-        border = layer._reversed_padding_repeated_twice
+        border = padding_of(layer)
         (repeats,) = torch.autograd.grad(F.pad(x, border, mode=layer.padding_mode).sum(), x)
     return math.sqrt(repeats.max().item())

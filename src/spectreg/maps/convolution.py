@@ -51,9 +51,10 @@ class OperatorMap:
             raise ValueError(f"input_size {input_size!r} is no size for {module}: it has {dimensions} numbers.")
         transposed = isinstance(module, _ConvTransposeNd)
         border, padding = _padding(module)
-        arguments = (
-            list(module.stride), padding, list(module.dilation), transposed, list(module.output_padding), module.groups
-        )  # fmt: skip
+        stride, dilation, extra = (
+            list(in_each(a, dimensions)) for a in (module.stride, module.dilation, module.output_padding)
+        )
+        arguments = (stride, padding, dilation, transposed, extra, module.groups)
         input_shape = (module.in_channels, *sizes)
         try:
             with torch.device("meta"):
@@ -175,10 +176,32 @@ def _kernel_shape(module: _ConvNd) -> tuple[int, ...]:
     return (first, second // module.groups, *module.kernel_size)
 
 
+def padding_of(module: _ConvNd) -> tuple[int, ...]:
+    """What is added before and after each dimension, the last first, as ``F.pad`` takes it.
+
+    As the forward pass reads it: of zeros the attribute of the moment, which may have been set anew; of other modes the
+    amounts that were noted when the layer was built.
+    """
+    if module.padding_mode != "zeros":
+        return tuple(module._reversed_padding_repeated_twice)
+    dimensions = len(module.kernel_size)
+    if module.padding == "same":
+        spans = [d * (k - 1) for k, d in zip(module.kernel_size, in_each(module.dilation, dimensions), strict=True)]
+        each = [(span // 2, span - span // 2) for span in spans]
+    else:
+        each = [(n, n) for n in in_each(0 if module.padding == "valid" else module.padding, dimensions)]
+    return tuple(n for pair in each[::-1] for n in pair)
+
+
+def in_each(amount: Any, dimensions: int) -> tuple[int, ...]:
+    """A stride, padding or dilation in each dimension, as torch takes a number or a sequence of one for all of them."""
+    amounts = tuple(amount) if isinstance(amount, Sequence) else (amount,)
+    return amounts * dimensions if len(amounts) == 1 else amounts
+
+
 def _padding(module: _ConvNd) -> tuple[tuple[tuple[int, ...], str] | None, list[int]]:
     """What has to be padded before the convolution, and what the convolution pads itself."""
-    amounts = tuple(module._reversed_padding_repeated_twice)
-    none = [0] * len(module.kernel_size)
+    amounts, none = padding_of(module), [0] * len(module.kernel_size)
     if module.padding_mode != "zeros":
         return (amounts, module.padding_mode), none
     if any(amounts[i] != amounts[i + 1] for i in range(0, len(amounts), 2)):

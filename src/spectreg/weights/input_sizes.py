@@ -38,8 +38,13 @@ def input_sizes(model: nn.Module, *example: Any, **keywords: Any) -> dict[str, S
 
         return hook
 
-    convolutions = [(n, m) for n, m in named_modules(model) if isinstance(m, _ConvNd)]
-    handles = [m.register_forward_pre_hook(note(f"{n}.weight".lstrip(".")), with_kwargs=True) for n, m in convolutions]
+    names: dict[int, str] = {}  # of weights, a tied one by its first, as in `named_weights`
+    handles = []
+    for path, module in named_modules(model):
+        if isinstance(module, _ConvNd):
+            key = id(module._parameters.get("weight", module))
+            name = names.setdefault(key, f"{path}.weight".lstrip("."))
+            handles.append(module.register_forward_pre_hook(note(name), with_kwargs=True))
     try:
         with torch.no_grad(), undisturbed(model):
             model(*example, **keywords)

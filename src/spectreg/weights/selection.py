@@ -92,11 +92,12 @@ def named_weights(
     weights, names = [], []
     for name, module, attribute, tensor in _candidates(model, embeddings, map if isinstance(map, Mapping) else ()):
         names.append(name)
+        size, _ = sizes.get(name), wanted.get(name)  # one for a weight that ``select`` leaves out is no mistake
         if select is not None and not select(name, tensor):
             continue
         _refuse_unsupported(name, module, attribute, tensor)
         try:
-            maps = maps_of(module, attribute, tensor, sizes.get(name))
+            maps = maps_of(module, attribute, tensor, size)
         except ValueError as error:
             raise ValueError(f"weight {name!r}: {error}") from error
         chosen = chosen_map(name, maps, wanted, module, tensor)

@@ -7,7 +7,7 @@ import torch
 from cases import seeded
 from torch import nn
 
-from spectreg import SpectralNormRegularizer
+from spectreg import SpectralNormRegularizer, lipschitz_bound, operator_norm
 from spectreg.maps.convolution import OperatorMap
 from spectreg.weights.input_sizes import input_sizes
 
@@ -106,3 +106,44 @@ def test_a_bfloat16_operator_is_taken_in_pieces_in_float32_whatever_their_size(n
     assert ours.sigma()["weight"].dtype == torch.float32
     torch.testing.assert_close(ours.sigma()["weight"].double(), truth.sigma()["weight"], rtol=1e-5, atol=0)
     torch.testing.assert_close(low.weight.grad.double(), high.weight.grad, rtol=2e-2, atol=2e-2)
+
+
+SET_ANEW = {
+    "padding": (lambda: nn.Conv2d(2, 3, 3), {"padding": (1, 2)}),
+    "padding, a number": (lambda: nn.Conv2d(2, 3, 3, padding=2), {"padding": 1}),
+    "same": (lambda: nn.Conv1d(2, 3, 4), {"padding": "same"}),
+    "same, then the dilation": (lambda: nn.Conv1d(2, 3, 3, padding="same"), {"dilation": (2,)}),
+    "valid": (lambda: nn.Conv2d(2, 3, 3, padding=1), {"padding": "valid"}),
+    "for segmentation": (
+        lambda: nn.Conv2d(2, 2, 3, stride=2, padding=1), {"dilation": (2, 2), "padding": (2, 2), "stride": (1, 1)}
+    ),
+    "numbers": (lambda: nn.Conv2d(2, 2, 3, stride=2, padding=1), {"dilation": 2, "padding": 2, "stride": 1}),
+    "circular, whose amounts stay": (lambda: nn.Conv1d(2, 3, 3, padding=1, padding_mode="circular"), {"padding": (2,)}),
+    "transposed": (lambda: nn.ConvTranspose2d(2, 3, 3), {"padding": (1, 1), "stride": 2, "output_padding": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SET_ANEW)
+def test_a_convolution_whose_padding_stride_or_dilation_is_set_anew_is_measured_as_it_acts(name):
+    build, attributes = SET_ANEW[name]
+    module = seeded(build).double()
+    for attribute, value in attributes.items():
+        setattr(module, attribute, value)
+    size = (6, 5)[: len(module.kernel_size)]
+    truth = torch.linalg.matrix_norm(dense(module, size), 2).item()
+    norm = operator_norm(module, (2, *size), tight=True)
+    assert norm.value == pytest.approx(truth)
+    assert min(norm.upper, lipschitz_bound(module, (2, *size)).value) >= truth * (1 - 1e-9)
+    regularizer = SpectralNormRegularizer(module, 0.1, map="operator", input_size=size, warmup=300)
+    assert regularizer.sigma()["weight"].item() == pytest.approx(truth)
+
+
+def test_the_sizes_found_fit_a_regularizer_that_leaves_some_out_or_whose_kernels_are_tied():
+    network = nn.Sequential(*(nn.Conv2d(2, 2, 3, padding=1) for _ in range(3)))
+    network[1].weight = network[0].weight
+    sizes = input_sizes(network, torch.zeros(1, 2, 9, 9))
+    assert sizes == {"0.weight": (9, 9), "2.weight": (9, 9)}
+    regularizer = SpectralNormRegularizer(
+        network, 0.1, map="operator", input_size=sizes, select=lambda name, _: name == "2.weight"
+    )
+    assert list(regularizer.sigma()) == ["2.weight"]
