@@ -25,6 +25,7 @@ from spectreg.weights.selection import Select, Weight
 
 Cap = float | int | Literal["shape"]
 FAR, GROWN = 0.75, 1.002  # shares of the cap and of the last σ up to which a power step is enough
+ELSEWHERE = 0.1  # of the last vector: what is large and apart from all that are followed is found by it
 
 
 class SpectralNormCap(Following):
@@ -85,6 +86,9 @@ class SpectralNormCap(Following):
         warmup: int = 15,
         seed: int = 0,
     ) -> None:
+        if cap is None:
+            raise ValueError("cap is None: it must be a number above 0, 'shape', or a mapping from name patterns.")
+        check_number("seed", seed, lambda x: x % 1 == 0, "a whole number")
         check_number("factor", factor, lambda x: isfinite(x) and x > 0, "a finite number above 0")
         check_number("tracked", tracked, lambda x: x >= 1 and x % 1 == 0, "a whole number from 1")
         check_number("depth", depth, lambda x: x >= 1 and x % 1 == 0, "a whole number from 1")
@@ -101,7 +105,7 @@ class SpectralNormCap(Following):
         self.caps = {w.name: factor * _number(w, caps[w.name]) for w in self.weights}
         self.cap, self.by, self.retract, self.depth = cap, by, retract, int(depth)
         self._state = State(
-            self.weights, k=int(tracked), tracked=int(tracked), seed=seed, halves=2, every=1, warmup=int(warmup),
+            self.weights, k=int(tracked), tracked=int(tracked), seed=int(seed), halves=2, every=1, warmup=int(warmup),
             keeps_start=False,
         )  # fmt: skip
         self._rests = Rests()
@@ -167,6 +171,7 @@ class SpectralNormCap(Following):
         far = [i for i in everyone if before[i] < FAR * caps[i]]
         if far:
             with group.vectors.only(far) as vectors:
+                vectors.look_elsewhere(ELSEWHERE)
                 vectors.advance([weights[i] for i in far], 2)
         now = [s.max().item() for s in group.vectors.sigmas]
         far = [i for i in far if now[i] < FAR * caps[i] and now[i] <= GROWN * before[i]]
@@ -176,6 +181,7 @@ class SpectralNormCap(Following):
         clip_(vectors, weights, [self.caps[w.name] for w in members])
 
     def _scale(self, vectors: Vectors, members: list[Weight], weights: list[Value]) -> None:
+        vectors.look_elsewhere(ELSEWHERE)
         follow(vectors, weights, self.depth)
         inexact = False
         for w, W, s in zip(members, weights, vectors.sigmas, strict=True):

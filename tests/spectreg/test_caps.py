@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from cases import KINDS, Kind, gpt2_projection, mlp, seeded
+from cases import KINDS, Kind, gpt2_projection, mlp, seeded, unchecked_types
 from ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -358,3 +358,38 @@ def sharded_clipping() -> None:
 @pytest.mark.slow
 def test_sharded_weights_are_clipped_as_whole_ones_with_one_message_whatever_is_sharded():
     on_ranks(2, sharded_clipping)
+
+
+@pytest.mark.parametrize("by", ["scale", "clip"])
+@pytest.mark.parametrize("growth", [1.03, 1.3])
+def test_a_block_apart_from_the_rest_that_grows_later_is_held_too(by, growth):
+    layer = nn.Linear(24, 24, bias=False)
+    layer.weight.data = torch.diag(torch.linspace(0.5, 0.1, 24))
+    cap = SpectralNormCap(layer, 1.0, by=by)
+    for _ in range(100):
+        cap.apply()
+    for _ in range(150):
+        layer.weight.data[23, 23] *= growth
+        cap.apply()
+        assert torch.linalg.matrix_norm(layer.weight.detach(), 2) <= 1 + PROMISE
+
+
+def test_weights_of_two_optimizers_are_held_after_the_steps_of_both():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"shared": nn.Linear(6, 6), "a": nn.Linear(6, 2), "b": nn.Linear(6, 2)})
+    optimizers = {
+        head: torch.optim.SGD([*model["shared"].parameters(), *model[head].parameters()], lr=5.0) for head in "ab"
+    }
+    SpectralNormCap(model, 1.0).attach(*optimizers.values())
+    for head, optimizer in optimizers.items():
+        optimizer.zero_grad()
+        model[head](model["shared"](torch.randn(8, 6))).square().mean().backward()
+        optimizer.step()
+        assert torch.linalg.matrix_norm(model["shared"].weight.detach(), 2) <= 1 + PROMISE
+
+
+def test_no_cap_at_all_and_a_seed_that_is_no_number_are_refused():
+    with unchecked_types(), pytest.raises(ValueError, match="cap is None"):
+        SpectralNormCap(mlp(), None)
+    with unchecked_types(), pytest.raises(ValueError, match=r"seed is 1\.5"):
+        SpectralNormCap(mlp(), 1.0, seed=1.5)

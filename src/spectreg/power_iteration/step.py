@@ -39,7 +39,7 @@ class Vectors:
     zero map σ is 0, for one that is not finite NaN or infinity; u and v then stay as they were.
 
     The vectors of all maps lie side by side in two tensors, ``U`` and ``V``, of ``m`` rows, so that a step takes two
-    products a weight and a handful of calls for all of them together.
+    products a weight and a handful of calls for all of them together. ``other`` is a random unit vector for each block.
 
     Args:
         maps: The maps; the weights themselves are handed to each step, in the same order.
@@ -56,8 +56,9 @@ class Vectors:
     """
 
     def __init__(
-        self, maps: Sequence[LinearMap], u: Sequence[Tensor], v: Sequence[Tensor], sigma: Sequence[Tensor], k: int = 1
-    ) -> None:
+        self, maps: Sequence[LinearMap], u: Sequence[Tensor], v: Sequence[Tensor], sigma: Sequence[Tensor], k: int = 1,
+        other: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.maps, self.m, self.sigma = list(maps), sigma[0].shape[1], torch.cat(list(sigma))
         self.k = min(k, self.m)
         self.X = torch.cat([x.movedim(2, 0).flatten(1) for x in (*u, *v)], 1)
@@ -69,10 +70,30 @@ class Vectors:
         self.us: Sequence[Tensor] = self.U.split(self.u_side.widths, 1)
         self.vs: Sequence[Tensor] = self.V.split(self.v_side.widths, 1)
         self.sigmas = self.sigma.split(blocks)
+        self.other = self._gaussian() if other is None else other
+        self.u_floor, v_floor = torch.zeros_like(self.U[:1]), self.other * torch.finfo(self.X.dtype).eps ** 2
+        self.v_floor, self.floor = v_floor, torch.cat([self.u_floor, v_floor], 1)
         self.counts = [True] * len(self.maps)  # whether this process has a share in sums over all that hold a weight
 
+    def _gaussian(self) -> Float[Tensor, "1 columns"]:
+        """A random unit vector for each block, always the same."""
+        generator = torch.Generator("cpu").manual_seed(0)
+        x = torch.randn(1, self.V.shape[1], generator=generator, dtype=torch.float32, device="cpu").to(self.V)
+        return x / self.v_side.spread(self.v_side.lengths(x).to(x.dtype))
+
+    def look_elsewhere(self, share: float) -> None:
+        """Add a part of ``other`` to the last of v, of several: it finds what is large and apart from all of them."""
+        if self.m > 1:
+            self.V[-1:].add_(self.other, alpha=share)
+
     def advance(self, weights: Sequence[Value], halves: int, from_u: bool = False) -> None:
-        """Take ``halves`` half steps: u from v and v from u in turn, beginning with v from u if ``from_u``."""
+        """Take ``halves`` half steps: u from v and v from u in turn, beginning with v from u if ``from_u``.
+
+        A part of v that fades would be 0 at last, and never be found where it belongs to a block of the weight that is
+        apart from the rest and grows later. So a little of ``other`` is added to v, far below rounding.
+        """
+        if self.m > 1:
+            self.V.add_(self.v_floor)
         with full_precision(self.U):
             while halves > 0:
                 if halves > 1 and not from_u:
@@ -97,7 +118,7 @@ class Vectors:
         u_length, w_length = length.chunk(2, 1)
         w_length.nan_to_num_(inf, inf)  # inf - inf in Wᵀu: overflown, and put right at the next step by the σ of this
         torch.div(w_length, u_length.clamp_min_(torch.finfo(length.dtype).tiny), out=self.sigma.t())
-        keep_unit(self.X, raw, length, self.both_sides)
+        keep_unit(self.X, raw, length, self.both_sides, self.floor)
 
     def _turn_both(self, raw: Float[Tensor, "m columns"], scale: Float[Tensor, "1 blocks"]) -> None:
         """Rayleigh and Ritz for both halves: ``raw`` holds Y = WV · ``scale`` and Z = WᵀY."""
@@ -122,7 +143,7 @@ class Vectors:
         if self.m == 1:
             length = side.lengths(raw)
             self.sigma.copy_(length.t())
-            keep_unit(x, raw, length, side)
+            keep_unit(x, raw, length, side, self.v_floor if from_u else self.u_floor)
             return
         ritz = Ritz.of(side.gram(raw, raw), stays=from_u)
         self.sigma.copy_(ritz.sigma)
@@ -208,7 +229,9 @@ class Vectors:
             [side[i].unflatten(1, (m.blocks, -1)).movedim(0, 2) for i, m in zip(which, maps, strict=True)]
             for side in (self.us, self.vs)
         )
-        part = Vectors(maps, us, vs, [self.sigmas[i] for i in which], self.k)
+        others = self.other.split(self.v_side.widths, 1)
+        other = torch.cat([others[i] for i in which], 1)
+        part = Vectors(maps, us, vs, [self.sigmas[i] for i in which], self.k, other)
         yield part
         for i, u, v, sigma in zip(which, part.us, part.vs, part.sigmas, strict=True):
             self.us[i].copy_(u)
@@ -319,11 +342,15 @@ class Ritz(NamedTuple):
 
 
 def keep_unit(
-    x: Float[Tensor, "1 columns"], raw: Float[Tensor, "1 columns"], length: Float[Tensor, "1 blocks"], side: Side
+    x: Float[Tensor, "1 columns"],
+    raw: Float[Tensor, "1 columns"],
+    length: Float[Tensor, "1 blocks"],
+    side: Side,
+    floor: Float[Tensor, "1 columns"],
 ) -> None:
-    """Make each vector of ``x`` that of ``raw`` over its length; where that is 0 or not finite it stays as it was."""
+    """Make each vector of ``x`` that of ``raw`` over its length, plus ``floor``; one of length 0 or NaN stays."""
     over = length / length / length.clamp_min(torch.finfo(x.dtype).tiny)  # NaN for 0, infinity and NaN
-    unit = raw * side.spread(over.to(x.dtype))
+    unit = torch.addcmul(floor, raw, side.spread(over.to(x.dtype)))
     torch.where(unit.isnan(), x, unit, out=x)
 
 

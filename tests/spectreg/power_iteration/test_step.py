@@ -62,3 +62,13 @@ def test_products_of_few_vectors_are_those_of_each_block_however_many_blocks_the
         side.combine(x, C), torch.cat([c.t() @ a for c, (a, _) in zip(C, pairs, strict=True)], 1)
     )
     torch.testing.assert_close(side.lengths(x), torch.stack([a.norm(dim=1) for a, _ in pairs], 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_block_apart_from_the_rest_is_found_when_it_becomes_the_largest(dtype):
+    W = torch.diag(torch.tensor([1.0, 0.8, 0.1], dtype=dtype))
+    vectors = vectors_of(W, torch.ones(3, dtype=dtype) / 3**0.5)
+    vectors.advance([W], halves=4000)  # what v has along the last fades to less than any number
+    W[2, 2] = 3.0
+    vectors.advance([W], halves=200)
+    assert vectors.sigma[0, 0].item() == pytest.approx(3.0)
