@@ -26,7 +26,7 @@ class Following:
         """Undo ``attach``; nothing happens if it is not attached."""
         if self._attachment is not None:
             self._attachment.remove()
-        self._attachment, self._state.optimizer_of = None, {}
+        self._attachment, self._state.optimizers_of = None, {}
 
     @torch.no_grad()
     def sigma(self) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ class Following:
             )
         refuse_computed(self.weights if acted_on is None else acted_on)
         self._attachment = tie()
-        self._state.optimizer_of = self._attachment.optimizer_of
+        self._state.optimizers_of = self._attachment.optimizers_of
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_attachment": None}

@@ -17,7 +17,7 @@ BeforeStep = Callable[[int, Mapping[int, Any], Tensor | float, Tensor | float], 
 
 
 class Attachment:
-    """Hooks on the optimizers that move the weights; ``optimizer_of`` says which of them holds each weight.
+    """Hooks on the optimizers that move the weights; ``optimizers_of`` says which of them hold each weight.
 
     Args:
         optimizers: May be wrapped; `acting` finds the one that moves the weights.
@@ -42,7 +42,7 @@ class Attachment:
         for optimizer in inner:
             refuse(optimizer)
         held = [_parameters(optimizer) for optimizer in inner]
-        self.optimizer_of = _optimizer_of(weights, held, weights if acted_on is None else acted_on)
+        self.optimizers_of = _optimizers_of(weights, held, weights if acted_on is None else acted_on)
         self._handles = [hook(optimizer, number) for number, optimizer in enumerate(inner)]
         self._seen: dict[str, tuple[int, list[float]]] = {}
 
@@ -194,20 +194,44 @@ def _hook(number: int, before_step: BeforeStep) -> Callable[..., Any]:
     def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _is_within_a_step(optimizer):
             return None
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
+        given: dict[int | str, Any] = dict(enumerate(args)) | kwargs
+        place = _closure_place(optimizer, given) if len(given) > 1 else None
+        if place is None:
             act(optimizer)
             return None
+        closure = given[place]
 
-        def closure_and_act() -> Any:
-            loss = closure()
+        def closure_and_act(*passed: Any, **named: Any) -> Any:
+            loss = closure(*passed, **named)
             with torch.no_grad():
                 act(optimizer)
             return loss
 
-        return (args[0],), {**kwargs, "closure": closure_and_act}
+        given[place] = closure_and_act
+        return tuple(given[i] for i in range(len(args))), {name: given[name] for name in kwargs}
 
     return hook
+
+
+def _closure_place(optimizer: Optimizer, given: Mapping[int | str, Any]) -> int | str | None:
+    """Which argument of this step, by place (0 is the optimizer) or name, is the closure: so called, or a function.
+
+    Raises:
+        ValueError: There are several functions, none of them named closure.
+    """
+    names = ["self", *inspect.signature(optimizer.step).parameters]
+    named: int | str = names.index("closure") if "closure" in names else "closure"
+    for place in ("closure", named):
+        if place in given:
+            return place if given[place] is not None else None
+    others = (Tensor, torch.nn.Module, type)
+    functions = [place for place, x in given.items() if place != 0 and callable(x) and not isinstance(x, others)]
+    if len(functions) > 1:
+        raise ValueError(
+            f"step() of {type(optimizer).__name__} got several functions, and which of them evaluates the loss is not "
+            "known: detach(), and call add_gradient() after the backward pass."
+        )
+    return functions[0] if functions else None
 
 
 def _is_within_a_step(optimizer: Optimizer) -> bool:
@@ -242,10 +266,10 @@ def _refuse_unfit(optimizer: Optimizer, decoupled: bool | str) -> None:
 
 
 def _refuse_decoupled(optimizer: Optimizer, decoupled: bool | str) -> None:
-    if decoupled is True and any("lr" not in group for group in optimizer.param_groups):
+    if decoupled is True and any(group.get("lr") is None for group in optimizer.param_groups):
         raise ValueError(
             f"decoupled=True acts with the learning rate, and {type(optimizer).__name__} has parameter groups without "
-            "'lr': use decoupled='independent', or leave it out."
+            "'lr', or with None: use decoupled='independent', or leave it out."
         )
     if _keeps_averages(optimizer):
         raise ValueError(
@@ -254,20 +278,22 @@ def _refuse_decoupled(optimizer: Optimizer, decoupled: bool | str) -> None:
         )
 
 
-def _optimizer_of(weights: Sequence[Weight], held: Sequence[set[int]], acted_on: Sequence[Weight]) -> dict[str, int]:
-    """Which optimizer holds each weight, of a product its trained factors; each that is ``acted_on`` has to be held."""
-    optimizer_of: dict[str, int] = {}
+def _optimizers_of(
+    weights: Sequence[Weight], held: Sequence[set[int]], acted_on: Sequence[Weight]
+) -> dict[str, frozenset[int]]:
+    """Which optimizers hold each weight, of a product its trained factors; each that is ``acted_on`` has to be held."""
+    optimizers_of: dict[str, frozenset[int]] = {}
     left, required = [], {w.name for w in acted_on}
     for w in weights:
-        where = [(T.requires_grad, next((i for i, ids in enumerate(held) if id(T) in ids), None))
+        where = [(T.requires_grad, frozenset(i for i, ids in enumerate(held) if id(T) in ids))
                  for T in tensors_of(w.tensor)]  # fmt: skip
-        trained = {number for is_trained, number in where if is_trained} or {number for _, number in where}
-        if len(trained) > 1 and None not in trained and w.name in required:
+        trained = {numbers for is_trained, numbers in where if is_trained} or {numbers for _, numbers in where}
+        if len(trained) > 1 and all(trained) and w.name in required:
             raise ValueError(
                 f"the factors of {w.name!r} are held by several optimizers, of which none steps both: give them to one."
             )
-        if None not in trained:
-            optimizer_of[w.name] = trained.pop()  # type: ignore[assignment]
+        if all(trained):
+            optimizers_of[w.name] = trained.pop()
         elif w.tensor.requires_grad and w.name in required:
             left.append(w.name)
     if left:
@@ -275,4 +301,4 @@ def _optimizer_of(weights: Sequence[Weight], held: Sequence[set[int]], acted_on:
             f"the optimizer does not hold {', '.join(left[:8])}{' …' if len(left) > 8 else ''}. Attach the optimizer "
             "of this model (all of them if there are several), or leave these weights out with select."
         )
-    return optimizer_of
+    return optimizers_of

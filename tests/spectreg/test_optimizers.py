@@ -350,3 +350,69 @@ def on_one_of_two_ranks():
 @pytest.mark.slow
 def test_distributed_optimizers_act_once_on_every_rank():
     on_ranks(2, on_one_of_two_ranks)
+
+
+class Scaled(SGD):
+    """A step that takes more than a closure, as those with Hessian estimates do."""
+
+    def step(self, closure=None, scale=1.0):
+        loss = None if closure is None else closure()
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter.add_(parameter.grad, alpha=-self.param_groups[0]["lr"] * scale)
+        return loss
+
+
+class Renamed(Scaled):
+    def step(self, loss_fn=None, scale=1.0):
+        return super().step(loss_fn, scale)
+
+
+CALLS = {
+    "by place": (Scaled, lambda optimizer, closure: optimizer.step(closure, 0.5)),
+    "by name": (Scaled, lambda optimizer, closure: optimizer.step(closure=closure, scale=0.5)),
+    "another name": (Renamed, lambda optimizer, closure: optimizer.step(loss_fn=closure, scale=0.5)),
+    "another name, by place": (Renamed, lambda optimizer, closure: optimizer.step(closure, 0.5)),
+    "no closure": (Scaled, lambda optimizer, closure: (closure(), optimizer.step(None, 0.5))),
+    "no closure, by name": (Scaled, lambda optimizer, closure: (closure(), optimizer.step(scale=0.5))),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_step_gets_all_that_it_is_given_and_the_penalty_after_its_closure(name):
+    kind, call = CALLS[name]
+    layer = diagonal()
+    optimizer = kind(layer.parameters(), lr=RATE)
+    attached(layer, optimizer)
+    call(optimizer, zero_gradients(layer, optimizer))
+    assert sigma(layer) == SIGMA - 0.5 * RATE * STRENGTH * SIGMA
+
+
+def test_several_functions_given_to_a_step_are_refused():
+    class Two(Scaled):
+        def step(self, first=None, second=None):
+            raise AssertionError
+
+    layer = diagonal()
+    optimizer = Two(layer.parameters(), lr=RATE)
+    attached(layer, optimizer)
+    with pytest.raises(ValueError, match="several functions"):
+        optimizer.step(lambda: 0.0, lambda: 0.0)
+
+
+def test_a_weight_that_two_optimizers_hold_gets_the_penalty_at_the_steps_of_both():
+    layer = diagonal()
+    optimizers = [SGD(layer.parameters(), lr=RATE), SGD(layer.parameters(), lr=RATE)]
+    SpectralNormRegularizer(layer, STRENGTH).attach(*optimizers)
+    for optimizer in optimizers:
+        zero_gradients(layer, optimizer)()
+        optimizer.step()
+    assert sigma(layer) == SIGMA * (1 - RATE * STRENGTH) ** 2
+
+
+def test_a_decoupled_penalty_without_a_learning_rate_is_refused_where_it_is_attached():
+    layer = diagonal()
+    optimizer = SGD(layer.parameters(), lr=RATE)
+    optimizer.param_groups[0]["lr"] = None
+    with pytest.raises(ValueError, match="without 'lr', or with None"):
+        attached(layer, optimizer, decoupled=True)

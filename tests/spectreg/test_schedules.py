@@ -211,7 +211,7 @@ def test_an_independent_decay_needs_no_learning_rate_in_the_groups_where_the_dec
     model = mlp()
     before = torch.linalg.matrix_norm(model[0].weight.detach(), 2)
     optimizer = WithoutRate(model.parameters())
-    with pytest.raises(ValueError, match=r"without 'lr': use decoupled='independent'"):
+    with pytest.raises(ValueError, match=r"without 'lr', or with None: use decoupled='independent'"):
         SpectralNormRegularizer(model, 0.1, decoupled=True).attach(optimizer)
     SpectralNormRegularizer(model, 0.1, decoupled="independent").attach(optimizer)
     optimizer.step()

@@ -30,7 +30,7 @@ Saved = dict[str, Any]  # of one weight: u, v and sigma, calls, start if a penal
 
 @dataclass
 class Group:
-    """Weights of one device, precision and optimizer (by its number), whose vectors are stepped together.
+    """Weights of one device, precision and the same optimizers (by number), whose vectors are stepped together.
 
     ``k`` is the number of values asked for, of which a block may have fewer; ``start`` the first σ, if a penalty asks
     for it; ``is_on`` which weights have a strength above 0; ``calls`` how often a step was asked for, and ``count`` the
@@ -40,7 +40,7 @@ class Group:
 
     members: list[Weight]
     vectors: Vectors
-    optimizer: int
+    optimizers: frozenset[int]
     k: int
     calls: int
     warm: bool
@@ -116,8 +116,8 @@ class State:
     """Holds the vectors of ``weights``, wherever these go, and takes power steps for them.
 
     Weights that are alike are stepped in one `Group`; the groups are made anew when a weight has moved, changed its
-    precision, was sharded, frozen or thawed, or when ``optimizer_of`` changes, which says by name which optimizer holds
-    each weight. In between, and in a file, the vectors of each weight are by themselves.
+    precision, was sharded, frozen or thawed, or when ``optimizers_of`` changes, which says by name which optimizers
+    hold each weight. In between, and in a file, the vectors of each weight are by themselves.
 
     Args:
         weights: Those of the model.
@@ -136,7 +136,7 @@ class State:
     ) -> None:  # fmt: skip
         self.weights, self.k, self.tracked, self.seed = weights, k, tracked, seed
         self.halves, self.every, self.warmup, self.keeps_start = halves, every, warmup, keeps_start
-        self.optimizer_of: Mapping[str, int] = {}
+        self.optimizers_of: Mapping[str, frozenset[int]] = {}
         self.strengths = Strengths({w.name: 0.0 for w in weights}, every)
         self._sharded = {w.name for w in weights if is_sharded(w.tensor)}
         self.gathered: list[str] = []
@@ -193,7 +193,7 @@ class State:
 
     def trained(self, optimizer: int | None = None) -> Arranged:
         """The groups of one optimizer (all if None) whose weights are not frozen."""
-        own = [(g, weights) for g, weights in self.arrange() if optimizer in (None, g.optimizer)]
+        own = [(g, weights) for g, weights in self.arrange() if optimizer is None or optimizer in g.optimizers]
         return [(g, weights) for g, weights in own if weights[0].requires_grad]
 
     def by_weight(self, at: Callable[[Group, list[Value]], Sequence[Tensor]]) -> dict[str, Tensor]:
@@ -207,7 +207,7 @@ class State:
     def arrange(self) -> Arranged:
         """The groups, with their weights as they are now."""
         weights: dict[str, Value] = {w.name: w.tensor for w in self.weights}
-        layout = [layout_of(W) for W in weights.values()], self.optimizer_of
+        layout = [layout_of(W) for W in weights.values()], self.optimizers_of
         if layout != self._layout:
             refuse_unfit(self.weights, list(weights.values()))
             sharded = {name for name, W in weights.items() if is_sharded(W)}
@@ -245,12 +245,12 @@ class State:
         self._saved, self._groups, self._layout = first, [], None
 
     def __getstate__(self) -> dict[str, Any]:
-        passing = ("_groups", "_layout", "_saved", "optimizer_of")
+        passing = ("_groups", "_layout", "_saved", "optimizers_of")
         return {name: value for name, value in self.__dict__.items() if name not in passing} | {"saved": self.save()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved = state.pop("saved")
-        self.__dict__.update(state, optimizer_of={})
+        self.__dict__.update(state, optimizers_of={})
         self.load(saved)
 
     def _first(self) -> dict[str, Saved]:
@@ -287,12 +287,12 @@ class State:
         for w, key in zip(self.weights, alike(list(weights.values())), strict=True):
             saved = self._saved[w.name]
             kept = (saved["sigma"].shape[1], saved["calls"], saved["warm"], "start" in saved)
-            members.setdefault((self.optimizer_of.get(w.name, 0), *key, *kept), []).append(w)
+            members.setdefault((self.optimizers_of.get(w.name, frozenset({0})), *key, *kept), []).append(w)
         for group in members.values():
             group.sort(key=lambda w: (w.map.outputs, w.map.inputs))
         return [self._group(key[0], group, [weights[w.name] for w in group]) for key, group in members.items()]
 
-    def _group(self, optimizer: int, members: list[Weight], weights: list[Value]) -> Group:
+    def _group(self, optimizers: frozenset[int], members: list[Weight], weights: list[Value]) -> Group:
         device, dtype = weights[0].device, torch.promote_types(weights[0].dtype, torch.float32)
         saved = [self._saved[w.name] for w in members]
         u, v, sigma = ([s[key].to(device, dtype) for s in saved] for key in ("u", "v", "sigma"))
@@ -306,7 +306,7 @@ class State:
             vectors = Vectors(maps, u, v, sigma, self.k)
         calls, strength = saved[0]["calls"], torch.empty_like(vectors.sigma[:, :1])
         count = torch.full((), calls, device=device) if self.every > 1 or self.halves % 2 else None
-        group = Group(members, vectors, optimizer, self.k, calls, saved[0]["warm"], start, strength, count)
+        group = Group(members, vectors, optimizers, self.k, calls, saved[0]["warm"], start, strength, count)
         group.set_strengths(self.strengths, group.last())
         return group
 
