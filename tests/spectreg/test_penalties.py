@@ -128,3 +128,26 @@ def test_an_object_that_lacks_a_part_of_a_penalty_is_told_which():
 
     with pytest.raises(ValueError, match=r"has no target and no factor: an object that is a penalty has value, slope"):
         unwrap(penalty_of)(Partial())  # as users call it, without the type checks of the tests
+
+
+def test_the_sigma_at_the_start_is_that_of_the_weight_whichever_block_it_is_in_later():
+    layer = nn.Conv1d(2, 2, 1, groups=2, bias=False)
+    layer.weight.data = torch.tensor([3.0, 1.0]).view(2, 1, 1)
+    regularizer = SpectralNormRegularizer(layer, 1.0, penalty=Square("start"))
+    regularizer.add_gradient()
+    layer.weight.grad = None
+    layer.weight.data = torch.tensor([1.9, 2.0]).view(2, 1, 1)
+    regularizer.add_gradient()
+    assert layer.weight.grad.flatten().tolist() == [0.0, pytest.approx(-1.0)]  # (2 − 3)²/2
+    assert regularizer.penalty().item() == pytest.approx(0.5)
+
+
+def test_of_several_values_each_aims_at_the_start_of_its_own_rank():
+    layer = nn.Conv1d(3, 3, 1, groups=3, bias=False)
+    layer.weight.data = torch.tensor([3.0, 1.0, 2.0]).view(3, 1, 1)
+    regularizer = SpectralNormRegularizer(layer, 1.0, penalty=Square("start"), k=1)
+    regularizer.add_gradient()
+    layer.weight.data = torch.tensor([1.0, 5.0, 2.0]).view(3, 1, 1)
+    layer.weight.grad = None
+    regularizer.add_gradient()
+    assert layer.weight.grad.flatten().tolist() == [0.0, pytest.approx(2.0), 0.0]

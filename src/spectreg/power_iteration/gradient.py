@@ -87,6 +87,8 @@ def target(group: Group, penalty: Penalty) -> Float[Tensor, "#blocks #k"]:
         v, k = group.vectors, group.vectors.k
         if penalty.target == "start":
             group.start = v.sigma.clone() if group.start is None else group.start
+            if several := apart(group):
+                return penalty.factor * by_rank(group, group.start[:, :k], several)
             group.target = penalty.factor * group.start[:, :k]
         elif penalty.target == "shape":
             each = [torch.full_like(s[:, :k], _aspect(m)) for s, m in zip(v.sigmas, v.maps, strict=True)]
@@ -99,7 +101,7 @@ def target(group: Group, penalty: Penalty) -> Float[Tensor, "#blocks #k"]:
 def counted(group: Group) -> Bool[Tensor, "blocks k"] | None:
     """Which values enter the penalty: of several diagonal blocks only the largest. None if all do."""
     v = group.vectors
-    several = [i for i, m in enumerate(v.maps) if m.norm == "max" and m.blocks > 1]
+    several = apart(group)
     if not several:
         return None
     enters = torch.ones_like(v.sigma[:, : v.k], dtype=torch.bool)
@@ -109,6 +111,22 @@ def counted(group: Group) -> Bool[Tensor, "blocks k"] | None:
         largest = sigma.topk(min(group.k, len(sigma))).indices
         parts[i].view(-1).zero_().scatter_(0, largest, True)
     return enters
+
+
+def apart(group: Group) -> list[int]:
+    """Which weights are one map of several diagonal blocks."""
+    return [i for i, m in enumerate(group.vectors.maps) if m.norm == "max" and m.blocks > 1]
+
+
+def by_rank(group: Group, start: Float[Tensor, "blocks k"], several: Sequence[int]) -> Float[Tensor, "blocks k"]:
+    """``start``, the values of ``several`` weights in the order of σ now: another block may be the largest."""
+    start = start.clone()
+    parts = start.split([m.blocks for m in group.vectors.maps])
+    for i in several:
+        now = group.vectors.sigmas[i][:, : group.vectors.k].flatten()
+        order = now.argsort(descending=True)
+        parts[i].view(-1)[order] = parts[i].flatten().sort(descending=True).values
+    return start
 
 
 class PairValue(torch.autograd.Function):
