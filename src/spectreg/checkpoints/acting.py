@@ -6,7 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectreg.checkpoints.adapters import Adapter, adapter_of, adapters_in, is_second_factor, merged, name_in, product
+from spectreg.checkpoints.adapters import (
+    Adapter,
+    adapter_of,
+    adapters_in,
+    is_second_factor,
+    merged,
+    name_in,
+    other_kind,
+    product,
+)
 from spectreg.checkpoints.quantized import (
     PACKED,
     NotReadableError,
@@ -73,6 +82,8 @@ class Acting:
             return self._adapted(adapter)
         if is_second_factor(stored):
             raise NotReadableError("a factor of an adapter, measured as its product")
+        if kind := other_kind(stored):
+            raise NotReadableError(f"part of an adapter of another kind ({kind}): merge it and save that")
         if stored.endswith(".base_layer.weight"):
             raise NotReadableError("measured with its adapter")
         return weight_in(self.tensors, stored)

@@ -17,6 +17,11 @@ FACTORS = (
     ("lora_down", "lora_up"),
     ("lora.down", "lora.up"),
 )
+OTHER_KINDS = {
+    "lora_magnitude_vector": "DoRA", "dora_scale": "DoRA", "lora_mid": "LoCon with a Tucker decomposition",
+    "lora_E": "AdaLoRA", "lora_ranknum": "AdaLoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "boft_": "BOFT",
+    "vera_": "VeRA",
+}  # fmt: skip
 OF_PEFT = ("lora_A", "lora_embedding_A")
 PREFIX = "base_model.model."
 
@@ -69,12 +74,24 @@ def is_second_factor(name: str) -> bool:
     return any(f".{other}." in f"{name}." for _, other in FACTORS)
 
 
+def other_kind(name: str) -> str | None:
+    """The kind of adapter, other than a low-rank one, that a tensor of this name belongs to.
+
+    >>> other_kind("unet.down.0.hada_w1_a")
+    'LoHa'
+    """
+    return next((kind for start, kind in OTHER_KINDS.items() if f".{start}" in f".{name}"), None)
+
+
 def product(adapter: Adapter, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Tensor:
     """(α/r)·BA, outputs × inputs; of a convolution, inputs times kernel."""
     if adapter.second not in tensors:
         raise NotReadableError(f"the factor {adapter.second!r} is missing")
-    if (config or {}).get("use_dora") or any(n.startswith(f"{adapter.stem}.lora_magnitude_vector") for n in tensors):
-        raise NotReadableError("DoRA, whose magnitudes need the merged weight: merge it and save that")
+    config_of_dora, peft_type = (config or {}).get("use_dora"), (config or {}).get("peft_type", "LORA")
+    kinds = (other_kind(n.removeprefix(adapter.stem)) for n in tensors if n.startswith(f"{adapter.stem}."))
+    kind = "DoRA" if config_of_dora else next(filter(None, kinds), None if peft_type == "LORA" else str(peft_type))
+    if kind is not None:
+        raise NotReadableError(f"{kind}, which is more than the product of two factors: merge it and save that")
     A, B = (tensors[name].double() for name in (adapter.first, adapter.second))
     if adapter.kind == "lora_embedding_A":
         return scale(adapter, len(A), tensors, config) * (B @ A).T

@@ -281,7 +281,7 @@ def test_a_base_that_nothing_adapts_is_refused():
         ({"lora_alpha": 4, "alpha_pattern": ["fc"]}, r"alpha_pattern of adapter_config.json is \['fc'\]"),
         ({"lora_alpha": 4, "alpha_pattern": {"(": 2}}, r"is \{'\(': 2\}: no map of patterns"),
         ({"lora_alpha": 4, "alpha_pattern": {"fc": "2"}}, "has '2' for lora_alpha"),
-        ({"lora_alpha": 4, "use_dora": True}, "DoRA, whose magnitudes need the merged weight"),
+        ({"lora_alpha": 4, "use_dora": True}, "DoRA, which is more than the product of two factors"),
     ],
 )
 def test_a_configuration_that_does_not_say_the_scale_is_named(config, reason, tmp_path):
@@ -290,4 +290,33 @@ def test_a_configuration_that_does_not_say_the_scale_is_named(config, reason, tm
     )
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=reason):
+        singular_values(tmp_path / "adapter_model.safetensors")
+
+
+OTHERS = {
+    "Tucker": ({"x.lora_down.weight": randn(2, 5, 1, 1), "x.lora_mid.weight": randn(2, 2, 3, 3),
+                "x.lora_up.weight": randn(4, 2, 1, 1)}, "LoCon"),
+    "DoRA": ({"x.lora_down.weight": randn(2, 5), "x.lora_up.weight": randn(4, 2), "x.dora_scale": randn(1, 5)}, "DoRA"),
+    "AdaLoRA": ({"x.lora_A": randn(2, 5), "x.lora_B": randn(4, 2), "x.lora_E": randn(2, 1)}, "AdaLoRA"),
+    "LoHa": ({"x.hada_w1_a": randn(4, 2), "x.hada_w1_b": randn(2, 5), "x.hada_w2_a": randn(4, 2),
+              "x.hada_w2_b": randn(2, 5)}, "LoHa"),
+    "LoKr": ({"x.lokr_w1": randn(2, 2), "x.lokr_w2": randn(3, 3)}, "LoKr"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_adapters_of_other_kinds_are_refused_by_name_and_no_part_of_them_is_measured(name):
+    tensors, kind = OTHERS[name]
+    with pytest.raises(ValueError, match=f"no weight to measure.*{kind}"):
+        singular_values(tensors)
+    skipped = next(iter(each_spectrum({**tensors, "y.weight": randn(3, 3)})))
+    assert skipped.name == "y.weight"
+
+
+def test_an_adapter_whose_configuration_names_another_kind_is_refused(tmp_path):
+    save_file({"base_model.model.fc.lora_A.weight": randn(2, 5), "base_model.model.fc.lora_B.weight": randn(4, 2)},
+              tmp_path / "adapter_model.safetensors")  # fmt: skip
+    configuration = {"peft_type": "RANDLORA", "lora_alpha": 2, "r": 2}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(configuration))
+    with pytest.raises(ValueError, match="RANDLORA"):
         singular_values(tmp_path / "adapter_model.safetensors")
