@@ -105,6 +105,8 @@ def tensors_of(output: Any) -> Iterator[Tensor]:
 
 def finite(weight: Tensor) -> Tensor:
     """The weight in float64, on the CPU."""
+    if weight.is_complex():
+        raise UnknownConstantError("a weight of it is complex")
     if not weight.isfinite().all():
         raise UnknownConstantError("a weight or statistic of it is NaN or infinite")
     return weight.detach().to("cpu", torch.float64)

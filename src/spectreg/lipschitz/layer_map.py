@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from math import prod
 
 import torch
@@ -50,7 +51,8 @@ class OwnMap:
 
     def __init__(self, layer: nn.Module, shape: tuple[int, ...]) -> None:
         self.layer, self.shape, self.name = layer, tuple(shape), type(layer).__name__
-        self.like = next((p for p in layer.parameters() if p.is_floating_point()), torch.zeros((), device="cpu"))
+        held = chain(layer.parameters(), layer.buffers())
+        self.like = next((t for t in held if t.is_floating_point()), torch.zeros((), device="cpu"))
         if self.like.element_size() < 4:
             raise ValueError(
                 f"{self.name} has a forward of its own, and its weights are {self.like.dtype}: measure "

@@ -159,7 +159,9 @@ class Walk(fx.Interpreter):
             return True
         if n.op == "call_module":
             return False
-        filled = n.target in FILLED and depend == [*n.args[:1]] and [*n.args].count(depend[0]) == 1
+        read: list[fx.Node] = []
+        fx.node.map_arg((n.args, n.kwargs), read.append)
+        filled = n.target in FILLED and depend == [*n.args[:1]] and read.count(depend[0]) == 1
         return filled or (n.target in SHAPES and not list(tensors_of(output)))
 
     def finish(self, n: fx.Node) -> None:
@@ -222,8 +224,8 @@ class Walk(fx.Interpreter):
             return None
         norm = self.fetch_attr(str(user.target))
         known = type(norm) not in self.given and isinstance(norm, _BatchNorm) and norm.running_var is not None
-        flat = not isinstance(call.module, nn.Linear) or call.output.ndim == 2
-        return user if known and flat else None
+        by_channel = call.output.ndim == call.module.weight.ndim  # the second dimension: examples come first
+        return user if known and by_channel else None
 
     def read_later(self, changed: fx.Node, n: fx.Node) -> bool:
         """Whether a value that ``n`` changed in place, or one that shares its memory, is read after ``n``."""

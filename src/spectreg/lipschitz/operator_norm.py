@@ -185,6 +185,8 @@ def require_finite(layer: nn.Module) -> None:
                 f"parameter {name!r} of {type(layer).__name__} is on the meta device and has no values: offloaded, or "
                 "never loaded. Load the whole model onto one device."
             )
+        if parameter.is_complex():
+            raise ValueError(f"the {name} of {type(layer).__name__} is complex: only real maps are measured.")
         if not parameter.isfinite().all():
             kind = type(layer).__name__
             raise ValueError(f"the {name} of {kind} has entries that are NaN or infinite: it has no norm.")

@@ -82,9 +82,12 @@ class MatrixMap:
 
     def squares(self, W: Tensor) -> Float[Tensor, " blocks"]:
         """‖W‖_F² of each block, in float64."""
-        parts = self._stored(W)
-        norms = torch.linalg.vector_norm(parts, dim=(2, 3), dtype=torch.promote_types(W.dtype, torch.float32))
-        return norms.double().square().sum(1)
+        S = self._stored(W)
+        wide = torch.float32 if W.device.type == "mps" else torch.float64  # float32 has no squares of 1e20 and 1e-30
+        squares = S.new_zeros(self.blocks, dtype=wide)
+        for b, p, r in pieces(S, whole=False):
+            squares[b] += torch.linalg.vector_norm(S[b, p, r], dim=(1, 2, 3), dtype=wide).square()
+        return squares
 
     def scale_(self, W: Tensor, by: Float[Tensor, " some"]) -> None:
         """Multiply each block by its number, or all by one, in place."""

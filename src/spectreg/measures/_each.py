@@ -65,7 +65,7 @@ class Examples:
                 if y.shape == output.shape and is_distribution(y):
                     return output.argmax(1) == y.argmax(1)
             elif output.numel() == y.numel() == n and is_binary(y):
-                return each_loss(self.loss.of, output, y) < each_loss(self.loss.of, output, 1 - y.to(torch.int8).to(y))
+                return each_loss(self.loss.of, output, y) < each_loss(self.loss.of, output, (y == 0).to(y.dtype))
         return torch.full((n,), math.nan, dtype=torch.float64, device="cpu")
 
 

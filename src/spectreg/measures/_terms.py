@@ -18,7 +18,8 @@ from spectreg.measures._nested import mapped, tensors, with_tensors
 
 LossFunction = Callable[[Any, Any], Tensor]
 
-WAY_OUT = "give one batch, or spectreg.BatchLoss(function) with function(model, batch) -> (mean loss, number of terms)"
+BY_HAND = "spectreg.BatchLoss(function) with function(model, batch) -> (mean loss, number of terms)"
+WAY_OUT = f"give one batch, or {BY_HAND}"
 
 
 def scalar(loss: Any) -> Tensor:
@@ -48,7 +49,14 @@ class Part:
         """The loss, and its gradient by every floating point output that has rows, in float64."""
         with torch.enable_grad():
             outputs = differentiable(self.output)
-            loss = scalar(self.loss_fn(with_tensors(self.output, outputs), self.y))
+            try:
+                value = self.loss_fn(with_tensors(self.output, outputs), self.y)
+            except Exception as error:  # the user's own code, which can raise anything
+                raise ValueError(
+                    "loss_fn fails on outputs near those of the model, or on a batch joined with another, by which it "
+                    f"is told what the loss is the mean of ({type(error).__name__}: {error}): give {BY_HAND}."
+                ) from error
+            loss = scalar(value)
             leaves = [x for x in outputs if x.requires_grad and x.ndim]
             slopes: tuple[Tensor | None, ...] = (None,) * len(leaves)
             if loss.requires_grad and leaves:

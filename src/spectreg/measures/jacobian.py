@@ -75,9 +75,11 @@ def jacobian_norm(
         refuse_mixed(x, y)
         if exact or (exact is None and y.shape[1] <= FEW_OUTPUTS):
             J = torch.stack([row.flatten(1) for row in jacobian_rows(y, x)], 1).double()
-            short = J if J.shape[1] <= J.shape[2] else J.mT
-            value = torch.linalg.eigvalsh(short @ short.mT)[:, -1].clamp_min(0).sqrt().to(x.dtype)
-            return JacobianNorm(value, torch.zeros_like(value), 0, torch.ones_like(value, dtype=torch.bool))
+            finite = J.isfinite().flatten(1).all(1)
+            short = torch.where(finite[:, None, None], J if J.shape[1] <= J.shape[2] else J.mT, 0.0)
+            norms = torch.linalg.eigvalsh(short @ short.mT)[:, -1].clamp_min(0).sqrt()
+            value = torch.where(finite, norms, torch.nan).to(x.dtype)
+            return JacobianNorm(value, torch.zeros_like(value), 0, finite)
         v = unit(gaussian_like(x, own_generator(generator)))
         return power_iteration(y, x, v, tolerance, max_iterations)
 
@@ -136,6 +138,9 @@ def flat_output(y: Any, x: Tensor) -> Float[Tensor, "batch outputs"]:
     if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != len(x):
         shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"the model gave {shape} for {len(x)} examples: a Jacobian needs one output for each.")
+    if not len(x) or not y.is_floating_point():
+        given = f"outputs of {y.dtype}" if len(x) else "no example"
+        raise ValueError(f"the model gave {given}: the Jacobian is that of real outputs at one example or more.")
     return y.flatten(1) if y.ndim > 1 else y[:, None]
 
 

@@ -42,6 +42,7 @@ def check_strength(name: str, number: Any, every: int) -> None:
 
 def refuse_unfit(weights: Sequence[Weight], tensors: Sequence[Value]) -> None:
     """Refuse weights without values, and those that no longer have the shape they had."""
+    _refuse_twice_in_memory(weights, tensors)
     for weight, W in zip(weights, tensors, strict=True):
         if isinstance(W, Factors):
             _refuse_scattered(weight.name, W)
@@ -54,6 +55,23 @@ def refuse_unfit(weights: Sequence[Weight], tensors: Sequence[Value]) -> None:
             raise ValueError(
                 f"weight {weight.name!r} has the shape {tuple(W.shape)} now, and had {weight.shape} when the "
                 "regularizer was built: build a new one."
+            )
+
+
+def _refuse_twice_in_memory(weights: Sequence[Weight], tensors: Sequence[Value]) -> None:
+    """Refuse two parameters that are trained and begin at the same place in memory: each would be acted on for both."""
+    if torch.compiler.is_compiling():
+        return
+    begins: dict[tuple[int, int], str] = {}
+    for weight, W in zip(weights, tensors, strict=True):
+        if isinstance(W, Factors) or weight.computed or is_sharded(W) or not W.requires_grad or not W.numel():
+            continue
+        place = W.untyped_storage()._cdata, int(W.storage_offset())
+        other = begins.setdefault(place, weight.name)
+        if other != weight.name and not W.is_meta:
+            raise ValueError(
+                f"weights {other!r} and {weight.name!r} are two parameters in the same memory, which would be acted on "
+                "twice: tie them by one parameter or a parametrization, or leave one of them out with select."
             )
 
 

@@ -75,9 +75,10 @@ class Watch(TorchFunctionMode):
         elif function is F.multi_head_attention_forward:
             if not isinstance(self.running[-1][1], nn.MultiheadAttention):
                 raise ValueError(f"{self.where} calls multi_head_attention_forward itself: use nn.MultiheadAttention.")
-        elif function in SOFTMAX and args and isinstance(args[0], Tensor) and args[0].ndim == 4:
+        elif function in SOFTMAX:
+            x = args[0] if args else keywords.get("input")
             dim = args[1] if len(args) > 1 else keywords.get("dim")
-            if dim in (-1, 3):
+            if isinstance(x, Tensor) and x.ndim == 4 and dim in (-1, 3):
                 raise ValueError(
                     f"{self.where} takes a softmax of its own, whose queries and keys do not show: let it call "
                     "scaled_dot_product_attention (attn_implementation='sdpa' in transformers)."

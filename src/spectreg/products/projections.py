@@ -86,6 +86,7 @@ def of_torch(name: str, module: nn.MultiheadAttention) -> Attended:
     if module.bias_k is not None:
         raise ValueError(f"{name!r} has bias_k, a key that no weight makes: build it with add_bias_kv=False.")
     n, fused = module.num_heads, module._qkv_same_embed_dim
+    width = module.embed_dim // n  # as the forward pass has it; head_dim is of the time when it was built
     bias = None if module.in_proj_bias is None else module.in_proj_bias.detach()
     sides = []
     for part, attribute in enumerate(("q_proj_weight", "k_proj_weight")):
@@ -94,9 +95,9 @@ def of_torch(name: str, module: nn.MultiheadAttention) -> Attended:
         own_bias = bias if bias is None or fused else bias.chunk(3)[part]
         projection = Projection(name, module, attribute, False, W, own_bias, W.new_zeros(0, W.shape[1]), 0.0)
         first = part * n if fused else 0
-        weights = projection.heads(module.head_dim)[1]
+        weights = projection.heads(width)[1]
         sides.append([Matched(projection, slot, weights[slot]) for slot in range(first, first + n)])
-    return Attended(name, sides[0], sides[1], [module.head_dim**-0.5] * n, rotated=False)
+    return Attended(name, sides[0], sides[1], [width**-0.5] * n, rotated=False)
 
 
 def attended_in(calls: list[Attention]) -> Iterator[Attended]:

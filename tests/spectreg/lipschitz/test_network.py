@@ -515,3 +515,31 @@ def test_no_jacobian_and_no_pair_of_a_random_network_exceeds_its_bound(data, wid
     model = settled(nn.Sequential(*[build(f) if build else f() for build, f in chosen]), (width,)).eval()
     bound = lipschitz_bound(model, (width,)).value
     assert largest_stretch(lambda x: model(x.clone()), (width,), seed) <= bound * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    "filled",
+    [
+        lambda x: x.sum().new_full((1, 3), fill_value=x.sum()),
+        lambda x: x.new_tensor([x.sum()]),
+    ],
+)
+def test_what_is_filled_from_the_input_is_no_constant(filled):
+    with pytest.raises(ValueError, match=r"no constant is known|fails"):
+        lipschitz_bound(Apply(filled), (4,))
+
+
+def test_the_channels_of_a_convolution_without_a_batch_are_not_those_of_the_normalization_after_it():
+    class Unbatched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution, self.norm = nn.Conv1d(1, 4, 1, bias=False), nn.BatchNorm1d(4)
+            self.convolution.weight.data = torch.tensor([1.0, 0, 0, 0]).view(4, 1, 1)
+            self.norm.running_var = torch.tensor([1.0, 1e-4, 1, 1])
+
+        def forward(self, x):
+            return self.norm(self.convolution(x[0]))
+
+    model = Unbatched().double().eval()
+    truth = torch.linalg.matrix_norm(dense(model, (1, 4)), 2).item()
+    assert lipschitz_bound(model, (1, 4)).value >= truth * (1 - 1e-9)

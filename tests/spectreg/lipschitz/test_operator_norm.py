@@ -418,3 +418,15 @@ def test_a_hook_that_changes_one_side_of_zero_is_noticed(seed):
     layer.register_forward_hook(lambda module, inputs, output: output.relu())
     with pytest.raises(ValueError, match="is not a linear map plus a constant"):
         operator_norm(layer, (5,))
+
+
+def test_complex_layers_are_refused():
+    for layer in (nn.Linear(3, 3, dtype=torch.complex64), nn.Conv1d(1, 1, 1, dtype=torch.complex64)):
+        with pytest.raises(ValueError, match=r"weight of .* is complex"):
+            operator_norm(layer, (3,) if isinstance(layer, nn.Linear) else (1, 3))
+
+
+def test_a_layer_of_buffers_alone_is_measured_in_their_precision():
+    layer = nn.BatchNorm2d(3, affine=False).double()
+    layer.running_var.copy_(torch.tensor([1.0, 0.25, 4.0]))
+    assert operator_norm(layer, (3, 4, 4)).value == pytest.approx((0.25 + layer.eps) ** -0.5)

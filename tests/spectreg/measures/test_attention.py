@@ -294,3 +294,11 @@ def test_the_units_of_the_weights_do_not_matter(unit):
         model.in_proj_weight[:WIDTH] *= unit
         model.in_proj_weight[WIDTH : 2 * WIDTH] /= unit
     torch.testing.assert_close(logit_bound(model)[""].sigma, expected, rtol=1e-10, atol=0)
+
+
+def test_the_heads_are_cut_as_the_forward_pass_cuts_them():
+    layer = drawn(nn.MultiheadAttention(WIDTH, 4, bias=False))
+    layer.num_heads = 2
+    Q, K, _ = layer.in_proj_weight.chunk(3)
+    expected = norms(Q.unflatten(0, (2, -1)), K.unflatten(0, (2, -1))) / math.sqrt(WIDTH / 2)
+    torch.testing.assert_close(logit_bound(layer)[""].value, expected)

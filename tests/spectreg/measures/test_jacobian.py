@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from spectreg import jacobian_penalty
 from spectreg.measures.jacobian import jacobian_frobenius_norm, jacobian_norm
 
 
@@ -154,3 +155,27 @@ class Outputs(nn.Module):
 
     def forward(self, x):
         return self.layer(*[x] * self.inputs)[0]
+
+
+class Complex(nn.Module):
+    def forward(self, x):
+        return x * (1 + 2j)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("measure", [jacobian_norm, jacobian_frobenius_norm, jacobian_penalty])
+def test_complex_outputs_are_refused(measure, n):
+    with pytest.raises(ValueError, match=r"outputs of torch\.complex64"):
+        measure(Complex(), torch.ones(n, 3))
+
+
+class Root(nn.Module):
+    def forward(self, x):
+        return x.sqrt()
+
+
+@pytest.mark.parametrize("size", [3, 30])
+def test_an_infinite_jacobian_has_the_norm_nan(size):
+    measured = jacobian_norm(Root(), torch.zeros(1, size))
+    assert measured.value.isnan().all()
+    assert not measured.converged.any()

@@ -698,3 +698,22 @@ def test_one_example_whose_places_are_mixed_is_one():
     leaf = x.clone().requires_grad_()
     (g,) = torch.autograd.grad(F.cross_entropy(model(leaf), y), leaf)
     assert input_gradient_norm(model, F.cross_entropy, [(x, y)]).value == pytest.approx(g.norm().item())
+
+
+def test_a_loss_that_cannot_be_tried_on_joined_batches_is_refused_with_the_way_out():
+    weights, y = torch.rand(5), classes(5)
+
+    def captured(output, y):
+        return (weights * F.cross_entropy(output, y, reduction="none")).mean()
+
+    with pytest.raises(ValueError, match=r"joined with another.*must match.*BatchLoss"):
+        hessian_top_eigenvalues(linear(), captured, [(randn(5, 4), y)])
+
+
+def test_targets_that_are_true_or_false_are_classes():
+    def loss(output, y):
+        return F.binary_cross_entropy_with_logits(output[:, 0], y.to(output))
+
+    x, y = randn(6, 4), randn(6, seed=1) > 0
+    of_bools, of_numbers = (perturbation_curve(linear(1), loss, [(x, t)], [0.1]) for t in (y, y.double()))
+    assert of_bools == of_numbers

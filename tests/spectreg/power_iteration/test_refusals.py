@@ -175,3 +175,21 @@ def test_gradients_made_in_inference_mode_can_be_trained_with():
         return [p.grad for p in model.parameters()]
 
     torch.testing.assert_close(gradients(torch.inference_mode()), gradients(torch.enable_grad()), rtol=0, atol=0)
+
+
+def test_two_parameters_in_the_same_memory_are_refused_and_one_of_them_frozen_is_not():
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3))
+    model[1].weight = nn.Parameter(model[0].weight.detach().t())
+    with pytest.raises(ValueError, match=r"'0.weight' and '1.weight' are two parameters in the same memory"):
+        SpectralNormRegularizer(model, 0.1).add_gradient()
+    model[1].weight.requires_grad_(False)
+    SpectralNormRegularizer(model, 0.1).add_gradient()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e20])
+def test_the_stable_rank_is_that_of_the_svd_at_any_scale(scale):
+    layer = seeded(lambda: nn.Linear(6, 5)).float()
+    layer.weight.data *= scale
+    S = torch.linalg.svdvals(layer.weight.detach().double())
+    rank = SpectralNormRegularizer(layer, 0, warmup=100).stable_rank()["weight"]
+    assert rank.item() == pytest.approx((S.square().sum() / S[0] ** 2).item(), rel=1e-5)
