@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from spectreg.linalg.products import in_double
 from spectreg.weights.module_names import named_modules
@@ -16,6 +17,16 @@ from spectreg.weights.reading import read_weight
 from spectreg.weights.roles import is_stored_transposed
 
 SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
+PRODUCTS = (
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.bmm,
+    Tensor.bmm,
+    torch.baddbmm,
+    Tensor.baddbmm,
+    torch.einsum,
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,8 @@ class Watch(TorchFunctionMode):
     ran: list[Projection] = field(default_factory=list)
     calls: list[Attention] = field(default_factory=list)
     running: list[tuple[str, nn.Module]] = field(default_factory=list)
+    scores: dict[int, Tensor] = field(default_factory=dict)  # products of activations, and what is made of these
+    weights: dict[int, Tensor] = field(default_factory=dict)  # made of parameters alone
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -78,12 +91,31 @@ class Watch(TorchFunctionMode):
         elif function in SOFTMAX:
             x = args[0] if args else keywords.get("input")
             dim = args[1] if len(args) > 1 else keywords.get("dim")
-            if isinstance(x, Tensor) and x.ndim == 4 and dim in (-1, 3):
+            if isinstance(x, Tensor) and self.is_logits(x) and dim in (-1, x.ndim - 1):
                 raise ValueError(
                     f"{self.where} takes a softmax of its own, whose queries and keys do not show: let it call "
                     "scaled_dot_product_attention (attn_implementation='sdpa' in transformers)."
                 )
-        return function(*args, **keywords)
+        result = function(*args, **keywords)
+        if isinstance(result, Tensor):
+            self.follow(function, [x for x in tree_leaves((args, keywords)) if isinstance(x, Tensor)], result)
+        return result
+
+    def follow(self, function: Any, given: list[Tensor], result: Tensor) -> None:
+        """Note what is a product of activations, as the logits of attention are, until its shape changes."""
+        if given and all(map(self.is_weight, given)):
+            self.weights[id(result)] = result
+            return
+        is_product = function in PRODUCTS and not any(map(self.is_weight, given))
+        if is_product or any(id(x) in self.scores and x.shape == result.shape for x in given):
+            self.scores[id(result)] = result
+
+    def is_weight(self, x: Tensor) -> bool:
+        return isinstance(x, nn.Parameter) or id(x) in self.weights
+
+    def is_logits(self, x: Tensor) -> bool:
+        """Whether a softmax of ``x`` is that of attention: of four dimensions, or of three and a product."""
+        return x.ndim == 4 or (x.ndim == 3 and id(x) in self.scores)
 
     @property
     def where(self) -> str:

@@ -302,3 +302,34 @@ def test_the_heads_are_cut_as_the_forward_pass_cuts_them():
     Q, K, _ = layer.in_proj_weight.chunk(3)
     expected = norms(Q.unflatten(0, (2, -1)), K.unflatten(0, (2, -1))) / math.sqrt(WIDTH / 2)
     torch.testing.assert_close(logit_bound(layer)[""].value, expected)
+
+
+class OneHead(nn.Module):
+    """Attention of one head written by hand, in three dimensions; ``head`` gives probabilities of tokens at the end."""
+
+    def __init__(self, softmax, attends=True):
+        super().__init__()
+        self.first = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.q, self.k, self.head = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+        self.softmax, self.attends = softmax, attends
+
+    def forward(self, x):
+        x, _ = self.first(x, x, x, need_weights=False)
+        if self.attends:
+            x = self.softmax((self.q(x) @ self.k(x).mT) / WIDTH**0.5) @ x
+        return torch.softmax(self.head(x) @ self.q.weight.t(), dim=-1)
+
+
+@pytest.mark.parametrize(
+    "softmax",
+    [
+        lambda a: a.softmax(-1),
+        lambda a: torch.softmax(input=a, dim=2),
+        lambda a: F.softmax(a.masked_fill(a > 9, 0), -1),
+    ],
+)
+def test_attention_by_hand_of_one_head_is_refused_by_name_and_no_other_softmax_is(softmax):
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"OneHead.* takes a softmax of its own"):
+        logit_bound(drawn(OneHead(softmax)), x)
+    assert list(logit_bound(drawn(OneHead(softmax, attends=False)), x)) == ["first"]
