@@ -39,7 +39,8 @@ class Vectors:
     zero map σ is 0, for one that is not finite NaN or infinity; u and v then stay as they were.
 
     The vectors of all maps lie side by side in two tensors, ``U`` and ``V``, of ``m`` rows, so that a step takes two
-    products a weight and a handful of calls for all of them together. ``other`` is a random unit vector for each block.
+    products a weight and a handful of calls for all of them together. ``other`` is a unit vector for each block that
+    looks random.
 
     Args:
         maps: The maps; the weights themselves are handed to each step, in the same order.
@@ -70,15 +71,15 @@ class Vectors:
         self.us: Sequence[Tensor] = self.U.split(self.u_side.widths, 1)
         self.vs: Sequence[Tensor] = self.V.split(self.v_side.widths, 1)
         self.sigmas = self.sigma.split(blocks)
-        self.other = self._gaussian() if other is None else other
+        self.other = self._elsewhere() if other is None else other
         self.u_floor, v_floor = torch.zeros_like(self.U[:1]), self.other * torch.finfo(self.X.dtype).eps ** 2
         self.v_floor, self.floor = v_floor, torch.cat([self.u_floor, v_floor], 1)
         self.counts = [True] * len(self.maps)  # whether this process has a share in sums over all that hold a weight
 
-    def _gaussian(self) -> Float[Tensor, "1 columns"]:
-        """A random unit vector for each block, always the same."""
-        generator = torch.Generator("cpu").manual_seed(0)
-        x = torch.randn(1, self.V.shape[1], generator=generator, dtype=torch.float32, device="cpu").to(self.V)
+    def _elsewhere(self) -> Float[Tensor, "1 columns"]:
+        """A unit vector for each block that looks random: without a generator, which no graph could hold."""
+        places = torch.arange(1, 1 + self.V.shape[1], dtype=torch.float64, device="cpu")
+        x = torch.cos(0.5 * (5**0.5 - 1) * places.square())[None].to(self.V.dtype).to(self.V.device)
         return x / self.v_side.spread(self.v_side.lengths(x).to(x.dtype))
 
     def look_elsewhere(self, share: float) -> None:
