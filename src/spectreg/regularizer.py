@@ -188,8 +188,9 @@ class SpectralNormRegularizer(Following):
         """Act before every ``optimizer.step()``, whoever calls it, until ``detach``.
 
         A gradient scaler that skips a step skips this too; fused optimizers that unscale inside the step get the
-        scaled gradient. Several optimizers may hold the weights between them. Of wrappers (SAM, Lookahead, Opacus,
-        Fabric, Accelerate) the optimizer inside is found, and acted on when they step it.
+        scaled gradient. Several optimizers may hold the weights between them, and the steps of each act on what it
+        holds. Of wrappers (SAM, Lookahead, Opacus, Fabric, Accelerate) the optimizer inside is found, and acted on when
+        they step it.
 
         Raises:
             TypeError: One of these is no optimizer.
