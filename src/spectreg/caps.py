@@ -1,6 +1,6 @@
 """Weights whose spectral norm is held at or below a cap after each step of the optimizer, by scaling or clipping."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from math import isfinite
 from typing import Any, Literal
 
@@ -14,7 +14,13 @@ from spectreg.optimizers import after_steps
 from spectreg.power_iteration.clipping import clip_, refuse_uncut
 from spectreg.power_iteration.krylov import follow
 from spectreg.power_iteration.layout import is_sharded
-from spectreg.power_iteration.refusals import check_number, refuse_computed, refuse_gathered
+from spectreg.power_iteration.refusals import (
+    check_number,
+    check_seed,
+    place_in_memory,
+    refuse_computed,
+    refuse_gathered,
+)
 from spectreg.power_iteration.scaling import Rests, refuse_unscalable, scale_
 from spectreg.power_iteration.state import Group, State
 from spectreg.power_iteration.step import Vectors
@@ -25,7 +31,7 @@ from spectreg.weights.selection import Select, Weight
 
 Cap = float | int | Literal["shape"]
 FAR, GROWN = 0.75, 1.002  # shares of the cap and of the last σ up to which a power step is enough
-ELSEWHERE = 0.1  # of the last vector: what is large and apart from all that are followed is found by it
+ELSEWHERE = 1.0  # as much of another vector is added to the last: what is large and apart from all is found by it
 
 
 class SpectralNormCap(Following):
@@ -33,7 +39,8 @@ class SpectralNormCap(Following):
 
     ``by="scale"``: W ← W·min(1, c/σ), or W ← W·c/σ to hold it at the cap (``retract``). σ is found by Rayleigh and Ritz
     on the followed vectors and their next ``depth`` products. The whole weight is scaled, so its singular vectors and
-    the ratios of its singular values stay. On a CPU a weight well below its cap takes one power step instead.
+    the ratios of its singular values stay. On a CPU a weight well below its cap takes one power step instead; a block
+    of it that is apart from all the rest, and jumps above the cap in one step, may then be seen up to three steps late.
 
     ``by="clip"``: W ← W − Σ(σᵢ − c)₊uᵢvᵢᵀ over all singular values, which leaves those below c as they are. Many are
     equal to c then, and no few products tell which of these the next step raises most; so they come from the
@@ -51,7 +58,7 @@ class SpectralNormCap(Following):
         input_size: As there.
         select: As there.
         embeddings: As there.
-        tracked: How many vectors follow the largest singular values of each weight.
+        tracked: How many vectors follow the largest singular values of each weight; two at least.
         depth: To scale: how many products with WᵀW these are joined by at each step.
         warmup: Power steps at the first call.
         seed: Of the first vectors.
@@ -88,7 +95,7 @@ class SpectralNormCap(Following):
     ) -> None:
         if cap is None:
             raise ValueError("cap is None: it must be a number above 0, 'shape', or a mapping from name patterns.")
-        check_number("seed", seed, lambda x: x % 1 == 0, "a whole number")
+        check_seed(seed)
         check_number("factor", factor, lambda x: isfinite(x) and x > 0, "a finite number above 0")
         check_number("tracked", tracked, lambda x: x >= 1 and x % 1 == 0, "a whole number from 1")
         check_number("depth", depth, lambda x: x >= 1 and x % 1 == 0, "a whole number from 1")
@@ -104,10 +111,10 @@ class SpectralNormCap(Following):
         self.weights: list[Weight] = [w for w in weights if caps[w.name] is not None]
         self.caps = {w.name: factor * _number(w, caps[w.name]) for w in self.weights}
         self.cap, self.by, self.retract, self.depth = cap, by, retract, int(depth)
+        m = max(2, int(tracked))
         self._state = State(
-            self.weights, k=int(tracked), tracked=int(tracked), seed=int(seed), halves=2, every=1, warmup=int(warmup),
-            keeps_start=False,
-        )  # fmt: skip
+            self.weights, k=m, tracked=m, seed=int(seed), halves=2, every=1, warmup=int(warmup), keeps_start=False
+        )
         self._rests = Rests()
         _refuse_half(self.weights)
         _refuse_shared(self.weights)
@@ -215,13 +222,14 @@ def _refuse_half(weights: list[Weight]) -> None:
 
 def _refuse_shared(weights: list[Weight]) -> None:
     """Refuse what would be scaled twice: a weight in two products, a product of a weight with itself."""
-    held: dict[int, str] = {}
+    held: dict[Hashable, str] = {}
     for w in weights:
-        own: dict[int, set[int]] = {}
+        own: dict[Hashable, set[int]] = {}
         for f in w.factors if not isinstance(w.map, ProductMap) else w.map.scaled(w.factors):
             if f.computed:
                 continue
-            key, slots = id(f.tensor), set(getattr(f.map, "slots", [-1]))
+            T = f.tensor
+            key, slots = place_in_memory(T) if T.requires_grad else id(T), set(getattr(f.map, "slots", [-1]))
             other = held.get(key, w.name)
             if other != w.name or own.get(key, set()) & slots:
                 raise ValueError(f"{f.name!r} would be scaled for {other!r} and for {w.name!r}: choose one of them.")

@@ -214,16 +214,20 @@ def _hook(number: int, before_step: BeforeStep) -> Callable[..., Any]:
 
 
 def _closure_place(optimizer: Optimizer, given: Mapping[int | str, Any]) -> int | str | None:
-    """Which argument of this step, by place (0 is the optimizer) or name, is the closure: so called, or a function.
+    """Which argument of this step, by place (0 is the optimizer) or name, is the closure.
+
+    It is the one of that name; where the step has none of that name, a function.
 
     Raises:
         ValueError: There are several functions, none of them named closure.
     """
-    names = ["self", *inspect.signature(optimizer.step).parameters]
+    names = list(inspect.signature(type(optimizer).step).parameters)
     named: int | str = names.index("closure") if "closure" in names else "closure"
     for place in ("closure", named):
         if place in given:
             return place if given[place] is not None else None
+    if "closure" in names:
+        return None
     others = (Tensor, torch.nn.Module, type)
     functions = [place for place, x in given.items() if place != 0 and callable(x) and not isinstance(x, others)]
     if len(functions) > 1:
@@ -288,12 +292,13 @@ def _optimizers_of(
         where = [(T.requires_grad, frozenset(i for i, ids in enumerate(held) if id(T) in ids))
                  for T in tensors_of(w.tensor)]  # fmt: skip
         trained = {numbers for is_trained, numbers in where if is_trained} or {numbers for _, numbers in where}
-        if len(trained) > 1 and all(trained) and w.name in required:
+        common = frozenset.intersection(*trained)
+        if not common and all(trained) and w.name in required:
             raise ValueError(
                 f"the factors of {w.name!r} are held by several optimizers, of which none steps both: give them to one."
             )
-        if all(trained):
-            optimizers_of[w.name] = trained.pop()
+        if common:
+            optimizers_of[w.name] = common
         elif w.tensor.requires_grad and w.name in required:
             left.append(w.name)
     if left:

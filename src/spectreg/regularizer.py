@@ -12,7 +12,7 @@ from spectreg.maps.factors import Value
 from spectreg.optimizers import before_steps
 from spectreg.penalties import NO_SLOPE, Penalty, penalty_of
 from spectreg.power_iteration.gradient import add_gradient, move, value
-from spectreg.power_iteration.refusals import check_number, refuse_gradients_by_sample
+from spectreg.power_iteration.refusals import check_number, check_seed, refuse_gradients_by_sample
 from spectreg.power_iteration.state import Group, State
 from spectreg.power_iteration.strengths import Strength
 from spectreg.products.named import weights_of
@@ -93,9 +93,7 @@ class SpectralNormRegularizer(Following):
         check_number("tracked", tracked, lambda x: x >= k and x % 1 == 0, f"a whole number from k={k}")
         check_number("every", every, lambda x: x >= 1 and x % 1 == 0, "a whole number from 1")
         check_number("warmup", warmup, lambda x: x >= 0 and x % 1 == 0, "a whole number from 0")
-        check_number(
-            "seed", seed, lambda x: -(2**63) <= x < 2**64 and x % 1 == 0, "a whole number from -2⁶³ to 2⁶⁴ - 1"
-        )
+        check_seed(seed)
         if not (isinstance(decoupled, bool) or decoupled == "independent"):
             raise ValueError(f"decoupled is {decoupled!r}: it must be True, False or 'independent'.")
         self.weights: list[Weight] = weights_of(

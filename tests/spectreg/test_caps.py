@@ -374,6 +374,26 @@ def test_a_block_apart_from_the_rest_that_grows_later_is_held_too(by, growth):
         assert torch.linalg.matrix_norm(layer.weight.detach(), 2) <= 1 + PROMISE
 
 
+@pytest.mark.parametrize("tracked", [2, 8])
+def test_what_a_cap_does_depends_on_no_sign_of_the_vectors(tracked):
+    torch.manual_seed(0)
+    layer = nn.Linear(30, 20)
+    cap = SpectralNormCap(layer, 0.5, tracked=tracked)
+    cap.apply()
+    twin = copy.deepcopy(layer)
+    other = SpectralNormCap(twin, 0.5, tracked=tracked)
+    state = cap.state_dict()
+    for saved in state["vectors"].values():
+        saved["u"][..., -1].neg_()
+        saved["v"][..., -1].neg_()
+    other.load_state_dict(state)
+    for _ in range(4):
+        for one, holding in ((layer, cap), (twin, other)):
+            one.weight.data += 0.1 * torch.randn(20, 30, generator=torch.Generator().manual_seed(1))
+            holding.apply()
+    torch.testing.assert_close(twin.weight, layer.weight, rtol=1e-5, atol=1e-6)
+
+
 def test_weights_of_two_optimizers_are_held_after_the_steps_of_both():
     torch.manual_seed(0)
     model = nn.ModuleDict({"shared": nn.Linear(6, 6), "a": nn.Linear(6, 2), "b": nn.Linear(6, 2)})

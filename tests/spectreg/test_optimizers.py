@@ -7,7 +7,7 @@ from ranks import on_ranks
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from spectreg import SpectralNormRegularizer
+from spectreg import SpectralNormRegularizer, named_products
 
 RATE, STRENGTH, SIGMA = 0.1, 0.5, 3.0
 ONCE = SIGMA - RATE * STRENGTH * SIGMA  # σ after one step of plain descent on λσ²/2
@@ -408,6 +408,33 @@ def test_a_weight_that_two_optimizers_hold_gets_the_penalty_at_the_steps_of_both
         zero_gradients(layer, optimizer)()
         optimizer.step()
     assert sigma(layer) == SIGMA * (1 - RATE * STRENGTH) ** 2
+
+
+def test_a_function_beside_a_closure_that_is_not_given_is_left_alone():
+    class Transforms(SGD):
+        def step(self, closure=None, *, transform=None):
+            for parameter in self.param_groups[0]["params"]:
+                parameter.grad = transform(parameter.grad)
+            super().step(closure)
+
+    layer = diagonal()
+    optimizer = Transforms(layer.parameters(), lr=RATE)
+    attached(layer, optimizer)
+    zero_gradients(layer, optimizer)()
+    optimizer.step(transform=lambda gradient: 2 * gradient)
+    assert sigma(layer) == SIGMA - 2 * RATE * STRENGTH * SIGMA
+
+
+def test_a_product_is_acted_on_at_the_steps_of_the_optimizer_that_holds_all_its_factors():
+    attention = nn.MultiheadAttention(8, 2, kdim=6, vdim=6)
+    optimizers = [SGD(attention.parameters(), lr=RATE), SGD([attention.k_proj_weight], lr=RATE)]
+    SpectralNormRegularizer(named_products(attention, "logits"), STRENGTH).attach(*optimizers)
+    for parameter in attention.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = attention.q_proj_weight.detach().clone()
+    for optimizer in reversed(optimizers):
+        optimizer.step()
+        assert torch.equal(before, attention.q_proj_weight) == (optimizer is optimizers[1])
 
 
 def test_a_decoupled_penalty_without_a_learning_rate_is_refused_where_it_is_attached():

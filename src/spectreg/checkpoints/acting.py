@@ -82,10 +82,10 @@ class Acting:
             return self._adapted(adapter)
         if is_second_factor(stored):
             raise NotReadableError("a factor of an adapter, measured as its product")
-        if kind := other_kind(stored):
-            raise NotReadableError(f"part of an adapter of another kind ({kind}): merge it and save that")
         if stored.endswith(".base_layer.weight"):
             raise NotReadableError("measured with its adapter")
+        if kind := other_kind(stored):
+            raise NotReadableError(f"part of an adapter of another kind ({kind}): merge it and save that")
         return weight_in(self.tensors, stored)
 
     def _adapted(self, adapter: Adapter) -> Tensor:

@@ -18,9 +18,9 @@ FACTORS = (
     ("lora.down", "lora.up"),
 )
 OTHER_KINDS = {
-    "lora_magnitude_vector": "DoRA", "dora_scale": "DoRA", "lora_mid": "LoCon with a Tucker decomposition",
-    "lora_E": "AdaLoRA", "lora_ranknum": "AdaLoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "boft_": "BOFT",
-    "vera_": "VeRA",
+    r"lora_magnitude_vector|dora_scale": "DoRA", r"lora_mid": "LoCon with a Tucker decomposition",
+    r"lora_E|ranknum": "AdaLoRA", r"hada_(w[12](_[ab])?|t[12])": "LoHa", r"lokr_(w[12](_[ab])?|t2)": "LoKr",
+    r"oft_([rRL]|blocks|diag)": "OFT", r"boft_[RS]": "BOFT", r"vera_(A|B|lambda_[bd])": "VeRA",
 }  # fmt: skip
 OF_PEFT = ("lora_A", "lora_embedding_A")
 PREFIX = "base_model.model."
@@ -80,16 +80,18 @@ def other_kind(name: str) -> str | None:
     >>> other_kind("unet.down.0.hada_w1_a")
     'LoHa'
     """
-    return next((kind for start, kind in OTHER_KINDS.items() if f".{start}" in f".{name}"), None)
+    kinds = (kind for part in name.split(".") for own, kind in OTHER_KINDS.items() if re.fullmatch(own, part))
+    return next(kinds, None)
 
 
 def product(adapter: Adapter, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Tensor:
     """(α/r)·BA, outputs × inputs; of a convolution, inputs times kernel."""
     if adapter.second not in tensors:
         raise NotReadableError(f"the factor {adapter.second!r} is missing")
-    config_of_dora, peft_type = (config or {}).get("use_dora"), (config or {}).get("peft_type", "LORA")
-    kinds = (other_kind(n.removeprefix(adapter.stem)) for n in tensors if n.startswith(f"{adapter.stem}."))
-    kind = "DoRA" if config_of_dora else next(filter(None, kinds), None if peft_type == "LORA" else str(peft_type))
+    beside = (n.removeprefix(f"{adapter.stem}.") for n in tensors if n.startswith(f"{adapter.stem}."))
+    kinds = (other_kind(n.partition(".")[0]) for n in beside)
+    configured = "DoRA" if (config or {}).get("use_dora") else str((config or {}).get("peft_type") or "LORA")
+    kind = next(filter(None, kinds), None if configured.upper() == "LORA" else configured)
     if kind is not None:
         raise NotReadableError(f"{kind}, which is more than the product of two factors: merge it and save that")
     A, B = (tensors[name].double() for name in (adapter.first, adapter.second))

@@ -51,6 +51,8 @@ class Part:
             outputs = differentiable(self.output)
             try:
                 value = self.loss_fn(with_tensors(self.output, outputs), self.y)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # the user's own code, which can raise anything
                 raise ValueError(
                     "loss_fn fails on outputs near those of the model, or on a batch joined with another, by which it "

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spectreg.maps.base import LinearMap
@@ -108,7 +108,7 @@ def counted(group: Group) -> Bool[Tensor, "blocks k"] | None:
     parts = enters.split([m.blocks for m in v.maps])
     for i in several:
         sigma = v.sigmas[i][:, : v.k].reshape(-1)
-        largest = sigma.topk(min(group.k, len(sigma))).indices
+        largest = by_size(sigma)[: group.k]
         parts[i].view(-1).zero_().scatter_(0, largest, True)
     return enters
 
@@ -124,9 +124,13 @@ def by_rank(group: Group, start: Float[Tensor, "blocks k"], several: Sequence[in
     parts = start.split([m.blocks for m in group.vectors.maps])
     for i in several:
         now = group.vectors.sigmas[i][:, : group.vectors.k].flatten()
-        order = now.argsort(descending=True)
-        parts[i].view(-1)[order] = parts[i].flatten().sort(descending=True).values
+        parts[i].view(-1)[by_size(now)] = parts[i].flatten().sort(descending=True).values
     return start
+
+
+def by_size(sigma: Float[Tensor, " values"]) -> Int[Tensor, " values"]:
+    """Where the values are, the largest first."""
+    return sigma.argsort(descending=True, stable=True)
 
 
 class PairValue(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """What the regularizer cannot act on, and what to do then: one clear error each."""
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf
 from numbers import Real
@@ -29,6 +29,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def check_seed(seed: Any) -> None:
+    """Raise unless ``seed`` is one that a generator takes."""
+    check_number("seed", seed, lambda x: -(2**63) <= x < 2**64 and x % 1 == 0, "a whole number from -2⁶³ to 2⁶⁴ - 1")
+
+
 def check_strength(name: str, number: Any, every: int) -> None:
     """Raise unless ``number`` × ``every`` is 0, or one that float32 can hold."""
     check_number(name, number, lambda x: 0 <= x < inf, "a finite number from 0")
@@ -42,7 +47,6 @@ def check_strength(name: str, number: Any, every: int) -> None:
 
 def refuse_unfit(weights: Sequence[Weight], tensors: Sequence[Value]) -> None:
     """Refuse weights without values, and those that no longer have the shape they had."""
-    _refuse_twice_in_memory(weights, tensors)
     for weight, W in zip(weights, tensors, strict=True):
         if isinstance(W, Factors):
             _refuse_scattered(weight.name, W)
@@ -58,21 +62,27 @@ def refuse_unfit(weights: Sequence[Weight], tensors: Sequence[Value]) -> None:
             )
 
 
-def _refuse_twice_in_memory(weights: Sequence[Weight], tensors: Sequence[Value]) -> None:
+def refuse_twice_in_memory(weights: Sequence[Weight]) -> None:
     """Refuse two parameters that are trained and begin at the same place in memory: each would be acted on for both."""
     if torch.compiler.is_compiling():
         return
-    begins: dict[tuple[int, int], str] = {}
-    for weight, W in zip(weights, tensors, strict=True):
-        if isinstance(W, Factors) or weight.computed or is_sharded(W) or not W.requires_grad or not W.numel():
-            continue
-        place = W.untyped_storage()._cdata, int(W.storage_offset())
-        other = begins.setdefault(place, weight.name)
-        if other != weight.name and not W.is_meta:
-            raise ValueError(
-                f"weights {other!r} and {weight.name!r} are two parameters in the same memory, which would be acted on "
-                "twice: tie them by one parameter or a parametrization, or leave one of them out with select."
-            )
+    begins: dict[Hashable, tuple[str, int]] = {}
+    for weight in weights:
+        W = weight.tensor
+        if isinstance(W, Tensor) and W.requires_grad and not weight.computed:
+            name, other = begins.setdefault(place_in_memory(W), (weight.name, id(W)))
+            if other != id(W):
+                raise ValueError(
+                    f"weights {name!r} and {weight.name!r} are two parameters in the same memory, which would be acted "
+                    "on twice: tie them by one parameter or a parametrization, or leave one of them out with select."
+                )
+
+
+def place_in_memory(W: Tensor) -> Hashable:
+    """Where the numbers of ``W`` begin; of shards, sparse tensors and those without numbers, which object it is."""
+    if is_sharded(W) or W.is_meta or W.layout != torch.strided or not W.numel():
+        return id(W)
+    return W.untyped_storage()._cdata, int(W.storage_offset())
 
 
 def _refuse_scattered(name: str, W: Factors) -> None:

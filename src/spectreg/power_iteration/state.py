@@ -18,6 +18,7 @@ from spectreg.power_iteration.refusals import (
     refuse_other_weights,
     refuse_schedules_in_a_graph,
     refuse_strangers,
+    refuse_twice_in_memory,
     refuse_unfit,
 )
 from spectreg.power_iteration.step import Vectors, full_precision
@@ -210,6 +211,7 @@ class State:
         layout = [layout_of(W) for W in weights.values()], self.optimizers_of
         if layout != self._layout:
             refuse_unfit(self.weights, list(weights.values()))
+            refuse_twice_in_memory(self.acted_on())
             sharded = {name for name, W in weights.items() if is_sharded(W)}
             self.gathered, self._sharded = sorted(self._sharded - sharded), self._sharded | sharded
             with torch.inference_mode(False):  # validation loops may be the first to ask for σ

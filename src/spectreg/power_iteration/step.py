@@ -78,14 +78,19 @@ class Vectors:
 
     def _elsewhere(self) -> Float[Tensor, "1 columns"]:
         """A unit vector for each block that looks random: without a generator, which no graph could hold."""
-        places = torch.arange(1, 1 + self.V.shape[1], dtype=torch.float64, device="cpu")
-        x = torch.cos(0.5 * (5**0.5 - 1) * places.square())[None].to(self.V.dtype).to(self.V.device)
+        places = [torch.arange(1, n + 1, dtype=torch.float64, device="cpu") for n in self.v_side.widths]
+        x = torch.cos(0.5 * (5**0.5 - 1) * torch.cat(places).square())[None].to(self.V.dtype).to(self.V.device)
         return x / self.v_side.spread(self.v_side.lengths(x).to(x.dtype))
 
     def look_elsewhere(self, share: float) -> None:
-        """Add a part of ``other`` to the last of v, of several: it finds what is large and apart from all of them."""
+        """Add ``share`` of ``other`` to the last v of several: it finds what is large and apart from all of them.
+
+        With the sign of v, which is arbitrary, so that nothing depends on that.
+        """
         if self.m > 1:
-            self.V[-1:].add_(self.other, alpha=share)
+            last = self.V[-1:]
+            signs = torch.where(self.v_side.sums(last * self.other) < 0, -share, share)
+            last.addcmul_(self.v_side.spread(signs), self.other)
 
     def advance(self, weights: Sequence[Value], halves: int, from_u: bool = False) -> None:
         """Take ``halves`` half steps: u from v and v from u in turn, beginning with v from u if ``from_u``.

@@ -89,10 +89,12 @@ def named_weights(
         raise TypeError(f"select is {select!r}: it must be a function (name, weight) -> bool.")
     sizes = Patterns("input_size", input_size)
     wanted = Patterns("map", map)
-    weights, names = [], []
+    weights: list[Weight] = []
+    names: list[str] = []
+    asked: set[Any] = set()
     for name, module, attribute, tensor in _candidates(model, embeddings, map if isinstance(map, Mapping) else ()):
         names.append(name)
-        size, _ = sizes.get(name), wanted.get(name)  # one for a weight that ``select`` leaves out is no mistake
+        size, asked = sizes.get(name), asked | {wanted.get(name)}  # also for weights that ``select`` leaves out
         if select is not None and not select(name, tensor):
             continue
         _refuse_unsupported(name, module, attribute, tensor)
@@ -107,7 +109,7 @@ def named_weights(
         patterns.check_all_used(names)
     if isinstance(map, str) and map not in wanted.used_values | {"matrix"}:
         raise ValueError(f"map={map!r} fits none of the weights ({some(names)}). Leave it out, or see docs/weights.md.")
-    if input_size is not None and "operator" not in wanted.used_values:
+    if input_size is not None and "operator" not in asked | wanted.used_values:
         raise ValueError("input_size is used by map='operator' only: give that too, or leave input_size out.")
     return weights
 

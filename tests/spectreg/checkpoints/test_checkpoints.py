@@ -313,6 +313,29 @@ def test_adapters_of_other_kinds_are_refused_by_name_and_no_part_of_them_is_meas
     assert skipped.name == "y.weight"
 
 
+def test_layers_whose_names_only_begin_as_those_of_adapters_do_are_weights():
+    names = [
+        "encoder.vera_proj",
+        "model.oft_head",
+        "hada_layer",
+        "model.lokr_x",
+        "lora_middle",
+        "lora_Encoder",
+        "boft_x",
+    ]
+    assert list(singular_values({f"{name}.weight": randn(3, 4) for name in names})) == [f"{n}.weight" for n in names]
+
+
+@pytest.mark.parametrize("kind", ["lora", None])
+def test_a_configuration_of_plain_lora_is_one_however_it_says_so(kind, tmp_path):
+    A, B = randn(2, 5), randn(4, 2)
+    save_file({"base_model.model.fc.lora_A.weight": A, "base_model.model.fc.lora_B.weight": B},
+              tmp_path / "adapter_model.safetensors")  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "lora_alpha": 2, "r": 2}))
+    spectra = singular_values(tmp_path / "adapter_model.safetensors")
+    assert spectra["fc.lora"].sigma == pytest.approx(sigma(B @ A))
+
+
 def test_an_adapter_whose_configuration_names_another_kind_is_refused(tmp_path):
     save_file({"base_model.model.fc.lora_A.weight": randn(2, 5), "base_model.model.fc.lora_B.weight": randn(4, 2)},
               tmp_path / "adapter_model.safetensors")  # fmt: skip

@@ -8,7 +8,7 @@ from cases import mlp, seeded, unchecked_types, weight_normed
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from spectreg import SpectralNormRegularizer
+from spectreg import SpectralNormCap, SpectralNormRegularizer
 from spectreg.penalties import Hinge, Power, Square
 
 
@@ -182,6 +182,10 @@ def test_two_parameters_in_the_same_memory_are_refused_and_one_of_them_frozen_is
     model[1].weight = nn.Parameter(model[0].weight.detach().t())
     with pytest.raises(ValueError, match=r"'0.weight' and '1.weight' are two parameters in the same memory"):
         SpectralNormRegularizer(model, 0.1).add_gradient()
+    assert set(SpectralNormRegularizer(model, 0).log()) >= {"sigma/0.weight", "sigma/1.weight"}
+    SpectralNormRegularizer(model, {"0.*": 0.1}).add_gradient()
+    with pytest.raises(ValueError, match="would be scaled for"):
+        SpectralNormCap(model, 0.1)
     model[1].weight.requires_grad_(False)
     SpectralNormRegularizer(model, 0.1).add_gradient()
 
