@@ -1,11 +1,13 @@
 """Where images come from: scikit-learn's digits, the Hugging Face hub, parquet files, folders of images."""
 
+import glob
 import os
 import re
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from importlib.util import find_spec
 from io import BytesIO
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,7 @@ def _from_datasets(source: str, files: list[Path], progress: Callable[[str], Non
         if kind == "hub":
             dataset = datasets.load_dataset(place)
         elif kind == "parquet":
+            _check_class_names(source, files)
             dataset = datasets.load_dataset(
                 "parquet", data_files=_by_split(Path(place), files, "train*.parquet and test*.parquet")
             )
@@ -120,6 +123,25 @@ def _from_datasets(source: str, files: list[Path], progress: Callable[[str], Non
     labels = {"train": train, "test": other}
     pictures = {"train": dataset["train"], "test": dataset[test]}
     return {n: (_pictures(pictures[n], f"{source} {n}", progress), labels[n]) for n in labels}, classes
+
+
+def _check_class_names(source: str, files: list[Path]) -> None:
+    """Raise where files name their classes, and not alike: the reader takes the names of the first for all of them."""
+    import datasets
+    from pyarrow import parquet
+
+    first: tuple[str, list[str]] | None = None
+    for path in files:
+        features = datasets.Features.from_arrow_schema(parquet.read_schema(path))
+        names = next((getattr(features[column], "names", None) for column in LABELS if column in features), None)
+        first = first or (names and (path.name, list(names)))
+        if first and names and list(names) != first[1]:
+            i, *_ = (i for i, pair in enumerate(zip_longest(first[1], names)) if pair[0] != pair[1])
+            mine, theirs = (repr(n[i]) if i < len(n) else "no class" for n in (first[1], names))
+            raise DataError(
+                f"{source}: the label {i} is {mine} in {first[0]} and {theirs} in {path.name}: give all files the same "
+                "list of class names"
+            )
 
 
 def _column(split: Any, names: tuple[str, ...], source: str) -> str:
@@ -180,7 +202,7 @@ def _image_folder(folder: Path, files: list[Path]) -> dict[str, Any]:
     """What the reader of image folders is told: the files of each split, and whether folders are classes."""
     labels = [path for path in files if _describes(path)]
     if any(_split_of(folder, path) is None for path in labels):  # one for all splits
-        return {"data_dir": str(folder)}
+        return {"data_dir": glob.escape(str(folder))}
     if not labels:
         for path in files:
             _check_class_folder(folder, path)
@@ -204,7 +226,7 @@ def _by_split(folder: Path, files: list[Path], where: str) -> dict[str, list[str
     named: dict[str, list[str]] = {}
     for path in files:
         if place := _split_of(folder, path):
-            named.setdefault(place[0], []).append(str(path))
+            named.setdefault(place[0], []).append(glob.escape(str(path)))  # the reader takes it for a pattern
     lacking = ["training"] * ("train" not in named) + ["test"] * (not named.keys() & {"test", "validation"})
     if lacking:
         raise DataError(f"{folder} has no {' and no '.join(lacking)} images: they are looked for in {where}")

@@ -490,3 +490,36 @@ def test_a_class_of_test_images_alone_is_refused_by_the_name_of_its_folder(tmp_p
     Image.new("RGB", (8, 8)).save(tmp_path / "test" / "a" / "0.png")
     with pytest.raises(DataError, match=r"the test images have labels that no training image has: a$"):
         load(Data(name=str(tmp_path)))
+
+
+@pytest.mark.parametrize("names", [["dog [old]", "cat", "bird"], ["0[1]", "01"], ["a*", "ab", "?"]])
+def test_names_that_look_like_patterns_are_names(tmp_path, names):
+    folder = tmp_path / "photos [2020]"
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in names:
+            (folder / split / name).mkdir(parents=True)
+            for file in ["1", "2", "x1", *(["x[1]"] if name == names[0] else [])]:
+                picture = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(picture).save(folder / split / name / f"{file}.png")
+    split = load(Data(name=str(folder)))
+    counts = [4 if name == names[0] else 3 for name in sorted(names)]
+    assert split.train.labels.bincount().tolist() == split.test.labels.bincount().tolist() == counts
+    assert len(split.train.images.flatten(1).unique(dim=0)) == 3 * len(names) + 1
+
+
+def test_a_folder_of_parquet_files_may_be_called_like_a_pattern(tmp_path, pictures):
+    for split in ("train", "test"):
+        write_parquet(tmp_path / "data [1]", pictures, [0, 1] * 3, split)
+    assert len(load(Data(name=str(tmp_path / "data [1]"))).train.images) == 6
+
+
+def test_splits_that_name_their_classes_in_another_order_are_refused(tmp_path, pictures):
+    import datasets
+
+    for split, names in (("train", ["cat", "dog"]), ("test", ["dog", "cat"])):
+        features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        rows = {"img": [Image.fromarray(p) for p in pictures], "label": [0, 1] * 3}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(DataError, match=r"the label 0 is 'dog' in test.parquet and 'cat' in train.parquet"):
+        load(Data(name=str(tmp_path)))
