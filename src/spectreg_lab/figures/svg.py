@@ -36,6 +36,8 @@ STROKES: dict[str, Any] = {"solid": "-", "dashed": (0, (5, 2)), "dotted": (0, (1
 DASH_ARRAYS = {"solid": "none", "dashed": "6 3", "dotted": "1.5 2.5"}
 MARKERS = {"circle": "o", "diamond": "D", "line": "_", "square": "s"}
 MANY = 300  # a range of this many times has ticks enough at the powers of ten
+PLACES = re.compile(r' (?:d|x|y|width|height|points|style|transform)="[^"]*"')  # attributes that hold coordinates
+LONG = re.compile(r"(\d\.\d{1,2})\d+")
 WIDTH, HEIGHT = 288, 194  # points
 LEGEND = 22  # points, a line of the legend
 
@@ -67,9 +69,9 @@ def _log_ticks(axes: Axes) -> None:
 def _draw(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
     for line in panel.lines:
         _draw_line(axes, line, colours[line.method])
-    axes.set_title(panel.title, loc="left", y=1.02)  # matplotlib takes long to find a place by itself
+    axes.set_title(panel.title, loc="left", y=1.02, parse_math=False)  # matplotlib takes long to find a place by itself
     if panel.ticks:
-        axes.set_xticks(list(panel.ticks), list(panel.ticks.values()))
+        axes.set_xticks(list(panel.ticks), list(panel.ticks.values()), parse_math=False)
         axes.set_xlim(-0.5, len(panel.ticks) - 0.5)
     axes.set(xlabel=panel.x, ylabel=panel.y)
     if panel.log:
@@ -95,7 +97,7 @@ def _element(text: str, title: str, name: str) -> str:
     body = re.sub(r'<g id="method:([^":]*):([^"]*)">', r'<g data-method="\1"><title>\2</title>', body)
     body = re.sub(r' id="(?![pm][0-9a-f]{10}|C\d)[^"]*"', "", body)  # only clips and marks are referred to
     body = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", body)
-    body = re.sub(r"(\d\.\d{1,2})\d+", r"\1", body).replace(INK, "currentColor")
+    body = PLACES.sub(lambda place: LONG.sub(r"\1", place[0]), body).replace(INK, "currentColor")
     body = re.sub(r"\s*\n\s*(?=[MLCQz\d-])", " ", body)
     head = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}" style="stroke-linejoin:round"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {head}>\n{body}</svg>\n'

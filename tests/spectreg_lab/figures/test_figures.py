@@ -248,3 +248,15 @@ def test_a_sheet_holds_every_panel_and_a_legend_of_methods_and_dashes() -> None:
     assert len(found.findall(f"{SVG}svg")) == 5
     words = [element.text for element in found.iter(f"{SVG}text")]
     assert {"decay", "large batch", *(f"panel {i}" for i in range(5))} <= set(words)
+
+
+def test_ticks_and_names_keep_their_digits_and_a_dollar_is_no_mathematics() -> None:
+    ticks = {0: "$x_{1}$ at 5$^$", 1: "0.0125"}
+    lines = [Line("spectral-0.001", "spectral-0.001", [0.0, 1.0], [0.0125, 0.0375])]
+    text = draw(Panel("g", "from $0.03 to $\\frac{", "x", "y", lines, ticks=ticks), {"spectral-0.001": "#112233"}, "p")
+    words = " ".join(e.text or "" for e in ElementTree.fromstring(text).iter() if e.tag.endswith("text"))
+    assert "from $0.03 to $\\frac{" in words
+    assert "$x_{1}$ at 5$^$ 0.0125" in words
+    assert "0.025" in words  # a tick
+    assert 'data-method="spectral-0.001"' in text
+    assert re.search(r' d="[^"]*\d\.\d{3}', text) is None
