@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from spectreg_lab.exhibits.labels import batch_size
 from spectreg_lab.statistics.frames import POINT, finished, number, select
 from spectreg_lab.statistics.paired import Unit, between
 from spectreg_lab.storage.store import RunRecord, StudyRecord
@@ -124,11 +125,17 @@ def numbers(study: StudyRecord, runs: pd.DataFrame, epochs: pd.DataFrame) -> Num
     return Numbers(
         joined,
         tuple(described["settings"]),
-        tuple(described["regimes"]),
+        tuple(sorted(described["regimes"], key=lambda regime: _mean_batch(study, regime))),
         tuple(described["methods"]),
         {name: setting.get("paper") for name, setting in described["settings"].items()},
         tuple(dict.fromkeys([int(counts.min()), int(counts.max())])) if len(counts) else (),
     )
+
+
+def _mean_batch(study: StudyRecord, regime: str) -> float:
+    """The mean batch size of a regime over settings; those without one keep the order that they have."""
+    sizes = [size for setting in study.study["settings"] if (size := batch_size(study, regime, setting))]
+    return sum(sizes) / len(sizes) if sizes else 0.0
 
 
 def _point(run: RunRecord) -> dict[str, Any]:

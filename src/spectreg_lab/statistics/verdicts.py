@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -248,8 +249,9 @@ def _rows_won(study: StudyRecord, table: pd.DataFrame, metric: str, what: str) -
 def _compared(study: StudyRecord, numbers: Numbers) -> str:
     methods, settings = len(numbers.methods), len(numbers.settings)
     regimes_named = " and ".join(labels.batch(study, regime) for regime in numbers.regimes)
-    counts = numbers.runs.groupby(["setting", "regime", "method"]).seed.nunique()
-    seeds = " to ".join(map(str, sorted({counts.min(), counts.max()}))) if len(counts) else "0"
+    cells = product(numbers.settings, numbers.regimes, numbers.methods)
+    counts = [len(numbers.of(*cell, "test_accuracy")) for cell in cells]
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
     return (
         f"{methods} methods ({', '.join(numbers.methods)}) on {settings} {'settings' if settings > 1 else 'setting'}, "
         f"{regimes_named}: {len(numbers.runs)} of {len(study.runs)} runs are finished, {seeds} seeds of each."

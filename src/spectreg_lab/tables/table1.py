@@ -34,7 +34,9 @@ def values(study: StudyRecord, epochs: pd.DataFrame, runs: pd.DataFrame) -> pd.D
 
 def best(by_method: dict[str, pd.Series], metric: str) -> set[str]:
     """The methods whose mean, as printed, is the best; a mean over some seeds only is no rival to one over all."""
-    means = {name: round(float(v.mean()), DIGITS) for name, v in by_method.items() if len(v) and v.notna().all()}
+    most = max(map(len, by_method.values()), default=0)
+    whole = {name: v for name, v in by_method.items() if most and len(v) == most and v.notna().all()}
+    means = {name: round(float(v.mean()), DIGITS) for name, v in whole.items()}
     winner = BETTER[metric](means.values(), default=math.nan)
     return {name for name, mean in means.items() if mean == winner}
 
@@ -96,10 +98,10 @@ def frame(study: StudyRecord, values: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _cell(row: dict[str, Any], numbers: pd.Series) -> Cell:
+def _cell(row: dict[str, Any], numbers: pd.Series, seeds: int) -> Cell:
     if not row["runs"]:
         return Cell("–", ["no finished run"], tone="muted")
-    small = []
+    small = [f"{row['runs']} of {seeds} seeds"] if row["runs"] < seeds else []
     if 0 < row["reached"] < row["runs"]:
         small.append(f"reached in {row['reached']} of {row['runs']} seeds")
     if row["pairs"] >= 2:
@@ -124,7 +126,10 @@ def _table(study: StudyRecord, table: pd.DataFrame, values: pd.DataFrame, metric
     for setting, regime in regimes(study):
         cells = records(select(table, metric=metric, setting=setting, regime=regime))
         runs = select(values, setting=setting, regime=regime)
-        columns_of_methods = [_cell(cell, select(runs, method=cell["method"])[metric].astype(float)) for cell in cells]
+        seeds = max(cell["runs"] for cell in cells)
+        columns_of_methods = [
+            _cell(cell, select(runs, method=cell["method"])[metric].astype(float), seeds) for cell in cells
+        ]
         rows.append([*_head(study, cells[0]), *columns_of_methods])
     columns = ["setting", *(["α"] if metric == "generalization_gap" else []), *study.study["methods"]]
     return Table(columns, rows, METRICS[metric])

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -370,3 +371,19 @@ def test_a_claim_that_points_back_is_quoted_with_the_claim_it_points_to() -> Non
         "(against vanilla)”)."
     )
     assert verdicts._standing_alone(place - 1) == verdicts.CLAIMS[place - 1].sentence
+
+
+def test_the_small_batch_is_the_smaller_one_wherever_the_study_names_it(tmp_path: Path) -> None:
+    study = store.read_study(folders.write_study(tmp_path / "s", curve=as_the_paper_says))
+    regimes = study.study["regimes"]
+    swapped = replace(study, study=study.study | {"regimes": dict(reversed(regimes.items()))})
+    first, second = ({e.name: e for e in exhibits(s)} for s in (study, swapped))
+    assert list(swapped.study["regimes"]) == ["large", "small"]
+    assert outcomes(first) == outcomes(second)
+
+
+def test_methods_without_a_finished_run_count_as_none(tmp_path: Path) -> None:
+    study = store.read_study(folders.write_study(tmp_path / "s", curve=as_the_paper_says))
+    runs = [replace(r, status="failed", error="?") if r.method == "decay" else r for r in study.runs]
+    shown = {e.name: e for e in exhibits(replace(study, runs=runs))}
+    assert "0 to 3 seeds of each" in shown["verdicts"].summary[0]

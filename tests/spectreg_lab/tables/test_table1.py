@@ -266,3 +266,17 @@ def test_the_packaged_table_is_the_papers() -> None:
     table = paper.table1()
     assert len(table) == 16
     assert row(table, model="densenet40", batch_size=64, metric="generalization_gap").decay == 0.080
+
+
+def test_a_mean_over_fewer_seeds_is_no_rival_and_says_of_how_many_it_is(tmp_path: Path) -> None:
+    accuracy = {"vanilla": 0.9, "decay": 0.8, "adversarial": 0.7, "spectral": 0.6}
+    folder = folders.write_study(tmp_path / "s", lambda regime, method, seed: [(0.99, accuracy[method])])
+    study = store.read_study(folder)
+    runs = [replace(r, status="failed", error="?") if r.method == "vanilla" and r.seed else r for r in study.runs]
+    study = replace(study, runs=runs)
+    epochs, per_run = frames.epochs(study), frames.runs(study)
+    values = table1.values(study, epochs, per_run)
+    table = table1.frame(study, values)
+    assert list(frames.select(table, metric="test_accuracy", regime="small", best=True).method) == ["decay"]
+    cell = table1.exhibit(study, table, values).tables[0].rows[0][1]
+    assert "1 of 3 seeds" in cell.small
