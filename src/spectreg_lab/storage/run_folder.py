@@ -28,6 +28,7 @@ from spectreg_lab.storage.files import write
 
 CONFIG, VERSIONS, METRICS, OUTCOME = "config.json", "versions.json", "metrics.jsonl", "outcome.json"
 MEASURES = "measures.json"
+TEMPORARY = re.compile(r"\.(checkpoint-[0-9]+\.safetensors|[a-z]+\.jsonl?)\.[0-9a-f]{12}")
 CHECKPOINT, DAMAGED = re.compile(r"checkpoint-([0-9]{1,18})\.safetensors"), ".damaged"
 
 RUN_AGAIN = "delete its folder and run again"
@@ -172,6 +173,10 @@ class RunFolder:
         named = [(CHECKPOINT.fullmatch(path.name), path) for path in self.path.glob("checkpoint-*")]
         return dict(sorted(((int(name[1]), path) for name, path in named if name), reverse=True))
 
+    def _left_over(self) -> list[Path]:
+        """Files under the temporary names of writes that were killed."""
+        return [path for path in self.path.glob(".*") if TEMPORARY.fullmatch(path.name)]
+
     def _delete(self, paths: Iterable[Path]) -> None:
         for path in paths:
             path.unlink(missing_ok=True)
@@ -186,6 +191,7 @@ class RunFolder:
             OSError: a checkpoint cannot be read now, whatever is in it; nothing is changed.
         """
         self._check_claim()
+        self._delete(self._left_over())
         for epoch, path in self._checkpoints().items():
             try:
                 checkpoint = self._read(epoch, path)

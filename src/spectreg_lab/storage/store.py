@@ -4,6 +4,8 @@ It holds ``study.json``, its runs in ``runs/`` (`spectreg_lab.storage.run_folder
 search chose its settings, that search's table in ``search.csv``. Nothing in it executes when it is read.
 """
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,18 @@ def find_run(study: Path, *names: str) -> Path:
 
 def finished_runs(folder: Path) -> list[Path]:
     """The folders of all runs in or below ``folder`` that have ended and have not failed."""
-    return [place for place in sorted(path.parent for path in folder.rglob(OUTCOME)) if not _failed(place)]
+    return [place for place in sorted(_folders_with(OUTCOME, folder)) if not _failed(place)]
+
+
+def _folders_with(name: str, folder: Path) -> Iterator[Path]:
+    """The folders in or below ``folder`` that have a file of this name, through links too."""
+    seen: set[Path] = set()  # links may go round in a circle
+    for place, folders, names in os.walk(folder, followlinks=True):
+        inside = {(Path(place) / n).resolve(): n for n in folders}
+        folders[:] = [n for real, n in inside.items() if real not in seen]
+        seen |= inside.keys()
+        if name in names:
+            yield Path(place)
 
 
 def _failed(place: Path) -> bool:
@@ -79,17 +92,28 @@ def study_name(folder: Path) -> str | None:
 
 def begin_study(folder: Path, study: dict[str, Any], points: list[dict[str, Any]], command: str) -> None:
     """Record which runs make up a study: each point has ``setting``, ``regime``, ``method``, ``seed`` and ``run``."""
+    _refuse_other_format(folder / STUDY)
     (folder / RUNS).mkdir(parents=True, exist_ok=True)
     write_json(folder / STUDY, {"format": FORMAT, "command": command, "study": study, "points": points})
+
+
+def _refuse_other_format(path: Path) -> None:
+    """Raise where there is a study of another format version: it is neither read nor written over."""
+    try:
+        written = read_json(path).get("format", FORMAT)
+    except (FileNotFoundError, RunError):
+        return
+    if written != FORMAT:
+        raise RunError(
+            f"{path} has format {written!r}; this version reads format {FORMAT}: use the spectreg version that wrote it"
+        )
 
 
 def read_study(folder: Path) -> StudyRecord:
     """Read a study folder, whatever state its runs are in; needs neither the data nor the weights."""
     if not (folder / STUDY).exists():
         raise RunError(f"{folder} is not a study folder: it has no {STUDY}; `spectreg reproduce` makes one")
-    content = read_json(folder / STUDY, remedy=REWRITTEN)
-    if content.get("format", FORMAT) != FORMAT:
-        raise RunError(f"{folder / STUDY} has format {content['format']!r}; this version reads format {FORMAT}")
+    _refuse_other_format(folder / STUDY)
     content = read_json(folder / STUDY, records.StudyFile, REWRITTEN)
     runs = [_read_run(folder / RUNS, **point) for point in content["points"]]
     return StudyRecord(folder, {**content["study"], "command": content["command"]}, runs, _table(folder / SEARCH))

@@ -27,12 +27,12 @@ def picture(overview: Overview) -> RenderableType:
         table = Table("running", "epoch", "left", "where", box=None, header_style="bold", pad_edge=False)
         for row in running[: SHOWN["running"]]:
             epoch = f"{row.progress.epoch}/{row.epochs}"
-            table.add_row(row.name, epoch, _time(overview.left_of(row)), str(row.progress.owner))
+            table.add_row(Text(row.name), epoch, _time(overview.left_of(row)), Text(str(row.progress.owner)))
         parts += [table, *_more("running", running)]
     if failed:
         table = Table("failed", "cause", box=None, header_style="bold red", pad_edge=False)
         for row in failed[: SHOWN["failed"]]:
-            table.add_row(row.name, Text(row.progress.error or "no cause recorded"))
+            table.add_row(Text(row.name), Text(row.progress.error or "no cause recorded"))
         parts += ["", table, *_more("failed", failed)]
     return Group(*parts)
 

@@ -313,3 +313,32 @@ def test_a_table_of_a_search_that_is_no_text_is_refused_by_name(tmp_path):
     (tmp_path / store.SEARCH).write_bytes(b"\xff\xfe")
     with pytest.raises(RunError, match=r"search\.csv is not text .*: `spectreg search` writes it anew"):
         store.read_study(tmp_path)
+
+
+def test_what_killed_writes_have_left_is_deleted_when_the_run_goes_on(folder):
+    advance(folder, [1])
+    left = [".checkpoint-2.safetensors.0123456789ab", ".metrics.jsonl.0123456789ab", ".outcome.json.0123456789ab"]
+    others = [".claim-1.json.0123456789ab", ".notes", "checkpoint.txt"]
+    for name in (*left, *others):
+        (folder.path / name).write_bytes(b"?")
+    assert folder.resume().epoch == 1
+    assert [name for name in (*left, *others) if (folder.path / name).exists()] == others
+
+
+def test_a_study_of_a_newer_format_is_not_written_over(tmp_path):
+    store.begin_study(tmp_path, {"name": "a"}, [], "spectreg")
+    file = tmp_path / store.STUDY
+    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
+    before = file.read_bytes()
+    with pytest.raises(RunError, match="has format 2; this version reads format 1: use the spectreg version"):
+        store.begin_study(tmp_path, {"name": "a"}, [], "spectreg")
+    assert file.read_bytes() == before
+
+
+def test_finished_runs_behind_links_are_found(tmp_path, folder):
+    folder.end("finished")
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "runs").mkdir()
+    (tmp_path / "study" / "runs" / "a").symlink_to(tmp_path / "run")
+    (tmp_path / "run" / "circle").symlink_to(tmp_path / "study")
+    assert [p.resolve() for p in store.finished_runs(tmp_path / "study")] == [(tmp_path / "run").resolve()]

@@ -182,3 +182,13 @@ def test_no_logger_is_told_nothing(tmp_path, tiny):
     with loggers((), tiny(), tmp_path) as log:
         log({"epoch": 1})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_logger_that_fails_when_it_is_closed_does_not_undo_a_finished_run(tmp_path, tiny, monkeypatch):
+    package = Package("wandb")
+    package.finish = lambda: 1 / 0
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    folder = tmp_path / "study" / "runs" / "run"
+    outcome = carry_out(Job(tiny(), folder, log=("wandb",)))
+    assert (outcome.status, outcome.error) == ("unwritable", "--log wandb: ZeroDivisionError: division by zero")
+    assert RunFolder(folder).outcome()["status"] == "finished"

@@ -146,3 +146,13 @@ def test_a_study_without_a_search_table_is_not_searched(tmp_path):
     (tmp_path / "small.toml").write_text(STUDY)
     with pytest.raises(StudyError, match=r"'small' has no \[search\] table.*`spectreg reproduce`"):
         check(read_study(tmp_path / "small.toml"))
+
+
+def test_names_that_look_like_numbers_or_like_nothing_are_names(tmp_path):
+    table = pd.DataFrame({"setting": ["1", "None"], "regime": ["10", "NA"], "method": ["None", "decay"],
+                          "learning_rate": [0.1, 0.1], "strength": [0.0, 0.1], "n": [1, 1], "training": [1.0, 1.0],
+                          "validation": [0.5, 0.5], "chosen": [True, False]})  # fmt: skip
+    keep(table, tmp_path)
+    again = gather([tmp_path / store.SEARCH])
+    assert again[["setting", "regime", "method"]].to_dict() == table[["setting", "regime", "method"]].to_dict()
+    assert again.learning_rate.tolist() == [0.1, 0.1]
