@@ -18,13 +18,22 @@ class Source(StrEnum):
     PAPER = "paper"
 
 
+def folder(text: str) -> Path:
+    """A folder that is named: an empty name, such as that of a variable that is not set, would be the current one."""
+    if not str(text).strip():
+        raise CommandError("the folder is '', which would be the current one: is a variable not set?")
+    return Path(text)
+
+
 Against = Annotated[Source | None, typer.Option(help="set its numbers beside ours where the setting is the same")]
 
 
 def report(
     study: Annotated[Path, typer.Argument(help="study folder, finished or not, or a file that export wrote")],
     against: Against = None,
-    out: Annotated[Path | None, typer.Option(help="folder of the page [default: report/ beside the runs]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=folder, help="folder of the page [default: report/ beside the runs]")
+    ] = None,
 ) -> None:
     """Write the report of a study anew, from what is stored there alone."""
     write_report(study, against, out)

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectreg_lab.cli.errors import CommandError
-from spectreg_lab.cli.stored import Against, console, write_report
+from spectreg_lab.cli.stored import Against, console, folder, write_report
 
 if TYPE_CHECKING:
     from spectreg_lab.settings.studies import Selection
     from spectreg_lab.studies.means import Means
 
 DEFAULT = Path("studies/digits.toml")
-Out = Annotated[Path | None, typer.Option(help="study folder [default: runs/NAME]")]
+Out = Annotated[Path | None, typer.Option(parser=folder, help="study folder [default: runs/NAME]")]
 Processes = Annotated[int | None, typer.Option(min=1, help="runs at a time [default: one a core]")]
 Threads = Annotated[int | None, typer.Option(min=1, help="threads a run [default: 1]")]
 EngineOption = Annotated[str, typer.Option(metavar="local|ray", help="processes of this machine, or a Ray cluster")]
@@ -140,7 +140,7 @@ def search(
         per_gpu=per_gpu,
         cpus_per_run=cpus_per_run,
     )
-    folder, failed, _ = _execute(study, out, means)
+    folder, failed, _ = _execute(study, out, means, searches=True)
 
     choice = choose(folder)
     typer.echo(f"learning rates\n{choice.rates.to_string(index=False)}\n")
@@ -165,6 +165,7 @@ def _execute(
     only: "Selection | None" = None,
     precision: str | None = None,
     compiled: bool = False,
+    searches: bool = False,
 ) -> tuple[Path, list[str], bool]:
     """Carry a study out; returns its folder, the runs that failed, and whether this process is the one that speaks."""
     from spectreg_lab.settings.studies import Selection, naming, read_study
@@ -175,6 +176,10 @@ def _execute(
     from spectreg_lab.training.devices import first_decides, several_devices
 
     content = read_study(study, precision, compiled)
+    if content.search is not None and not searches:
+        raise CommandError(
+            f"the study {content.name!r} has a [search] table: carry it out with `spectreg search {study}`"
+        )
     folder = out or Path("runs") / content.name
     searched = gather([study.parent / table for table in content.searched])
     local, machines = means.shape()

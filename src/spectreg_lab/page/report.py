@@ -41,6 +41,11 @@ def write(source: Path, against_paper: bool = False, out: Path | None = None) ->
     study = archive.read(source)
     if fault := records.fault(records.WholeStudy, study.study):
         raise RunError(f"the record of the study in {source} {fault}: {store.REWRITTEN}")
+    if study.study.get("search"):
+        raise RunError(
+            f"{source} holds a search, whose runs have many learning rates and strengths: what it chose is in "
+            f"{store.SEARCH} of its folder, and in the report of a study that names that as searched"
+        )
     if against_paper:
         study = paper.beside(study)
     shown = exhibits(study)

@@ -245,6 +245,7 @@ class Config(Setting):
     def names(self) -> tuple[str, ...]:
         """``name``, and the one that the run had before there were the settings of `JOINED`."""
         data = self.data.name.rstrip("/").rsplit("/", 1)[-1]
+        data = "".join(c if c.isprintable() and c != "\\" else "_" for c in data)
         stem = f"{self.model.name}-{data}-{self.method.name}-b{self.batch_size}-s{self.seed}"
         now = self.model_dump(mode="json")
         before = now | {"data": {k: v for k, v in now["data"].items() if k not in JOINED or v is not None}}

@@ -339,7 +339,7 @@ def _toml(path: Path) -> dict[str, Any]:
             raise StudyError(f"study file {path} does not exist: {hint}")
         if not path.is_file() or path.stat().st_size > LARGEST:
             raise StudyError(f"study file {path} is no file of at most {LARGEST} bytes")
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8-sig"))
     except RecursionError:
         raise StudyError(f"study file {path} cannot be read: it is nested too deeply") from None
     except (OSError, ValueError) as error:  # of TOML, of UTF-8, and of integers with thousands of digits
