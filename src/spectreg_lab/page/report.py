@@ -41,6 +41,10 @@ def write(source: Path, against_paper: bool = False, out: Path | None = None) ->
     study = archive.read(source)
     if fault := records.fault(records.WholeStudy, study.study):
         raise RunError(f"the record of the study in {source} {fault}: {store.REWRITTEN}")
+    for run in study.runs:
+        for kind, name in (("setting", run.setting), ("regime", run.regime), ("method", run.method)):
+            if name not in study.study[f"{kind}s"]:
+                raise RunError(f"{source} has a run of the {kind} {name!r}, which its study has not: {store.REWRITTEN}")
     if study.study.get("search"):
         raise RunError(
             f"{source} holds a search, whose runs have many learning rates and strengths: what it chose is in "

@@ -187,3 +187,13 @@ def test_a_record_of_a_study_that_was_tampered_with_is_refused_by_name(
     (folder / store.STUDY).write_text(json.dumps(content))
     with pytest.raises(errors.RunError, match=r"(study\.json|record of the study in .*) has a wrong "):
         report.write(folder)
+
+
+@pytest.mark.parametrize("kind", ["setting", "regime", "method"])
+def test_a_run_that_is_not_of_the_study_is_named(tmp_path: Path, kind: str) -> None:
+    folder = folders.write_study(tmp_path / "s")
+    content = json.loads((folder / store.STUDY).read_text())
+    content["points"][0][kind] = "tiny"
+    (folder / store.STUDY).write_text(json.dumps(content))
+    with pytest.raises(errors.RunError, match=rf"has a run of the {kind} 'tiny', which its study has not"):
+        report.write(folder)

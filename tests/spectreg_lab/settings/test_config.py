@@ -1,10 +1,11 @@
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from spectreg_lab.settings.config import NIN, VGG, Config, Data, DenseNet, Spectral, Vanilla
 from spectreg_lab.storage import archive
+from spectreg_lab.storage.records import RunName
 
 RESULTS = Path(__file__).parents[3] / "results"
 
@@ -84,3 +85,10 @@ def test_the_name_says_nothing_of_the_folder_that_holds_the_data():
         model=VGG(), method=Vanilla(), data=Data(name="/a/secret/cifar10/"), batch_size=1, learning_rate=1, epochs=1
     )
     assert config.name.startswith("vgg-cifar10-vanilla-b1-s0-")
+
+
+@pytest.mark.parametrize("folder", ["a\\b", "a\u00a0b"])
+def test_a_run_has_the_name_of_a_folder_whatever_the_data_are_called(folder):
+    name = Config.model_validate(BASE | {"data": {"name": f"/photos/{folder}"}}).name
+    assert name.startswith("vgg-a_b-vanilla-b64-s0-")
+    TypeAdapter(RunName).validate_python(name)
