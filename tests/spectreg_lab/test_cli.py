@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
 
 import forked
 import pytest
@@ -13,7 +12,6 @@ from small_study import STUDY
 
 from spectreg_lab.cli.app import main
 
-ROOT = Path(__file__).parents[2]
 # A shell starts what runs in its background with SIGINT ignored: here it is as in a terminal.
 MAIN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
 MAIN += "import sys; sys.argv[0] = 'spectreg'; from spectreg_lab.cli import main; main()"
@@ -86,7 +84,6 @@ def test_the_help_of_a_command_has_an_example(command):
         (("report", ".", "--out", ""), "the folder is '', which would be the current one"),
         (("reproduce", "digits", "--out", " "), "the folder is '', which would be the current one"),
         (("reproduce", "digits-search"), "has a [search] table: carry it out with `spectreg search"),
-        (("report", str(ROOT / "results/cpu-search/search.jsonl.gz")), "holds a search, whose runs have many"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",
 )

@@ -197,3 +197,13 @@ def test_a_run_that_is_not_of_the_study_is_named(tmp_path: Path, kind: str) -> N
     (folder / store.STUDY).write_text(json.dumps(content))
     with pytest.raises(errors.RunError, match=rf"has a run of the {kind} 'tiny', which its study has not"):
         report.write(folder)
+
+
+def test_a_search_has_no_page_and_its_table_is_named(tmp_path: Path) -> None:
+    folder = folders.write_study(tmp_path / "s")
+    content = json.loads((folder / store.STUDY).read_text())
+    content["study"]["search"] = {"learning_rate": {"small": [0.1], "large": [0.1, 0.2]}}
+    (folder / store.STUDY).write_text(json.dumps(content))
+    with pytest.raises(errors.RunError, match=r"holds a search, .* what it chose is in search\.csv"):
+        report.write(folder)
+    assert not (folder / store.REPORT).exists()
