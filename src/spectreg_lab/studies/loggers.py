@@ -47,7 +47,7 @@ def loggers(names: Collection[str], config: Config, folder: Path) -> Iterator[Lo
         for name in names:
             with _named(name):
                 log, close = LOGGERS[name](name, config, folder)
-            closing.callback(_close, name, close)
+            closing.callback(_named(name)(close))
             logs.append((name, log))
 
         def tell(metrics: dict[str, Any]) -> None:
@@ -56,11 +56,6 @@ def loggers(names: Collection[str], config: Config, folder: Path) -> Iterator[Lo
                     log(metrics)
 
         yield tell
-
-
-def _close(name: str, close: Callable[[], object]) -> None:
-    with _named(name):
-        close()
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def read(source: Path | StringIO, path: Path) -> pd.DataFrame:
         StudyError: ``source`` is no such table.
     """
     try:
-        table = pd.read_csv(source, dtype=dict.fromkeys(("setting", "regime", "method"), str), keep_default_na=False)
+        table = pd.read_csv(source, dtype=dict.fromkeys((*CELL, "method"), str), keep_default_na=False)
         if missing := sorted({*KEYS, *NUMBERS, "chosen"} - set(table)):
             raise ValueError(f"it has no column {', '.join(missing)}")
         for name in NUMBERS:
