@@ -24,7 +24,7 @@ from spectreg_lab.data.sources import decode, locate
 from spectreg_lab.settings.config import Data
 from spectreg_lab.storage.files import write
 
-DECODED = "gcn2"  # changes with what is made of a file's content
+DECODED = "gcn3"  # changes with what is made of a file's content
 FLOOR = 1e-6  # under the standard deviation: an image of one colour becomes zero, not infinite
 
 

@@ -22,6 +22,10 @@ def integers(column: Any, where: str) -> np.ndarray:
         labels = np.empty((0, 0))
     if labels.ndim != 1:
         raise DataError(f"{where}: a label is a list, of zeros and ones perhaps: give the class as a number or a name")
+    if missing := [i for i, label in enumerate(column) if label is None]:
+        raise DataError(
+            f"{where}: image {missing[0]} has no label, {len(missing)} of {len(column)} in all: leave those out"
+        )
     if labels.dtype.kind not in "iubU":
         raise DataError(f"{where}: labels must be integers or names, got {labels.dtype}")
     return labels.astype(np.int64) if labels.dtype.kind in "ub" else labels

@@ -94,6 +94,7 @@ def _digits_file() -> np.ndarray:
 
 def _from_datasets(source: str, files: list[Path], progress: Callable[[str], None]) -> tuple[Decoded, int]:
     import datasets
+    from pyarrow import parquet
 
     datasets.disable_progress_bars()
     kind, _, place = source.partition(":")
@@ -102,9 +103,9 @@ def _from_datasets(source: str, files: list[Path], progress: Callable[[str], Non
             dataset = datasets.load_dataset(place)
         elif kind == "parquet":
             _check_class_names(source, files)
-            dataset = datasets.load_dataset(
-                "parquet", data_files=_by_split(Path(place), files, "train*.parquet and test*.parquet")
-            )
+            filled = [path for path in files if parquet.read_metadata(path).num_rows]  # of none it makes an error
+            by_split = _by_split(Path(place), filled, "train*.parquet and test*.parquet")
+            dataset = datasets.load_dataset("parquet", data_files=by_split)
         else:
             dataset = datasets.load_dataset("imagefolder", **_image_folder(Path(place), files))
     except DataError:
@@ -184,18 +185,20 @@ def _name(split: Any, column: str, i: int) -> str:
 
     if not isinstance(split.features[column], datasets.Image):
         return f"image {i}"
-    path = split.cast_column(column, datasets.Image(decode=False))[i][column]["path"]
-    return f"image {i} ({path})" if path else f"image {i}"
+    picture = split.cast_column(column, datasets.Image(decode=False))[i][column]
+    return f"image {i} ({picture['path']})" if picture and picture["path"] else f"image {i}"
 
 
 def _opened(picture: Any) -> Any:
     """A picture, which parquet files of other tools than ``datasets`` hold as its file's bytes."""
+    if picture is None:
+        raise ValueError("there is no image")
     content = picture.get("bytes") if isinstance(picture, dict) else picture
     if not isinstance(content, bytes):
         return picture
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    return Image.open(BytesIO(content))
+    return ImageOps.exif_transpose(Image.open(BytesIO(content)))
 
 
 def _image_folder(folder: Path, files: list[Path]) -> dict[str, Any]:

@@ -97,6 +97,14 @@ def begin_study(folder: Path, study: dict[str, Any], points: list[dict[str, Any]
     write_json(folder / STUDY, {"format": FORMAT, "command": command, "study": study, "points": points})
 
 
+def check_is_study(folder: Path) -> None:
+    """Raise unless there is a study in ``folder``."""
+    if not folder.exists():
+        raise RunError(f"{folder}: there is no such file or folder")
+    if not (folder / STUDY).exists():
+        raise RunError(f"{folder} is not a study folder: it has no {STUDY}; `spectreg reproduce` makes one")
+
+
 def _refuse_other_format(path: Path) -> None:
     """Raise where there is a study of another format version: it is neither read nor written over."""
     try:
@@ -111,8 +119,7 @@ def _refuse_other_format(path: Path) -> None:
 
 def read_study(folder: Path) -> StudyRecord:
     """Read a study folder, whatever state its runs are in; needs neither the data nor the weights."""
-    if not (folder / STUDY).exists():
-        raise RunError(f"{folder} is not a study folder: it has no {STUDY}; `spectreg reproduce` makes one")
+    check_is_study(folder)
     _refuse_other_format(folder / STUDY)
     content = read_json(folder / STUDY, records.StudyFile, REWRITTEN)
     runs = [_read_run(folder / RUNS, **point) for point in content["points"]]

@@ -9,11 +9,10 @@ from statistics import median
 from typing import Any
 
 from spectreg_lab.storage.claims import Watch
-from spectreg_lab.storage.errors import RunError
 from spectreg_lab.storage.progress import Progress, progress
 from spectreg_lab.storage.records import StudyFile
 from spectreg_lab.storage.run_folder import read_json
-from spectreg_lab.storage.store import REWRITTEN, RUNS, STUDY
+from spectreg_lab.storage.store import REWRITTEN, RUNS, STUDY, check_is_study
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,7 @@ class Overview:
     """A study folder, read again and again: runs that are finished are read once."""
 
     def __init__(self, folder: Path, only: Collection[str] | None = None) -> None:
-        if not (folder / STUDY).exists():
-            raise RunError(f"{folder} is not a study folder: it has no {STUDY}; `spectreg reproduce` makes one")
+        check_is_study(folder)
         self.folder, self._watch = folder, Watch()
         record = read_json(folder / STUDY, StudyFile, REWRITTEN)
         self.name = str(record["study"]["name"])

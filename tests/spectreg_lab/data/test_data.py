@@ -211,13 +211,14 @@ def test_labels_that_are_not_counted_from_zero_are_classes_in_their_order_and_th
     [
         ([[0, 1], [1, 0]] * 3, None, "a label is a list, of zeros and ones perhaps"),
         ([0.5, 1.0] * 3, None, "labels must be integers or names, got float"),
-        ([None, 1] * 3, None, "labels must be integers or names"),
+        ([None, 1] * 3, None, "image 0 has no label, 3 of 6 in all"),
+        ([0, 1] * 3, [0, 1, None], "test, column 'label': image 2 has no label, 1 of 3 in all"),
         ([0, 1] * 3, [0, 7] * 3, "the test images have labels that no training image has: 7"),
     ],
 )
 def test_labels_that_name_no_class_are_refused(tmp_path, pictures, labels, test, message):
     write_parquet(tmp_path, pictures, labels, "train")
-    write_parquet(tmp_path, pictures, test or labels, "test")
+    write_parquet(tmp_path, pictures[: len(test or labels)], test or labels, "test")
     with pytest.raises(DataError, match=message):
         load(Data(name=str(tmp_path)))
 
@@ -271,6 +272,52 @@ def test_data_that_cannot_be_had_are_refused_with_what_would_do(setting, message
 def test_a_hub_name_that_cannot_be_reached_is_one_line_that_names_it():
     with pytest.raises(DataError, match=r"hub:uoft-cs/cifar10 cannot be read: \w+: .+"):
         load(Data(name="cifar10"))
+
+
+def test_a_photograph_held_as_bytes_is_turned_as_its_camera_says(tmp_path):
+    import io
+
+    import pyarrow
+    import pyarrow.parquet
+
+    values = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 3  # upside down
+    content = []
+    for picture in values:
+        Image.fromarray(picture).save(file := io.BytesIO(), "PNG", exif=turned)
+        content.append(file.getvalue())
+    for split in ("train", "test"):
+        table = pyarrow.table({"image": content, "label": [0, 1] * 3})
+        (tmp_path / "turned").mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(table, tmp_path / "turned" / f"{split}.parquet")
+        write_parquet(tmp_path / "upright", values[:, ::-1, ::-1], [0, 1] * 3, split)
+    found, expected = (load(Data(name=str(path))) for path in (tmp_path / "turned", tmp_path / "upright"))
+    assert torch.equal(found.train.images, expected.train.images)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_file_without_rows_holds_no_images(tmp_path, pictures, split):
+    for each in ("train", "test"):
+        write_parquet(tmp_path, pictures, [0, 1] * 3, each)
+    import pyarrow.parquet
+
+    path = tmp_path / f"{split}.parquet"
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(path).slice(0, 0), path)
+    with pytest.raises(DataError, match=f"has no {'training' if split == 'train' else 'test'} images"):
+        load(Data(name=str(tmp_path)))
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_label_without_an_image_is_named(tmp_path, pictures, missing):
+    import datasets
+
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    rows = {"img": [None if i == missing else Image.fromarray(p) for i, p in enumerate(pictures)], "label": [0, 1] * 3}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    write_parquet(tmp_path, pictures, [0, 1] * 3, "test")
+    with pytest.raises(DataError, match=f"image {missing} cannot be decoded: there is no image"):
+        load(Data(name=str(tmp_path)))
 
 
 def test_pictures_of_differing_sizes_are_refused_with_the_first_that_differs(tmp_path, pictures):

@@ -101,3 +101,9 @@ def test_unpacking_never_touches_a_folder_that_has_something_in_it(tmp_path: Pat
 def test_a_device_that_never_ends_is_no_study():
     with pytest.raises(RunError, match="/dev/zero is not a study folder"):
         archive.read(Path("/dev/zero"))
+
+
+def test_a_file_that_is_not_there_is_told_as_such(tmp_path):
+    for use in (archive.read, lambda path: archive.unpack(path, tmp_path / "new")):
+        with pytest.raises(RunError, match=r"gone\.gz: there is no such file or folder"):
+            use(tmp_path / "gone.gz")
