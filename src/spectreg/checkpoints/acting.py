@@ -1,6 +1,8 @@
 """The weights of a checkpoint or state dict as they act, and why other tensors are left out."""
 
+import math
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from spectreg.checkpoints.adapters import (
     name_in,
     other_kind,
     product,
+    refuse_moved_base,
 )
 from spectreg.checkpoints.quantized import (
     PACKED,
@@ -95,8 +98,51 @@ class Acting:
         elif self.base is None:
             return change
         else:
+            refuse_moved_base(self.config or {})
             weight = weight_in(self.base, name_in(self.base, adapter.layer))
-        return merged(weight, change, turned=bool(self.config and self.config.get("fan_in_fan_out")))
+        return merged(weight, change, self._is_turned(adapter, change))
+
+    def _is_turned(self, adapter: Adapter, change: Tensor) -> bool:
+        """Whether the weight is stored as inputs × outputs: its shape says so, and of a square one the configuration.
+
+        That has one ``fan_in_fan_out`` for all layers, whatever each of them is.
+        """
+        if self.config is None or adapter.kind == "lora_embedding_A":
+            return False
+        if change.shape[0] != change.shape[1]:
+            return self._stored_shape(adapter) == change.shape[::-1]
+        if self._misled_by:
+            raise NotReadableError(
+                "square, and whether it is stored as inputs × outputs is not known: fan_in_fan_out of "
+                f"adapter_config.json, one for all layers, is not that of {self._misled_by!r}; merge it and save that"
+            )
+        return self._turns
+
+    @property
+    def _turns(self) -> bool:
+        return bool(self.config and self.config.get("fan_in_fan_out"))
+
+    @cached_property
+    def _misled_by(self) -> str | None:
+        """A layer that is stored the other way than the configuration says."""
+        for adapter in filter(None, map(adapter_of, self.tensors)):
+            if adapter.second in self.tensors and adapter.kind != "lora_embedding_A":
+                change = len(self.tensors[adapter.second]), self.tensors[adapter.first][0].numel()
+                said = change[::-1] if self._turns else change
+                if change[0] != change[1] and self._stored_shape(adapter) == said[::-1]:
+                    return adapter.layer
+        return None
+
+    def _stored_shape(self, adapter: Adapter) -> tuple[int, ...] | None:
+        """Rows and columns of the weight that is adapted, as it is stored."""
+        try:
+            if adapter.own_base in self.tensors:
+                shape = self.tensors[adapter.own_base].shape
+            else:
+                shape = (self.base or {})[name_in(self.base or {}, adapter.layer)].shape
+        except NotReadableError:
+            return None
+        return shape[0], math.prod(shape[1:])
 
 
 def weight_in(tensors: Mapping[str, Tensor], name: str) -> Tensor:

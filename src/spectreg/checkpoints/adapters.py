@@ -19,9 +19,15 @@ FACTORS = (
 )
 OTHER_KINDS = {
     r"lora_magnitude_vector|dora_scale": "DoRA", r"lora_mid": "LoCon with a Tucker decomposition",
-    r"lora_E|ranknum": "AdaLoRA", r"hada_(w[12](_[ab])?|t[12])": "LoHa", r"lokr_(w[12](_[ab])?|t2)": "LoKr",
+    r"lora_E|ranknum": "AdaLoRA", r"lora_diag": "KaSA", r"gaussian_var_prior": "MonteCLoRA",
+    r"hada_(w[12](_[ab])?|t[12])": "LoHa", r"lokr_(w[12](_[ab])?|t2)": "LoKr",
     r"oft_([rRL]|blocks|diag)": "OFT", r"boft_[RS]": "BOFT", r"vera_(A|B|lambda_[bd])": "VeRA",
 }  # fmt: skip
+OTHER_SETTINGS = {
+    "use_dora": "DoRA", "kasa_config": "KaSA", "use_bdlora": "BD-LoRA", "monteclora_config": "MonteCLoRA",
+    "use_qalora": "QA-LoRA", "arrow_config": "Arrow",
+}  # fmt: skip
+MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # beginnings of init_lora_weights
 OF_PEFT = ("lora_A", "lora_embedding_A")
 PREFIX = "base_model.model."
 
@@ -90,9 +96,7 @@ def product(adapter: Adapter, tensors: Mapping[str, Tensor], config: Mapping[str
         raise NotReadableError(f"the factor {adapter.second!r} is missing")
     beside = (n.removeprefix(f"{adapter.stem}.") for n in tensors if n.startswith(f"{adapter.stem}."))
     kinds = (other_kind(n.partition(".")[0]) for n in beside)
-    configured = "DoRA" if (config or {}).get("use_dora") else str((config or {}).get("peft_type") or "LORA")
-    kind = next(filter(None, kinds), None if configured.upper() == "LORA" else configured)
-    if kind is not None:
+    if kind := next(filter(None, kinds), None) or configured_kind(adapter.layer, config or {}):
         raise NotReadableError(f"{kind}, which is more than the product of two factors: merge it and save that")
     A, B = (tensors[name].double() for name in (adapter.first, adapter.second))
     if adapter.kind == "lora_embedding_A":
@@ -100,6 +104,32 @@ def product(adapter: Adapter, tensors: Mapping[str, Tensor], config: Mapping[str
     if B.shape[1] != len(A) or math.prod(B.shape[2:]) != 1:
         raise NotReadableError(f"factors of shapes {tuple(A.shape)} and {tuple(B.shape)} make no product")
     return scale(adapter, len(A), tensors, config) * (B.flatten(1) @ A.flatten(1))
+
+
+def configured_kind(layer: str, config: Mapping[str, Any]) -> str | None:
+    """The kind of adapter that ``adapter_config.json`` makes of a layer, other than a low-rank one.
+
+    >>> configured_kind("fc", {"peft_type": "LORA", "use_dora": True})
+    'DoRA'
+    """
+    kind = str(config.get("peft_type") or "LORA")
+    if kind.upper() != "LORA":
+        return kind
+    targets = config.get("target_parameters") or ()
+    for module in (str(target).rpartition(".")[0] for target in targets):
+        if f".{layer.removesuffix('.base_layer')}".endswith(f".{module}"):
+            return "LoRA of parameters, a matrix for each expert"
+    return next((name for setting, name in OTHER_SETTINGS.items() if config.get(setting)), None)
+
+
+def refuse_moved_base(config: Mapping[str, Any]) -> None:
+    """Raise where the adapter was begun from the weight itself, of which what it began with is then taken off."""
+    begun = str(config.get("init_lora_weights")).lower()
+    if begun.startswith(MOVE_THE_BASE):
+        raise NotReadableError(
+            f"init_lora_weights is {begun!r}, which takes what the adapter begins with off the weight in the base: "
+            "merge it and save that, or leave base out to measure the product of its factors"
+        )
 
 
 def scale(adapter: Adapter, rank: int, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> float:

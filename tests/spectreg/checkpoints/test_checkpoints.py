@@ -343,3 +343,74 @@ def test_an_adapter_whose_configuration_names_another_kind_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(configuration))
     with pytest.raises(ValueError, match="RANDLORA"):
         singular_values(tmp_path / "adapter_model.safetensors")
+
+
+def _adapted_by_peft(model, folder, **settings):
+    """The file of an adapter with generic factors, and the model with it as peft loads it."""
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=6, **settings))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.add_(0.3 * randn(*parameter.shape))
+    adapted.save_pretrained(folder)
+    return folder / "adapter_model.safetensors"
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(randn(4, 6, 8))
+
+    def forward(self, x):
+        return torch.einsum("eoi,bi->bo", self.up, x)
+
+
+@pytest.mark.parametrize("kind", ["KaSA", "BD-LoRA", "a matrix for each expert"])
+def test_variants_that_only_the_configuration_tells_are_refused_by_name(kind, tmp_path):
+    peft = pytest.importorskip("peft")
+    lora = pytest.importorskip("peft.tuners.lora.config")
+    settings = {"a matrix for each expert": {"target_modules": [], "target_parameters": ["experts.up"]}}
+    if hasattr(lora, "KasaConfig"):
+        settings["KaSA"] = {"target_modules": ["fc"], "kasa_config": lora.KasaConfig()}
+    if hasattr(lora, "BdLoraConfig"):
+        blocks = lora.BdLoraConfig(target_modules_bd_a=["fc"], nblocks=2)
+        settings["BD-LoRA"] = {"target_modules": ["fc"], "use_bdlora": blocks}
+    if kind not in settings:
+        pytest.skip(f"peft {peft.__version__} has no {kind}")
+    model = nn.ModuleDict({"fc": nn.Linear(8, 8, bias=False), "experts": Experts()})
+    with pytest.raises(ValueError, match=kind):
+        singular_values(_adapted_by_peft(model, tmp_path, **settings[kind]))
+
+
+def test_an_adapter_that_began_as_part_of_the_weight_is_measured_alone_and_not_added_to_it(tmp_path):
+    model = nn.ModuleDict({"fc": nn.Linear(8, 8, bias=False)})
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    file = _adapted_by_peft(model, tmp_path, target_modules=["fc"], init_lora_weights="pissa")
+    assert list(singular_values(file)) == ["fc.lora"]
+    with pytest.raises(ValueError, match="init_lora_weights is 'pissa'"):
+        singular_values(file, base=base)
+
+
+@pytest.mark.parametrize("targets", [["wide", "square", "head"], ["wide", "square", "table"]], ids=" ".join)
+def test_whether_a_weight_is_stored_turned_is_told_by_its_shape_and_not_by_one_setting_for_all(targets, tmp_path):
+    peft = pytest.importorskip("peft")
+    Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {"wide": Conv1D(9, 6), "square": Conv1D(6, 6), "head": nn.Linear(6, 5), "table": nn.Embedding(6, 6)}
+    )
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    config = peft.LoraConfig(
+        r=2, lora_alpha=6, target_modules=targets, init_lora_weights=False, fan_in_fan_out="head" not in targets
+    )
+    adapted = peft.get_peft_model(model, config)
+    adapted.save_pretrained(tmp_path)
+    true, skipped = adapted.merge_and_unload().state_dict(), {}
+    spectra = each_spectrum(tmp_path / "adapter_model.safetensors", base=base, skipped=skipped)
+    found = {spectrum.name: spectrum for spectrum in spectra}
+    for target in targets:
+        if target == "square" and "head" in targets:  # nothing in the file tells
+            assert f"{target}.weight" not in found
+            assert any("fan_in_fan_out" in why for why in skipped.values())
+        else:
+            assert found[f"{target}.weight"].sigma == pytest.approx(sigma(true[f"{target}.weight"]), rel=1e-5)
