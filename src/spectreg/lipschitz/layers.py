@@ -193,13 +193,16 @@ def interpolation(
     scales = None if scale_factor is None else per_dimension(scale_factor, call.output.shape[2:])
 
     def along(i: int, eye: Tensor) -> Tensor:
-        """The resizing of dimension i alone; the others have one point."""
+        """The resizing of dimension i alone; the others have equal points, one or two as antialias tells these apart."""
+        others = [min(2, n) for n in call.output.shape[2:]]
         x = eye.view(len(eye), 1, *[len(eye) if j == i else 1 for j in range(d)])
-        sides = [call.output.shape[2 + i] if j == i else 1 for j in range(d)]
+        x = x.expand(-1, -1, *[len(eye) if j == i else others[j] for j in range(d)])
+        sides = [call.output.shape[2 + i] if j == i else others[j] for j in range(d)]
         factors = None if scales is None else [scales[i] if j == i else 1.0 for j in range(d)]
-        return F.interpolate(
+        resized = F.interpolate(
             x, None if factors else sides, factors, mode, align_corners, recompute_scale_factor, antialias
-        ).flatten(2)
+        )
+        return resized.movedim(2 + i, 2).flatten(3)[..., 0]
 
     return separable(input, d, along)
 

@@ -543,3 +543,19 @@ def test_the_channels_of_a_convolution_without_a_batch_are_not_those_of_the_norm
     model = Unbatched().double().eval()
     truth = torch.linalg.matrix_norm(dense(model, (1, 4)), 2).item()
     assert lipschitz_bound(model, (1, 4)).value >= truth * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_the_bound_of_a_resizing_is_its_norm_also_from_and_to_a_single_row_or_column(mode, antialias, align_corners):
+    for size in ((8, 5), (7, 1), (1, 6), (3, 12)):
+        for target in ((4, 3), (11, 1), (1, 9), (5, 5)):
+            model = Apply(
+                lambda x, target=target: F.interpolate(
+                    x, target, mode=mode, align_corners=align_corners, antialias=antialias
+                )
+            )
+            eye = torch.eye(math.prod(size), dtype=torch.float64).view(-1, 1, *size)
+            true = torch.linalg.matrix_norm(model(eye).flatten(1), 2).item()
+            assert lipschitz_bound(model, (1, *size)).value == pytest.approx(true, rel=1e-6)
