@@ -1,6 +1,6 @@
 """Weights whose spectral norm is held at or below a cap after each step of the optimizer, by scaling or clipping."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
 from math import isfinite
 from typing import Any, Literal
 
@@ -20,10 +20,11 @@ from spectreg.power_iteration.refusals import (
     place_in_memory,
     refuse_computed,
     refuse_gathered,
+    refuse_strangers,
 )
 from spectreg.power_iteration.scaling import Rests, refuse_unscalable, scale_
 from spectreg.power_iteration.state import Group, State
-from spectreg.power_iteration.step import Vectors
+from spectreg.power_iteration.step import Vectors, full_precision
 from spectreg.products.named import weights_of
 from spectreg.weights.kinds import InputSize
 from spectreg.weights.patterns import Patterns
@@ -127,7 +128,7 @@ class SpectralNormCap(Following):
             ValueError: A weight is under a parametrization, or in half precision.
             RuntimeError: A sharded weight is gathered.
         """
-        self._apply(None)
+        self._apply()
 
     def attach(self, *optimizers: Any) -> "SpectralNormCap":
         """Act after every ``optimizer.step()``, whoever calls it, until ``detach``; of wrappers on the one inside.
@@ -149,12 +150,14 @@ class SpectralNormCap(Following):
         )
 
     @torch.no_grad()
-    def _apply(self, optimizer: int | None) -> None:
+    def _apply(self, optimizer: int | None = None, held: Container[int] | None = None) -> None:
         refuse_computed(self.weights)
         groups = self._state.trained(optimizer)
         refuse_gathered(self._state.gathered)
         _refuse_half(self.weights)
         for group, weights in groups:
+            if held is not None:
+                refuse_strangers(group.members, weights, held)
             for w, W in zip(group.members, weights, strict=True):
                 refuse_uncut(w, W) if self.by == "clip" else refuse_unscalable(w, W, self.retract)
             near = self._near(group, weights)
@@ -185,7 +188,8 @@ class SpectralNormCap(Following):
         return [i for i in everyone if i not in far]
 
     def _clip(self, vectors: Vectors, members: list[Weight], weights: list[Value]) -> None:
-        clip_(vectors, weights, [self.caps[w.name] for w in members])
+        with full_precision(vectors.U):
+            clip_(vectors, weights, [self.caps[w.name] for w in members])
 
     def _scale(self, vectors: Vectors, members: list[Weight], weights: list[Value]) -> None:
         vectors.look_elsewhere(ELSEWHERE)

@@ -13,7 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from spectreg.maps.factors import tensors_of
 from spectreg.weights.selection import Weight
 
-BeforeStep = Callable[[int, Mapping[int, Any], Tensor | float, Tensor | float], None]
+BeforeStep = Callable[[int, Mapping[int, Any], Tensor | float, Tensor | float, Any], Any]
 
 
 class Attachment:
@@ -87,7 +87,8 @@ def before_steps(
 
     Args:
         act: Called with the number of the optimizer, the learning rate of each of its parameters by id, the factor by
-            which its gradients are scaled, and 0 where the step is to be skipped.
+            which its gradients are scaled, 0 where the step is to be skipped, and what it returned if the loss was
+            evaluated before within this step, else None.
         decoupled: Whether the weights are moved; with their learning rates if True.
     """
     return Attachment(
@@ -99,8 +100,10 @@ def before_steps(
     )
 
 
-def after_steps(optimizers: Sequence[Any], weights: Sequence[Weight], act: Callable[[int], None]) -> Attachment:
-    """Act after each step, with the number of the optimizer."""
+def after_steps(
+    optimizers: Sequence[Any], weights: Sequence[Weight], act: Callable[[int, set[int]], None]
+) -> Attachment:
+    """Act after each step, with the number of the optimizer and what it holds (by id)."""
     return Attachment(
         optimizers,
         weights,
@@ -117,10 +120,10 @@ def _refuse_averages(optimizer: Optimizer) -> None:
         )
 
 
-def _after(number: int, after_step: Callable[[int], None]) -> Callable[..., None]:
+def _after(number: int, after_step: Callable[[int, set[int]], None]) -> Callable[..., None]:
     def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not _is_within_a_step(optimizer):
-            after_step(number)
+            after_step(number, _parameters(optimizer))
 
     return hook
 
@@ -184,12 +187,11 @@ def _parameters(optimizer: Optimizer) -> set[int]:
 
 
 def _hook(number: int, before_step: BeforeStep) -> Callable[..., Any]:
-    def act(optimizer: Optimizer) -> None:
+    def act(optimizer: Optimizer, before: Any = None) -> Any:
         rates = {id(p): group.get("lr") for group in optimizer.param_groups for p in group["params"]}
         scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-        before_step(
-            number, rates, 1.0 if scale is None else scale, 1.0 if overflow is None else (overflow == 0).float()
-        )
+        keep = 1.0 if overflow is None else (overflow == 0).float()
+        return before_step(number, rates, 1.0 if scale is None else scale, keep, before)
 
     def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _is_within_a_step(optimizer):
@@ -199,12 +201,13 @@ def _hook(number: int, before_step: BeforeStep) -> Callable[..., Any]:
         if place is None:
             act(optimizer)
             return None
-        closure = given[place]
+        closure, before = given[place], None
 
         def closure_and_act(*passed: Any, **named: Any) -> Any:
+            nonlocal before
             loss = closure(*passed, **named)
             with torch.no_grad():
-                act(optimizer)
+                before = act(optimizer, before)
             return loss
 
         given[place] = closure_and_act
@@ -240,8 +243,13 @@ def _closure_place(optimizer: Optimizer, given: Mapping[int | str, Any]) -> int 
 
 def _is_within_a_step(optimizer: Optimizer) -> bool:
     """Whether this is the step of a base class, called by that of its subclass: torch runs the hooks of both."""
-    if sum("step" in vars(kind) for kind in type(optimizer).__mro__) < 3 or torch.compiler.is_compiling():
+    if sum("step" in vars(kind) for kind in type(optimizer).__mro__) < 3:
         return False  # its own, and that of torch.optim.Optimizer
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"the step of {type(optimizer).__name__} calls that of its base class, and in a compiled step it cannot be "
+            "told which of the two runs the hooks: leave optimizer.step() out of what is compiled."
+        )
     hooked, steps, frame = getattr(type(optimizer).step, "__code__", None), 0, sys._getframe()
     while frame.f_back is not None and steps < 2:
         frame = frame.f_back

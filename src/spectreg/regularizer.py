@@ -13,7 +13,7 @@ from spectreg.optimizers import before_steps
 from spectreg.penalties import NO_SLOPE, Penalty, penalty_of
 from spectreg.power_iteration.gradient import add_gradient, move, value
 from spectreg.power_iteration.refusals import check_number, check_seed, refuse_gradients_by_sample
-from spectreg.power_iteration.state import Group, State
+from spectreg.power_iteration.state import Group, State, Turns
 from spectreg.power_iteration.strengths import Strength
 from spectreg.products.named import weights_of
 from spectreg.summary import Readings, flat, on_host, table
@@ -140,13 +140,16 @@ class SpectralNormRegularizer(Following):
         refuse_gradients_by_sample(self._state.acted_on())
         if self.decoupled:
             raise RuntimeError(f"decoupled={self.decoupled} acts on the weights when the optimizer does: use attach().")
-        if self._attachment is not None:
-            raise RuntimeError(
-                "the regularizer is attached, so the optimizer's step adds this gradient: leave the call out, or "
-                "detach() first."
-            )
+        self._refuse_attached("leave the call out")
         for group, weights, acts in self._state.step():
             add_gradient(group, weights, self.penalty_function, acts)
+
+    def _refuse_attached(self, way_out: str) -> None:
+        if self._attachment is not None:
+            raise RuntimeError(
+                f"the regularizer is attached, so the optimizer's step adds this gradient: {way_out}, or detach() "
+                "first."
+            )
 
     def penalty(self) -> Float[Tensor, ""]:
         """The penalty λΣφ(σ) as a term of the loss, after a power step; its gradient is what ``add_gradient`` adds.
@@ -156,7 +159,7 @@ class SpectralNormRegularizer(Following):
         derivative.
 
         Raises:
-            RuntimeError: The regularizer is ``decoupled``, or Opacus takes gradients by sample.
+            RuntimeError: The regularizer is ``decoupled`` or attached, or Opacus takes gradients by sample.
             ValueError: The penalty has no slope in σ.
             NotImplementedError: A transform of ``torch.func`` is at work.
         """
@@ -165,7 +168,8 @@ class SpectralNormRegularizer(Following):
         looking = not torch.is_grad_enabled()
         if not looking:
             refuse_gradients_by_sample(self._state.acted_on())
-        groups: list[tuple[Group, list[Value], float | Tensor]] = (
+            self._refuse_attached("look at the value under torch.no_grad()")
+        groups: Turns = (
             [(group, weights, 1 / self.every) for group, weights in self._state.trained()]
             if looking
             else self._state.step(effective=True)
@@ -285,15 +289,28 @@ class SpectralNormRegularizer(Following):
 
     @torch.no_grad()
     def _before_step(
-        self, optimizer: int, rates: Mapping[int, Any], factor: Tensor | float, keep: Tensor | float
-    ) -> None:
-        """Called by the attachment: with learning rates by parameter, the gradients' scale, and 0 to skip the step."""
-        free = self.decoupled == "independent"
-        for group, weights, acts in self._state.step(optimizer, held=rates):
+        self,
+        optimizer: int,
+        rates: Mapping[int, Any],
+        factor: Tensor | float,
+        keep: Tensor | float,
+        turns: Turns | None = None,
+    ) -> Turns:
+        """Called by the attachment: with learning rates by parameter, the gradients' scale, and 0 to skip the step.
+
+        An optimizer that evaluates the loss again within its step gives back the ``turns`` that it got the first time:
+        a step counts once, moves weights once, and adds to every gradient.
+        """
+        free, again = self.decoupled == "independent", turns is not None
+        turns = self._state.step(optimizer, held=rates) if turns is None else turns
+        for group, weights, acts in turns:
+            if self.decoupled and again:
+                continue
             if self.decoupled:
                 move(group, weights, self.penalty_function, lambda W: 1.0 if free else rates[id(W)], keep * acts)
             else:
                 add_gradient(group, weights, self.penalty_function, factor * keep * acts)
+        return turns
 
 
 @torch.no_grad()

@@ -413,3 +413,32 @@ def test_no_cap_at_all_and_a_seed_that_is_no_number_are_refused():
         SpectralNormCap(mlp(), None)
     with unchecked_types(), pytest.raises(ValueError, match=r"seed is 1\.5"):
         SpectralNormCap(mlp(), 1.0, seed=1.5)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["another optimizer", "no optimizer"])
+def test_a_weight_that_is_thawed_after_attaching_is_refused_and_not_left_uncapped(own):
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
+    model[2].requires_grad_(False)
+    one, other = (torch.optim.SGD(layer.parameters(), lr=1.0) for layer in model[:2])
+    SpectralNormCap(model, 1.0).attach(one, other)
+    model[2].requires_grad_(True)
+    if own:
+        other.add_param_group({"params": list(model[2].parameters())})
+    for p in model.parameters():
+        p.grad = -torch.ones_like(p)
+    with pytest.raises(RuntimeError, match=r"'2\.weight' is not a parameter of the optimizer"):
+        one.step()
+
+
+@pytest.mark.parametrize("top", [1.5, 5.0, 7.9])
+def test_clipping_under_autocast_holds_the_promise(top):
+    torch.manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(64, 64))[0] for _ in range(2))
+    layer = nn.Linear(64, 64, bias=False)
+    layer.weight.data = U @ torch.diag(torch.linspace(top, 0.2, 64)) @ V
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    SpectralNormCap(layer, 1.0, by="clip").attach(optimizer)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(2, 64)).sum().backward()
+        optimizer.step()
+    assert torch.linalg.matrix_norm(layer.weight.detach().double(), 2) <= 1 + PROMISE

@@ -590,6 +590,7 @@ def test_two_trainings_of_the_same_seed_are_equal_to_the_bit_and_draw_nothing(se
         optimizer = sgd(model)
         regularizer = SpectralNormRegularizer(model, 0.1, **settings).attach(optimizer)
         train(model, regularizer, optimizer, act=False)
+        regularizer.detach()
         if not regularizer.decoupled:
             regularizer.penalty().backward()
         trained.append(model)

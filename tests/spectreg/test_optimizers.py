@@ -1,13 +1,19 @@
 """Attached means acting: once before every step that moves the weights, or an error that says what to call instead."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from cases import unchecked_types
 from ranks import on_ranks
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.optim import SGD, Optimizer
 
-from spectreg import SpectralNormRegularizer, named_products
+from spectreg import SpectralNormRegularizer, named_products, named_weights
+from spectreg.integrations.groups import from_groups
 
 RATE, STRENGTH, SIGMA = 0.1, 0.5, 3.0
 ONCE = SIGMA - RATE * STRENGTH * SIGMA  # σ after one step of plain descent on λσ²/2
@@ -443,3 +449,92 @@ def test_a_decoupled_penalty_without_a_learning_rate_is_refused_where_it_is_atta
     optimizer.param_groups[0]["lr"] = None
     with pytest.raises(ValueError, match="without 'lr', or with None"):
         attached(layer, optimizer, decoupled=True)
+
+
+class TwoEvaluations(SGD):
+    """Sharpness-aware: the gradient that counts is that of the second evaluation, at a point near by."""
+
+    @torch.no_grad()
+    def step(self, closure):
+        loss = torch.enable_grad()(closure)()
+        kicks = [(p, 0.01 * p.grad / (p.grad.norm() + 1e-12)) for group in self.param_groups for p in group["params"]]
+        for p, kick in kicks:
+            p.add_(kick)
+        torch.enable_grad()(closure)()
+        for p, kick in kicks:
+            p.sub_(kick)
+        super().step()
+        return loss
+
+
+@pytest.mark.parametrize("settings", [{}, {"every": 2}, {"every": 4}, {"decoupled": True}, {"steps": 0.5}], ids=repr)
+def test_a_step_that_evaluates_the_loss_twice_is_one_step(settings):
+    layer, steps = diagonal(), []
+    optimizer = TwoEvaluations(layer.parameters(), lr=RATE)
+    SpectralNormRegularizer(layer, lambda step: steps.append(step) or STRENGTH / 10, **settings).attach(optimizer)
+    for _ in range(4):
+        optimizer.step(zero_gradients(layer, optimizer))
+    every = settings.get("every", 1)
+    assert sigma(layer) == pytest.approx(SIGMA * (1 - every * RATE * STRENGTH / 10) ** (4 // every), rel=1e-3)
+    assert set(steps) == {0, 1, 2, 3}
+
+
+COMPILED = """
+import torch
+from spectreg import SpectralNormRegularizer
+
+class Own(torch.optim.SGD):
+    def step(self, closure=None):
+        return super().step(closure)
+
+def after_six_steps(compiled, settings):
+    torch.compiler.reset()
+    layer = torch.nn.Linear(2, 2, bias=False)
+    layer.weight.data = torch.diag(torch.tensor([3.0, 1.0]))
+    optimizer = Own(layer.parameters(), lr=0.1)
+    SpectralNormRegularizer(layer, 0.1, **settings).attach(optimizer).sigma()
+    step = torch.compile(lambda: optimizer.step(), backend="eager") if compiled else optimizer.step
+    for _ in range(6):
+        layer.weight.grad = torch.zeros(2, 2)
+        step()
+    return layer.weight.detach()
+
+for settings in ({}, {"every": 2}, {"decoupled": True}):
+    torch.testing.assert_close(after_six_steps(True, settings), after_six_steps(False, settings))
+"""
+
+
+def test_a_compiled_step_of_a_subclass_acts_as_often_as_one_that_is_not():
+    # In a process of its own: torch.compile cannot see through the type checks that these tests add.
+    subprocess.run([sys.executable, "-c", COMPILED], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_the_penalty_of_an_attached_regularizer_is_a_value_and_no_second_term_of_the_loss():
+    layer = diagonal()
+    optimizer = SGD(layer.parameters(), lr=RATE)
+    regularizer = SpectralNormRegularizer(layer, STRENGTH, every=2).attach(optimizer)
+    with pytest.raises(RuntimeError, match="attached, so the optimizer's step adds this gradient"):
+        regularizer.penalty()
+    with torch.no_grad():
+        assert regularizer.penalty().item() == pytest.approx(STRENGTH * SIGMA**2 / 2)
+
+
+def test_a_weight_that_is_listed_twice_is_refused():
+    layer = diagonal()
+    model = nn.ModuleDict({"features": nn.Sequential(layer)})
+    twice = [*named_weights(model), *named_weights(model["features"])]
+    with pytest.raises(ValueError, match="are one parameter, which would be acted on twice"):
+        SpectralNormRegularizer(twice, STRENGTH).add_gradient()
+
+
+def test_groups_say_the_strengths_of_all_their_weights_or_it_is_refused():
+    computed = nn.Sequential(nn.Linear(4, 4), parametrizations.weight_norm(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match=r"'1\.weight' is under a parametrization"):
+        from_groups(computed, SGD([{"params": computed.parameters(), "spectral_strength": 0.1}], lr=RATE))
+    one, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    optimizer = SGD([{"params": one.parameters(), "spectral_strength": 0.1}], lr=RATE)
+    from_groups(nn.Sequential(one, other), optimizer)
+    optimizer.step()
+    optimizer.add_param_group({"params": list(other.parameters()), "spectral_strength": 0.2})
+    with pytest.raises(RuntimeError, match="2 parameters came to groups"):
+        optimizer.step()

@@ -8,8 +8,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from spectreg.optimizers import acting
+from spectreg.power_iteration.refusals import refuse_computed
 from spectreg.regularizer import SpectralNormRegularizer
-from spectreg.weights.selection import named_weights
+from spectreg.weights.selection import Weight, named_weights
 
 
 def from_groups(model: nn.Module, *optimizers: Any, **settings: Any) -> SpectralNormRegularizer:
@@ -31,8 +32,10 @@ def from_groups(model: nn.Module, *optimizers: Any, **settings: Any) -> Spectral
     2
     """
     inner = [acting(optimizer) for optimizer in optimizers]
-    weights = {id(w.tensor): w.name for w in named_weights(model, embeddings=True)}
-    groups = _groups(inner, weights)
+    found = named_weights(model, embeddings=True)
+    _refuse_computed(inner, found)
+    weights = {id(w.tensor): w.name for w in found}
+    groups, known = _groups(inner, weights), _with_strength(inner)
     if not groups:
         raise ValueError(
             'no parameter group has a "spectral_strength" and a weight of the model: give {"params": …, '
@@ -49,12 +52,34 @@ def from_groups(model: nn.Module, *optimizers: Any, **settings: Any) -> Spectral
     follows = weakref.ref(regularizer)
 
     def follow(*_: Any) -> None:
+        if new := _with_strength(inner) - known:
+            raise RuntimeError(
+                f'{len(new)} parameters came to groups with a "spectral_strength" after from_groups(): detach() its '
+                "regularizer, and call from_groups() again."
+            )
         if (regularizer := follows()) and regularizer.strength != (now := _strengths(_groups(inner, weights))):
             regularizer.strength = now
 
     for optimizer in inner:
         optimizer.register_step_pre_hook(follow)
     return regularizer.attach(*optimizers)
+
+
+def _with_strength(optimizers: list[Optimizer]) -> set[int]:
+    """The parameters, by id, of all groups that have a strength."""
+    return {
+        id(p)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        if "spectral_strength" in group
+        for p in group["params"]
+    }
+
+
+def _refuse_computed(optimizers: list[Optimizer], weights: list[Weight]) -> None:
+    """Refuse weights that are computed from parameters of a group with a strength."""
+    held = _with_strength(optimizers)
+    refuse_computed([w for w in weights if w.computed and held & {id(p) for p in w.module.parameters()}])
 
 
 def _groups(optimizers: list[Optimizer], weights: dict[int, str]) -> dict[str, dict[str, Any]]:

@@ -63,19 +63,22 @@ def refuse_unfit(weights: Sequence[Weight], tensors: Sequence[Value]) -> None:
 
 
 def refuse_twice_in_memory(weights: Sequence[Weight]) -> None:
-    """Refuse two parameters that are trained and begin at the same place in memory: each would be acted on for both."""
+    """Refuse a trained parameter that comes twice, or two that begin at the same place in memory."""
     if torch.compiler.is_compiling():
         return
     begins: dict[Hashable, tuple[str, int]] = {}
     for weight in weights:
         W = weight.tensor
         if isinstance(W, Tensor) and W.requires_grad and not weight.computed:
-            name, other = begins.setdefault(place_in_memory(W), (weight.name, id(W)))
-            if other != id(W):
+            place = place_in_memory(W)
+            if place in begins:
+                name, other = begins[place]
+                what = "one parameter" if other == id(W) else "two parameters in the same memory"
                 raise ValueError(
-                    f"weights {name!r} and {weight.name!r} are two parameters in the same memory, which would be acted "
-                    "on twice: tie them by one parameter or a parametrization, or leave one of them out with select."
+                    f"weights {name!r} and {weight.name!r} are {what}, which would be acted on twice: tie them by one "
+                    "parameter or a parametrization, or leave one of them out with select."
                 )
+            begins[place] = weight.name, id(W)
 
 
 def place_in_memory(W: Tensor) -> Hashable:

@@ -56,7 +56,8 @@ class Rests:
         return torch.where(top > cap, (cap - norm) / (top - norm), 1.0)
 
     def _norm(self, name: str, frozen: ProductMap, W: Factors) -> float:
-        now = [(id(x), x._version) for x in W if x.ndim and not x.requires_grad], [float(x) for x in W if not x.ndim]
+        lengths = [torch.linalg.vector_norm(x.double()) for x in W if x.ndim and not x.requires_grad]
+        now = [float(x) for x in (*lengths, *(x for x in W if not x.ndim))]  # an edit of .data has no other trace
         before, norm = self._known.get(name, (None, 0.0))
         if before != now:
             start = gaussian_like(torch.empty(3, 1, frozen.inputs, dtype=torch.float64, device=W.device),

@@ -111,6 +111,7 @@ class Group:
 
 
 Arranged = list[tuple[Group, list[Value]]]
+Turns = list[tuple[Group, list[Value], float | Tensor]]  # the last multiplies the penalty: 1, or 0 or 1 on the device
 
 
 class State:
@@ -164,14 +165,11 @@ class State:
         steps = {w.name: g.last() for g in self._groups for w in g.members}
         return {w.name: self.strengths.at([w.name], steps.get(w.name, 0))[0] for w in self.weights}
 
-    def step(
-        self, optimizer: int | None = None, effective: bool = False, held: Container[int] | None = None
-    ) -> list[tuple[Group, list[Value], float | Tensor]]:
+    def step(self, optimizer: int | None = None, effective: bool = False, held: Container[int] | None = None) -> Turns:
         """Step the groups of one optimizer (all if None) that are trained, and hand out those whose turn it is.
 
-        The last of the three is what the penalty is to be multiplied with: 1, or 0 or 1 on the device. Refused are
-        computed weights and sharded ones that are gathered, unless ``effective``, and weights that are not among the
-        parameters (by id) that are ``held``; all of these only where their strength is not 0.
+        Refused are computed weights and sharded ones that are gathered, unless ``effective``, and weights that are not
+        among the parameters (by id) that are ``held``; all of these only where their strength is not 0.
         """
         groups = self.trained(optimizer)
         if effective:

@@ -114,7 +114,7 @@ class Vectors:
 
         V is divided by the last σ before: WᵀWV would be of the size σ², which float32 cannot hold where it can σ.
         """
-        most = 1e30 if self.X.dtype == torch.float32 else 1e140
+        most = 1e30 if self.X.dtype == torch.float32 else 1e60
         scale = self.sigma[:, :1].clamp(1 / most, most).nan_to_num_(1.0).reciprocal_().t()
         raw = self.round_trips(weights, self.V * self.v_side.spread(scale))
         if self.m > 1:

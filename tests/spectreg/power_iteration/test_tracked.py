@@ -134,3 +134,15 @@ def test_a_state_of_another_number_of_vectors_is_refused_by_name():
     state = SpectralNormRegularizer(mlp(), 0.1).state_dict()
     with pytest.raises(ValueError, match=r"of other vectors \(k or tracked\)"):
         SpectralNormRegularizer(mlp(), 0.1, tracked=2).load_state_dict(state)
+
+
+@pytest.mark.parametrize("size", [1e-60, 1e-30, 1e16, 1e60])
+@pytest.mark.parametrize("settings", [{}, {"k": 2}, {"tracked": 4}], ids=repr)
+def test_a_weight_in_float64_has_its_norm_whatever_its_size(size, settings):
+    layer = seeded(lambda: nn.Linear(6, 5, bias=False)).double()
+    layer.weight.data *= size
+    regularizer = SpectralNormRegularizer(layer, 0.01, warmup=100, **settings)
+    for _ in range(3):
+        regularizer.add_gradient()
+        true = torch.linalg.matrix_norm(layer.weight.detach(), 2).item()
+        assert regularizer.sigma()["weight"].item() == pytest.approx(true, rel=1e-6)

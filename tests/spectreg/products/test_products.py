@@ -632,3 +632,20 @@ def sharded_product() -> None:
 @pytest.mark.slow
 def test_products_of_sharded_factors_are_refused_by_name():
     on_ranks(1, sharded_product)
+
+
+@pytest.mark.parametrize("edit", [lambda W: W.data.mul_(2.5), lambda W: W.detach().mul_(2.5)], ids=["data", "detach"])
+def test_a_cap_of_a_merged_weight_sees_every_edit_of_what_is_frozen(edit):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["0"], init_lora_weights=False)
+    layer = peft.get_peft_model(model, config).base_model.model[0]
+    W, A, B = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    cap = SpectralNormCap(named_products(model, "merged"), 4.0)
+    cap.apply()
+    edit(W)
+    U, _, V = torch.linalg.svd(W.detach())
+    A.data.copy_(1.5 * V)
+    B.data.copy_(2 * U)  # the update now adds to what is frozen
+    cap.apply()
+    assert torch.linalg.matrix_norm(W + B @ A, 2) <= 4.0 * (1 + 1e-3)
