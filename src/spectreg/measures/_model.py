@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from spectreg.maps.behaviour import put_back
 from spectreg.measures._nested import mapped, tensors
 
 Batches = Iterable[Any]
@@ -15,11 +17,12 @@ Batches = Iterable[Any]
 
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode inside; afterwards every mode, buffer and the global generators are as they were.
+    """Evaluation mode inside; afterwards modes, attributes, buffers and the global generators are as they were.
 
     Sets the ``training`` flags themselves: ``train()`` has side effects in some models (merged adapters). Inference
-    mode is left for the time inside, since nothing can be differentiated in it. A parameter without values, or one
-    that is not finite, is refused by name; buffers may hold an infinite mask.
+    mode is left for the time inside, since nothing can be differentiated in it, and what makes two functions of one
+    model, see `one_function`. A parameter without values, or one that is not finite, is refused by name; buffers may
+    hold an infinite mask.
 
     >>> model = nn.BatchNorm1d(3)
     >>> with as_found(model):
@@ -31,9 +34,13 @@ def as_found(model: nn.Module) -> Iterator[nn.Module]:
     check_values(model)
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    dictionaries = [d for m, _ in modes for d in (vars(m), m._buffers) if isinstance(d, dict)]
+    entries = [(d, d.copy()) for d in dictionaries]
+    unsaved = [(m._non_persistent_buffers_set, set(m._non_persistent_buffers_set)) for m, _ in modes]
     device = device_of(model)
     with (
         torch.inference_mode(False),
+        one_function(),
         torch.random.fork_rng(
             [] if device.type == "cpu" else [device], device_type="cuda" if device.type == "cpu" else device.type
         ),
@@ -45,10 +52,41 @@ def as_found(model: nn.Module) -> Iterator[nn.Module]:
         finally:
             for module, training in modes:
                 module.training = training
+            for dictionary, own in entries:
+                put_back(dictionary, own)
+            for names, old in unsaved:
+                names.intersection_update(old)
+                names.update(old)
             with torch.no_grad():
                 for buffer, before in buffers:
                     if not torch.equal(buffer, before):  # an unneeded write would invalidate graphs in flight
                         buffer.copy_(before)
+
+
+@contextmanager
+def one_function() -> Iterator[None]:
+    """Plain kernels and the tensors' own precision.
+
+    The encoder's fast path gives other values at padded places and runs without gradients only; fused attention has no
+    second derivative; autocast would round the model's perturbations away.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with sdpa_kernel(SDPBackend.MATH), without_autocast():
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Autocast off on every kind of device."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda", "xpu", "mps"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def check_values(model: nn.Module) -> None:

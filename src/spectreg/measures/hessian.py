@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -72,8 +71,7 @@ def hessian_top_eigenvalues(
     check_there(model)
     like = torch.cat([p.detach().flatten()[:0] for p in parameters])
     like = like.new_zeros(n, dtype=torch.promote_types(like.dtype, torch.float32))
-    # The fused attention kernels have no second derivative.
-    with as_found(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with as_found(model), torch.enable_grad():
         generator = own_generator(generator)
         start = gaussian_like(like, generator)
         product = hessian_product(model, loss_fn, batches, parameters)

@@ -13,6 +13,7 @@ from spectreg.checkpoints.acting import acting_weights
 from spectreg.checkpoints.files import Stored
 from spectreg.linalg.directions import gaussian_like, length, own_generator
 from spectreg.linalg.lanczos import Eigenvalues, Goal, lanczos
+from spectreg.measures._model import without_autocast
 from spectreg.weights.kinds import map_of_a_tensor
 from spectreg.weights.patterns import Patterns
 from spectreg.weights.selection import Select, named_weights
@@ -103,7 +104,8 @@ def singular_values(
     spectra = each_spectrum(
         source, top=top, select=select, map=map, base=base, tolerance=tolerance, generator=generator
     )
-    return {spectrum.name: spectrum for spectrum in spectra}
+    with without_autocast():
+        return {spectrum.name: spectrum for spectrum in spectra}
 
 
 def each_spectrum(

@@ -11,16 +11,23 @@ import spectreg
 
 
 class Restless(nn.Module):
-    """Draws from the global generator and counts its calls in a buffer, in evaluation mode too."""
+    """Draws from the global generator, counts its calls and keeps a cache, in evaluation mode too."""
 
     def __init__(self):
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(()))
+        self.size = 0
 
     def forward(self, x):
         torch.rand(1)
         if not isinstance(x, torch.fx.Proxy):
             self.calls += 1
+            self.replaced = self.replaced + 1
+            if self.size < len(x):
+                self.size = len(x)
+                self.register_buffer("kept", torch.zeros(self.size))
+                self.register_buffer("unsaved", torch.zeros(self.size), persistent=False)
         return x
 
 
@@ -58,6 +65,9 @@ def traits(model):
     """All that a measure might disturb."""
     return {
         "state": copy.deepcopy(model.state_dict()),
+        "buffers": [id(b) for b in model.buffers()],
+        "unsaved": [sorted(module._non_persistent_buffers_set) for module in model.modules()],
+        "sizes": [module.size for module in model.modules() if isinstance(module, Restless)],
         "modes": [module.training for module in model.modules()],
         "requires_grad": [p.requires_grad for p in model.parameters()],
         "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
@@ -65,6 +75,7 @@ def traits(model):
         "parameters": [id(p) for p in model.parameters()],
         "generator": torch.get_rng_state(),
         "grad mode": torch.is_grad_enabled(),
+        "kernels": [torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()],
         "input": [x.clone(), x.requires_grad, x.grad],
     }
 
@@ -118,6 +129,50 @@ def test_a_graph_in_flight_survives_a_measure_in_the_middle_of_a_step():
     spectreg.hessian_top_eigenvalues(model, F.cross_entropy, [(inputs, targets)])
     loss.backward()
     assert model[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_autocast_changes_nothing(name):
+    plainly = MEASURES[name](network())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert repr(plain(MEASURES[name](network()))) == repr(plain(plainly))
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_largest_singular_values_are_those_of_the_weight_under_autocast():
+    W = torch.randn(100, 120, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        values = spectreg.singular_values({"w": W}, top=2)["w"].values[0]
+    torch.testing.assert_close(values, torch.linalg.svdvals(W.double())[:2], rtol=1e-5, atol=0)
+
+
+class Padded(nn.Module):
+    """An encoder whose last two places are padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+        self.head = nn.Linear(8, 20)
+        self.register_buffer("padding", torch.tensor([[False, False, False, True, True]]))
+
+    def forward(self, x):
+        return self.head(self.encoder(x, src_key_padding_mask=self.padding.expand(len(x), -1))).mean(1)
+
+
+def test_an_encoder_with_padding_is_one_function_with_and_without_gradients():
+    torch.manual_seed(0)
+    model, x = Padded().double(), torch.randn(4, 5, 8, dtype=torch.float64)
+    J = torch.stack(
+        [torch.autograd.functional.jacobian(lambda z: model.eval()(z[None])[0], row).flatten(1) for row in x]
+    )
+    truth = torch.linalg.matrix_norm(J, 2)
+    norms = spectreg.jacobian_norm(model, x, tolerance=1e-6).value
+    torch.testing.assert_close(norms, truth, rtol=1e-5, atol=0)
+    loss = lambda output, y: output.sum(1).mean()  # noqa: E731
+    still, moved = spectreg.perturbation_curve(model, loss, [(x, torch.zeros(4))], [0.0, 1e-6], "gradient")
+    assert still.stretch != still.stretch
+    steepest = torch.nn.functional.normalize(J.sum(1), dim=1)
+    assert moved.stretch == pytest.approx(torch.einsum("boi,bi->bo", J, steepest).norm(dim=1).mean().item(), rel=1e-4)
 
 
 DRAWING = {
