@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectreg.linalg.directions import own_generator
 from spectreg.measures._nested import tensors, with_tensors
 from spectreg.measures._terms import LossFunction, Part, differentiable, refuse, scalar
 
@@ -12,23 +13,34 @@ from spectreg.measures._terms import LossFunction, Part, differentiable, refuse,
 def example_dimension(x: Tensor, output: Any) -> int | None:
     """The dimension of ``x``, first or second, along which every output depends on one place alone; None if neither.
 
-    Looks at the first, the middle and the last output; ``output`` keeps its graph.
+    Looks at three outputs that have a slope, see `sample`; ``output`` keeps its graph.
     """
     return next((d for d, places in enumerate(reached_places(x, output)) if all(len(p) <= 1 for p in places)), None)
 
 
 def reached_places(x: Tensor, output: Any) -> list[list[list[int]]]:
-    """For the first and the second dimension: the places along it that the first, middle and last output depend on."""
+    """For the first and the second dimension: the places along it that each of up to three outputs depends on."""
     flat = next(t for t in tensors(output) if t.is_floating_point()).flatten()
-    masks = []
-    for i in sorted({0, len(flat) // 2, len(flat) - 1}) if flat.requires_grad else ():
+    masks: list[Tensor] = []
+    for i in sample(flat) if flat.requires_grad else ():
         (g,) = torch.autograd.grad(flat[i], x, retain_graph=True, allow_unused=True)
-        if g is not None:
+        if g is not None and g.any():
             masks.append(g != 0)
+        if len(masks) == 3:
+            break
     return [
         [mask.movedim(d, 0).reshape(x.shape[d], -1).any(1).nonzero().flatten().tolist() for mask in masks]
         for d in range(min(2, x.ndim))
     ]
+
+
+def sample(flat: Tensor) -> list[int]:
+    """The first, middle and last output and some random ones, not zero if others are: a ReLU at 0 has no slope."""
+    live = flat.detach().nonzero().flatten()
+    n, generator = len(live) or len(flat), own_generator(None)
+    drawn = torch.randint(n, (13,), generator=generator, device=generator.device).tolist() if n else []
+    places = dict.fromkeys([*(0, n // 2, n - 1)[:n], *drawn])
+    return [int(live[i]) if len(live) else i for i in places]
 
 
 def checked_dimension(x: Tensor, output: Any) -> int:

@@ -16,7 +16,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 import spectreg
-from spectreg import BatchLoss, adversarial_loss, hessian_top_eigenvalues, input_gradient_norm, perturbation_curve
+from spectreg import (
+    BatchLoss,
+    adversarial_loss,
+    hessian_top_eigenvalues,
+    input_gradient_norm,
+    jacobian_norm,
+    perturbation_curve,
+)
 
 
 def randn(*shape: int, seed: int = 0):
@@ -482,6 +489,38 @@ class Coupled(nn.Module):
 def test_examples_that_influence_each_other_have_no_gradient_of_their_own(name):
     with pytest.raises(ValueError, match="depends on more than one example of its batch"):
         MEASURES[name](nn.Sequential(Coupled(), linear()), F.cross_entropy, [(randn(6, 4), classes(6))])
+
+
+class LastStep(nn.Module):
+    """Time first; about half of the outputs are zero and have no slope."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.GRU(4, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0][-1]).relu()
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_examples_are_found_where_many_outputs_are_zero(seed):
+    torch.manual_seed(seed)
+    model = LastStep().double()
+    x, y = randn(6, 8, 4), randn(8, 5, seed=1)
+    leaf = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(F.mse_loss(model(leaf), y), leaf)
+    truth = g.norm(dim=(0, 2)).sum().item()
+    assert input_gradient_norm(model, F.mse_loss, [(x, y)]).value == pytest.approx(truth, rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_examples_that_influence_each_other_are_refused_where_many_outputs_are_zero(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.ReLU()).double()
+    x, y = randn(8, 4), randn(8, 6)
+    for measure in (MEASURES["input gradient"], MEASURES["perturbation"], lambda m, *_: jacobian_norm(m, x)):
+        with pytest.raises(ValueError, match="depends on more than one example"):
+            measure(model, F.mse_loss, [(x, y)])
 
 
 class Fields(nn.Module):
