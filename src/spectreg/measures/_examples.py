@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spectreg.linalg.directions import own_generator
 from spectreg.measures._nested import tensors, with_tensors
-from spectreg.measures._terms import LossFunction, Part, differentiable, refuse, scalar
+from spectreg.measures._terms import LossFunction, Part, differentiable, near_half, refuse, scalar
 
 
 def example_dimension(x: Tensor, output: Any) -> int | None:
@@ -102,42 +102,70 @@ def each_loss(loss_fn: LossFunction, output: Any, y: Any) -> Tensor:
 
 def example_weights(loss_fn: LossFunction, output: Any, y: Any, is_mean: bool) -> Tensor:
     """The share of each row in the batch's loss: adding up to 1 in a mean, each 1 in a sum; 0 for rows left out."""
-    part = Part.of(loss_fn, output, y)
-    outputs = differentiable(part.output)
-    n = len(outputs[0])
+    n = len(tensors(output)[0])
     if not is_mean:
         return torch.ones(n, dtype=torch.float64, device="cpu")
-    with torch.enable_grad():
-        losses = each_loss(loss_fn, with_tensors(part.output, outputs), y)
-        leaves = [x for x in outputs if x.requires_grad]
-        slopes: tuple[Tensor | None, ...] = (None,) * len(leaves)
-        if losses.requires_grad:
-            slopes = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
-    own = by_row(
-        [torch.zeros_like(x).double() if g is None else g.double() for x, g in zip(leaves, slopes, strict=True)], n
-    )
-    joined = by_row(part.loss_and_gradients[1], n)
-    scale = own.abs().nan_to_num(0, 0, 0).max().clamp_min(torch.finfo(torch.float64).tiny)
-    own, joined = own / scale, joined / scale
-    squares = own.square().sum(1)
-    known = squares.isfinite() & (squares > 0)
-    if not known.any():  # flat everywhere: nothing tells one from another
+    part, own, joined, tells = telling(loss_fn, output, y)
+    if not tells.any():  # flat everywhere: nothing tells one from another
         if part.tells:
             refuse("examples by themselves do nothing to it, and together they do")
         return torch.full((n,), 1 / n, dtype=torch.float64, device="cpu")
-    weights = torch.where(known, (own * joined).sum(1) / squares, 0.0)
-    off = torch.where(known[:, None], joined - weights[:, None] * own, joined).abs().max()
-    if not off <= part.tolerance * max(1 / n, weights.max().item()) * own[known].abs().max():
+    weights = torch.where(tells, (own * joined).sum(1) / own.square().sum(1), 0.0)
+    off = torch.where(tells[:, None], joined - weights[:, None] * own, joined).abs().max()
+    if not off <= part.tolerance * max(1 / n, weights.max().item()) * own[tells].abs().max():
         refuse("what an example adds to it depends on the others")
-    if not (weights[known] > 0).all():
+    if not (weights[tells] > 0).all():
         refuse("an example does not count beside the others")
     missing = 1 - weights.sum().item()
-    flat = squares == 0
+    flat = own.isfinite().all(1) & ~tells
     if missing > part.tolerance and flat.any():  # examples that count, where their loss is flat
-        weights[flat] = missing / int(flat.sum())
+        weights[flat] = share = missing / int(flat.sum())
+        if (weights[tells] - share).abs().max() > part.tolerance * share:
+            refuse("what the examples weigh is not alike, and where their loss is flat it cannot be told")
     elif abs(missing) > part.tolerance:
         refuse(f"the shares of its examples add up to {1 - missing:.4g}")
     return weights.cpu()
+
+
+def telling(loss_fn: LossFunction, output: Any, y: Any) -> tuple[Part, Tensor, Tensor, Tensor]:
+    """A part, its `slopes`, and which rows have any: at the outputs, or near ½ where more rows have.
+
+    What a row weighs does not depend on the outputs, and at theirs its loss may be flat: a hinge that is satisfied, a
+    softmax without doubt. Near ½ hardly any loss is.
+    """
+    tried: list[tuple[Part, Tensor, Tensor, Tensor]] = []
+    for outputs in (output, near_half(output, 1 / 4), near_half(output, 1 / 256)):
+        part = Part.of(loss_fn, outputs, y)
+        try:
+            own, joined = slopes(part)
+        except ValueError:  # maybe a loss that takes no outputs near ½
+            if not tried:
+                raise
+            continue
+        squares = own.square().sum(1)
+        tells = squares.isfinite() & (squares > part.eps**2)
+        tried.append((part, own, joined, tells))
+        if tells.all():
+            break
+    return max(tried, key=lambda found: int(found[-1].sum()))
+
+
+def slopes(part: Part) -> tuple[Tensor, Tensor]:
+    """The gradient of each row's own loss, and of the loss of all, by the row's outputs; the largest own one is 1."""
+    outputs = differentiable(part.output)
+    n = len(outputs[0])
+    with torch.enable_grad():
+        losses = each_loss(part.loss_fn, with_tensors(part.output, outputs), part.y)
+        leaves = [x for x in outputs if x.requires_grad]
+        found: tuple[Tensor | None, ...] = (None,) * len(leaves)
+        if losses.requires_grad:
+            found = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+    own = by_row(
+        [torch.zeros_like(x).double() if g is None else g.double() for x, g in zip(leaves, found, strict=True)], n
+    )
+    joined = by_row(part.loss_and_gradients[1], n)
+    scale = own.abs().nan_to_num(0, 0, 0).max().clamp_min(torch.finfo(torch.float64).tiny)
+    return own / scale, joined / scale
 
 
 def by_row(gradients: list[Tensor], n: int) -> Tensor:

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spectreg.measures._nested import rows_of, tensors
-from spectreg.measures._terms import WAY_OUT, LossFunction, Part, Terms, refuse, scalar
+from spectreg.measures._terms import WAY_OUT, LossFunction, Part, Terms, near_half, refuse, scalar
 from spectreg.measures.losses import BatchLoss
 
 
@@ -86,6 +87,10 @@ class PairLoss:
         part = Part.of(self.of, output, y)
         if part.tells:
             return Terms(part)
+        with suppress(ValueError):  # of a loss that takes no outputs near ½
+            near = Part.of(self.of, near_half(output, 1 / 256), y)
+            if near.tells:
+                return Terms(near)
         if len(silent) < 2:
             silent.append(part)
         return None

@@ -6,6 +6,7 @@ loss by the outputs of one of them is that of its own loss, times its share of t
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -33,7 +34,7 @@ def scalar(loss: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Part:
-    """Some examples: the model's outputs, pulled to generic values where no gradient vanishes, and the targets."""
+    """Some examples: the model's outputs, pulled to generic values where few gradients vanish, and the targets."""
 
     loss_fn: LossFunction
     output: Any
@@ -41,8 +42,15 @@ class Part:
 
     @classmethod
     def of(cls, loss_fn: LossFunction, output: Any, y: Any) -> "Part":
+        """Half precision, too coarse to judge equalities by, is widened where the loss function takes float32."""
         generator = own_generator(None)
-        return cls(loss_fn, mapped(lambda x: generic(x, generator), output), y)
+        part = cls(loss_fn, mapped(lambda x: generic(x, generator), output), y)
+        wide = cls(loss_fn, mapped(widened, part.output), mapped(widened, y))
+        if wide.tolerance < part.tolerance:
+            with suppress(ValueError):
+                _ = wide.loss_and_gradients
+                return wide
+        return part
 
     @cached_property
     def loss_and_gradients(self) -> tuple[float, list[Tensor]]:
@@ -82,17 +90,40 @@ class Part:
     @property
     def tolerance(self) -> float:
         """For equalities between numbers of the outputs' precision."""
-        return 4 * max(torch.finfo(x.dtype).eps for x in tensors(self.output) if x.is_floating_point()) ** 0.5
+        return 4 * self.eps**0.5
+
+    @property
+    def eps(self) -> float:
+        return max(torch.finfo(x.dtype).eps for x in tensors(self.output) if x.is_floating_point())
 
 
 def generic(x: Tensor, generator: torch.Generator) -> Tensor:
     """``x`` pulled a random way towards ½, so that probabilities, positive and real numbers stay what they are."""
     if not x.is_floating_point():
         return x
-    pull = 0.5 * torch.rand(x.shape, generator=generator, dtype=torch.float64, device=generator.device).to(
-        x.device, x.dtype
-    )
+    pull = 0.5 * uniform_like(x, generator)
     return (1 - pull) * x.detach() + pull / 2
+
+
+def widened(x: Tensor) -> Tensor:
+    """``x`` in float32 where it is of half precision."""
+    return x.float() if x.is_floating_point() and torch.finfo(x.dtype).bits < 32 else x
+
+
+def near_half(output: Any, spread: float) -> Any:
+    """Random numbers between ½ − spread and ½ + spread in place of the floating point outputs."""
+    generator = own_generator(None)
+
+    def drawn(x: Tensor) -> Tensor:
+        return 0.5 + spread * (2 * uniform_like(x, generator) - 1) if x.is_floating_point() else x
+
+    return mapped(drawn, output)
+
+
+def uniform_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers between 0 and 1 in the shape, type and place of ``x``, drawn where the generator lives."""
+    drawn = torch.rand(x.shape, generator=generator, dtype=torch.float64, device=generator.device)
+    return drawn.to(x.device, x.dtype)
 
 
 def differentiable(output: Any) -> list[Tensor]:

@@ -491,6 +491,77 @@ def test_examples_that_influence_each_other_have_no_gradient_of_their_own(name):
         MEASURES[name](nn.Sequential(Coupled(), linear()), F.cross_entropy, [(randn(6, 4), classes(6))])
 
 
+def hinge(output, y):
+    return (1 - (2 * y - 1) * output.squeeze(1)).relu().mean()
+
+
+def sure(x: int, outputs: int = 2, scale: float = 1.0):
+    """A linear model of the first of ``x`` inputs, sure of itself where that is large."""
+    model = nn.Linear(x, outputs, bias=False)
+    model.weight.data.zero_()
+    model.weight.data[:, 0] = scale * torch.tensor([-1.0, 1.0])[-outputs:]
+    return model
+
+
+def doubtless(margin: float):
+    """Inputs and targets, a third of which are wrong, and 10 rows whose logits are ``2·margin`` apart."""
+    x = torch.randn(100, 2, generator=torch.Generator().manual_seed(1))
+    y = (x[:, 0] > 0).long()
+    x[:10, 0], y[:10], y[20:50] = margin, 1, 1 - y[20:50]
+    return x, y
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "model", "x", "y"),
+    [
+        (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 20.0])), sure(2, scale=400.0), *doubtless(1.0)),
+        (F.cross_entropy, sure(2), *doubtless(60.0)),
+        (F.cross_entropy, sure(2).half(), *doubtless(20.0)),
+        (hinge, sure(2, 1).bfloat16(), *doubtless(3.0)),
+        (lambda o, y: F.multi_margin_loss(100 * o, y, weight=torch.tensor([1.0, 20.0])), sure(2), *doubtless(3.0)),
+    ],
+    ids=["class weights", "classes", "half precision", "hinge", "margins"],
+)
+def test_examples_whose_loss_is_flat_count_as_the_others(loss_fn, model, x, y):
+    x = x.to(model.weight.dtype)
+    xi = F.normalize(torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0)), dim=1)
+    for radius in (0.0, 1.0):
+        (point,) = perturbation_curve(model, loss_fn, [(x, y)], [radius])
+        output = model(x + radius * xi).float()
+        rounding = 1e-5 if x.dtype == torch.float32 else 1e-2
+        assert point.loss == pytest.approx(loss_fn(output, y).item(), rel=rounding)
+        assert point.examples == 100
+        if model.out_features == 2:
+            assert point.accuracy == pytest.approx((output.argmax(1) == y).double().mean().item())
+
+
+def test_weights_that_nothing_tells_are_refused():
+    def loss(output, y):  # flat wherever the target is 0
+        weight = 1 + torch.arange(3)[y]
+        return (weight * y * output.squeeze(1)).sum() / weight.sum()
+
+    with pytest.raises(ValueError, match="where their loss is flat it cannot be told"):
+        input_gradient_norm(linear(1), loss, [(randn(12, 4), classes(12))])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_root_is_refused_in_every_precision(name, dtype):
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 1).to(dtype), torch.randn(16, 3), torch.randn(16, 1)
+    x[8:] *= 2.5
+    x, y = x.to(dtype), y.to(dtype)
+    with pytest.raises(ValueError, match="neither the mean nor the sum of terms"):
+        MEASURES[name](model, lambda o, t: F.mse_loss(o, t).sqrt(), [(x[:8], y[:8]), (x[8:], y[8:])])
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_loss_with_weights_in_half_precision_is_taken_in_half_precision(name):
+    torch.manual_seed(0)
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([2.0, 1.0, 0.5], dtype=torch.bfloat16))
+    MEASURES[name](nn.Linear(4, 3).bfloat16(), loss, [(torch.randn(8, 4).bfloat16(), classes(8))])
+
+
 class LastStep(nn.Module):
     """Time first; about half of the outputs are zero and have no slope."""
 
