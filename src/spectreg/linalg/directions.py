@@ -38,7 +38,7 @@ def unit(x: Shaped[Tensor, "batch ..."]) -> Shaped[Tensor, "batch ..."]:
     if x[0].numel() == 0:
         return x
     tiny = torch.finfo(x.dtype).tiny
-    x = x / along(x, x.detach().abs().flatten(1).amax(1).clamp_min(tiny))
+    x = x / along(x, x.detach().abs().reshape(len(x), -1).amax(1).clamp_min(tiny))
     return x / along(x, lengths(x).clamp_min(tiny))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectreg.measures._nested import rows_of, tensors
+from spectreg.measures._nested import copied, rows_of, tensors
 from spectreg.measures._terms import WAY_OUT, LossFunction, Part, Terms, near_half, refuse, scalar
 from spectreg.measures.losses import BatchLoss
 
@@ -110,7 +110,7 @@ class WholeLoss:
 
     def __call__(self, model: nn.Module, batch: Any) -> BatchValue:
         """The loss of a batch and what it weighs."""
-        result = self.given.function(model, batch)
+        result = self.given.function(model, copied(batch))
         if not isinstance(result, tuple):
             return BatchValue(scalar(result), 1.0, 1.0)
         if len(result) != 2:
@@ -136,7 +136,7 @@ class WholeLoss:
     @torch.no_grad()
     def _counted(self, model: nn.Module, batch: Any) -> tuple[float, float] | None:
         """Loss and count of a batch; None where there is no count."""
-        if not isinstance(self.given.function(model, batch), tuple):
+        if not isinstance(self.given.function(model, copied(batch)), tuple):
             return None
         value = self(model, batch)
         return value.loss.item() if value.count else 0.0, value.count
@@ -226,7 +226,8 @@ def check_pair(batch: Any) -> None:
 
 
 def call(model: nn.Module, x: Any) -> Any:
-    """``model(x)``, or ``model(**x)`` for a mapping whose keys are arguments of the model."""
+    """``model(x)``, or ``model(**x)`` for a mapping whose keys are arguments of the model; of copies."""
+    x = copied(x)
     if isinstance(x, Mapping):
         try:
             inspect.signature(model.forward).bind(**x)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectreg.measures._nested import sequence_like
 from spectreg.measures._terms import scalar
 
 
@@ -31,7 +32,7 @@ def perturbable(loss: Any, batches: Iterable[Any]) -> Iterator[Any]:
 def with_input(batch: Any, place: Any, x: Tensor) -> Any:
     """A copy of ``batch`` with ``x`` at ``place``."""
     if isinstance(batch, tuple):
-        return tuple(x if i == place else value for i, value in enumerate(batch))
+        return sequence_like(batch, [x if i == place else value for i, value in enumerate(batch)])
     changed = copy.copy(batch)
     changed[place] = x
     return changed

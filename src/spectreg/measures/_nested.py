@@ -33,9 +33,18 @@ def mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
             changed[key] = mapped(function, value)  # type: ignore[index]
         return changed
     if isinstance(tree, tuple | list):
-        values = [mapped(function, value) for value in tree]
-        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+        return sequence_like(tree, [mapped(function, value) for value in tree])
     return tree
+
+
+def copied(tree: Any) -> Any:
+    """``tree`` with copies of its tensors, for a model to change as it likes; gradients go through."""
+    return mapped(lambda x: x.clone(), tree)
+
+
+def sequence_like(tree: Any, values: list[Any]) -> Any:
+    """``values`` in a tuple, named tuple or list of the type of ``tree``."""
+    return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
 
 
 def rows_of(tree: Any, start: int, stop: int, dim: int = 0) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spectreg.linalg.products import norm_of, norm_of_product
 from spectreg.measures._model import as_found, refuse_sharded
+from spectreg.measures._nested import copied
 from spectreg.products.projections import Attended, Head, attended
 
 
@@ -63,7 +64,8 @@ def logit_bound(model: nn.Module, *example: Any, **keywords: Any) -> dict[str, L
     """
     refuse_sharded(model)
     with as_found(model), torch.no_grad():
-        return {name: bound_of(attention) for name, attention in attended(model, example, keywords).items()}
+        found = attended(model, copied(example), copied(keywords))
+        return {name: bound_of(attention) for name, attention in found.items()}
 
 
 def bound_of(attention: Attended) -> LogitBound:

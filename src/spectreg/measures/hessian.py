@@ -93,7 +93,7 @@ def hessian_product(
         raise ValueError("no target counts in the loss: it has no Hessian.")
     with second_derivatives():
         refuse_asymmetric(model, loss_fn, batches, first, parameters)
-    kept = [first] if isinstance(batches, Sized) and len(batches) == 1 else None
+    kept = [first] if is_single(batches) else None
     del first
 
     def product(v: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
@@ -104,6 +104,14 @@ def hessian_product(
         return total / terms if terms else total
 
     return product
+
+
+def is_single(batches: Batches) -> bool:
+    """Whether there is only one batch; not known of a loader that has no length."""
+    try:
+        return isinstance(batches, Sized) and len(batches) == 1
+    except TypeError:  # a DataLoader of an iterable dataset
+        return False
 
 
 @contextmanager

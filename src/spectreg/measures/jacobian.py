@@ -71,10 +71,10 @@ def jacobian_norm(
         )
     with as_found(model), torch.enable_grad():
         x = differentiable_input(x)
-        y = flat_output(model(x), x)
+        y = flat_output(model(x.clone()), x)
         refuse_mixed(x, y)
         if exact or (exact is None and y.shape[1] <= FEW_OUTPUTS):
-            J = torch.stack([row.flatten(1) for row in jacobian_rows(y, x)], 1).double()
+            J = torch.stack([row.reshape(len(x), -1) for row in jacobian_rows(y, x)], 1).double()
             finite = J.isfinite().flatten(1).all(1)
             short = torch.where(finite[:, None, None], J if J.shape[1] <= J.shape[2] else J.mT, 0.0)
             norms = torch.linalg.eigvalsh(short @ short.mT)[:, -1].clamp_min(0).sqrt()
@@ -120,7 +120,7 @@ def jacobian_frobenius_norm(
     """
     with as_found(model), torch.enable_grad():
         x = differentiable_input(x)
-        y = flat_output(model(x), x)
+        y = flat_output(model(x.clone()), x)
         refuse_mixed(x, y)
         rows = jacobian_rows(y, x, projections, generator)
         norms = torch.stack([lengths(row) for row in rows], 1)

@@ -12,6 +12,7 @@ from spectreg.linalg.lanczos import Eigenvalues, Goal
 from spectreg.linalg.products import in_double, largest_singular_value
 from spectreg.maps.matrix import MatrixMap
 from spectreg.measures._model import as_found, refuse_sharded
+from spectreg.measures._nested import copied
 from spectreg.products.normalized import Pair, followed
 from spectreg.weights.reading import read_weight
 
@@ -67,7 +68,7 @@ def normalized_norms(
     with as_found(model), torch.no_grad():
         return {
             f"{pair.name}.weight".lstrip("."): norm_of_both(pair, goal, generator)
-            for pair in followed(model, *example, **keywords)
+            for pair in followed(model, *copied(example), **copied(keywords))
         }
 
 

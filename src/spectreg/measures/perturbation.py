@@ -1,7 +1,7 @@
 """Measure: what a network does under perturbations of a given length, random and adversarial."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,7 @@ def perturbation_curve(
     model: nn.Module,
     loss_fn: LossFunction | BatchLoss,
     batches: Batches,
-    radii: Sequence[float],
+    radii: Iterable[float] | Tensor,
     kind: str = "random",
     *,
     steps: int = 10,
@@ -75,10 +75,11 @@ def perturbation_curve(
     >>> round(point.stretch, 4)  # √2, the norm of the layer
     1.4142
     """
+    radii = [float(radius) for radius in radii]
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}: it must be one of {', '.join(KINDS)}.")
     if not radii or not all(0 <= radius < math.inf for radius in radii):
-        raise ValueError(f"radii are {list(radii)}: give at least one, each finite and 0 or more.")
+        raise ValueError(f"radii are {radii}: give at least one, each finite and 0 or more.")
     if steps < 1 or restarts < 1:
         raise ValueError(f"steps is {steps} and restarts {restarts}: both must be at least 1.")
     attack = Attack(steps, restarts, own_generator(generator))

@@ -59,6 +59,14 @@ def test_a_relu_network_without_biases_is_its_jacobian_times_x(x):
     assert (ratio <= jacobian_norm(model, x).value).all()
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_examples_may_be_numbers(exact):
+    x = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    slopes = 1 - x.tanh() ** 2
+    torch.testing.assert_close(jacobian_norm(nn.Tanh(), x, exact=exact).value, slopes)
+    torch.testing.assert_close(jacobian_frobenius_norm(nn.Tanh(), x).value, slopes)
+
+
 def test_orthogonal_layers_give_one():
     model = nn.Sequential(*[nn.utils.parametrizations.orthogonal(nn.Linear(20, 20)) for _ in range(3)]).double()
     x = torch.randn(4, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

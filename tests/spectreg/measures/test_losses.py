@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -413,6 +414,38 @@ def test_counts_that_are_not_those_of_the_mean_are_refused_on_several_batches(me
         ValueError, match=r"BatchLoss: .*(not their mean by these counts|the mean over its examples by)"
     ):
         measure(linear(), BatchLoss(function), batches)
+
+
+class Named(NamedTuple):
+    x: torch.Tensor
+    target: torch.Tensor
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_a_batch_may_be_a_named_tuple(measure):
+    loss = BatchLoss(lambda model, batch: (F.cross_entropy(model(batch.x), batch.target), len(batch.x)))
+    ours, plain = (
+        measure(linear(), loss, [Named(randn(8, 4), classes(8))]),
+        measure(
+            linear(),
+            BatchLoss(lambda model, batch: (F.cross_entropy(model(batch[0]), batch[1]), len(batch[0]))),
+            [(randn(8, 4), classes(8))],
+        ),
+    )
+    assert repr(ours) == repr(plain)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(zip(randn(12, 4), classes(12), strict=True))
+
+
+@pytest.mark.parametrize("size", [5, 12])
+def test_a_loader_without_a_length_has_a_hessian(size):
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=size)
+    truth = largest_eigenvalue(linear(), F.cross_entropy, randn(12, 4), classes(12))
+    measured = hessian_top_eigenvalues(linear(), F.cross_entropy, loader, tolerance=1e-8)
+    assert measured.values[0] == pytest.approx(truth, rel=1e-7)
 
 
 def test_counts_of_batches_with_time_first_are_compared_along_their_examples():

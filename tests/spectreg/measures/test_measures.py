@@ -131,6 +131,35 @@ def test_a_graph_in_flight_survives_a_measure_in_the_middle_of_a_step():
     assert model[0].weight.grad.abs().sum() > 0
 
 
+class Scaled(nn.Module):
+    def forward(self, x):
+        return ((x - 0.5) / 0.25).relu()
+
+
+class ScaledInPlace(nn.Module):
+    def forward(self, x):
+        return F.relu(x.sub_(0.5).div_(0.25), inplace=True)
+
+
+COUNTED = spectreg.BatchLoss(lambda model, batch: (F.cross_entropy(model(batch[0]), batch[1]), len(batch[0])))
+RUNNING = {
+    **{
+        name: MEASURES[name] for name in MEASURES if name not in ("singular_values", "operator_norm", "lipschitz_bound")
+    },
+    "input_gradient_norm, counted": lambda model: spectreg.input_gradient_norm(model, COUNTED, [(x, y)]),
+    "perturbation_curve, counted": lambda model: spectreg.perturbation_curve(model, COUNTED, [(x, y)], [1.0]),
+    "hessian_top_eigenvalues, counted": lambda model: spectreg.hessian_top_eigenvalues(model, COUNTED, [(x, y)]),
+}
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_a_model_that_changes_its_input_in_place_is_measured_as_one_that_does_not(name):
+    before = x.clone()
+    ours, other = (plain(RUNNING[name](nn.Sequential(first(), *network()))) for first in (ScaledInPlace, Scaled))
+    assert torch.equal(x, before)
+    assert repr(ours) == repr(other)
+
+
 @pytest.mark.parametrize("name", MEASURES)
 def test_autocast_changes_nothing(name):
     plainly = MEASURES[name](network())

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -133,6 +134,22 @@ def test_a_wrong_argument_is_named(changes, message):
     arguments = {"model": network(), "loss_fn": F.cross_entropy, "batches": [examples()], "radii": [1.0], **changes}
     with pytest.raises(ValueError, match=message):
         perturbation_curve(**arguments)
+
+
+@pytest.mark.parametrize("radii", [np.array([0.0, 0.5]), torch.tensor([0.0, 0.5]), (0, 0.5)])
+def test_radii_may_be_any_sequence_of_numbers(radii):
+    model, batch = network(), examples()
+    assert repr(perturbation_curve(model, F.cross_entropy, [batch], radii)) == repr(
+        perturbation_curve(model, F.cross_entropy, [batch], [0.0, 0.5])
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_examples_may_be_numbers(kind):
+    x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    loss = lambda output, y: output.mean()  # noqa: E731
+    (point,) = perturbation_curve(nn.Softplus(), loss, [(x, x)], [1e-6], kind)
+    assert point.stretch == pytest.approx(x.sigmoid().mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
