@@ -136,7 +136,7 @@ def test_a_wrong_argument_is_named(changes, message):
         perturbation_curve(**arguments)
 
 
-@pytest.mark.parametrize("radii", [np.array([0.0, 0.5]), torch.tensor([0.0, 0.5]), (0, 0.5)])
+@pytest.mark.parametrize("radii", [np.array([0.0, 0.5]), torch.tensor([0.0, 0.5]), (0.0, 0.5)])
 def test_radii_may_be_any_sequence_of_numbers(radii):
     model, batch = network(), examples()
     assert repr(perturbation_curve(model, F.cross_entropy, [batch], radii)) == repr(
