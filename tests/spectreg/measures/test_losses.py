@@ -568,6 +568,18 @@ def test_examples_whose_loss_is_flat_count_as_the_others(loss_fn, model, x, y):
             assert point.accuracy == pytest.approx((output.argmax(1) == y).double().mean().item())
 
 
+def test_a_loss_that_takes_no_outputs_near_one_half_is_measured():
+    def far(output, y):
+        if output.abs().min() < 1:
+            raise RuntimeError("out of range")
+        return hinge(output, y)
+
+    x = torch.tensor([[-3.0], [3.0], [4.0], [-5.0]])
+    y = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    (point,) = perturbation_curve(sure(1, 1), far, [(x, y)], [0.0])
+    assert (point.loss, point.examples) == (pytest.approx((4 + 6) / 4), 4)
+
+
 def test_weights_that_nothing_tells_are_refused():
     def loss(output, y):  # flat wherever the target is 0
         weight = 1 + torch.arange(3)[y]
