@@ -193,7 +193,7 @@ def interpolation(
     scales = None if scale_factor is None else per_dimension(scale_factor, call.output.shape[2:])
 
     def along(i: int, eye: Tensor) -> Tensor:
-        """The resizing of dimension i alone; the others have equal points, one or two as antialias tells these apart."""
+        """The resizing of dimension i alone; others have equal points: one or two, as antialias tells them apart."""
         others = [min(2, n) for n in call.output.shape[2:]]
         x = eye.view(len(eye), 1, *[len(eye) if j == i else 1 for j in range(d)])
         x = x.expand(-1, -1, *[len(eye) if j == i else others[j] for j in range(d)])
