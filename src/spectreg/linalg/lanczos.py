@@ -87,6 +87,7 @@ class Scaled:
 def lanczos_largest(A: Operator, start: Float[Tensor, " n"], goal: Goal) -> Eigenvalues:
     """The largest eigenvalue of ``A`` by the three-term recurrence alone: three vectors, no restart.
 
+    One product does not do, but for an eigenvector: most directions may be multiplied alike, and one of them not.
     Vectors that lose their orthogonality only repeat a value already found (Paige 1971), which harms no largest one.
 
     >>> A = torch.diag(torch.tensor([-9.0, 1.0, 2.0, 4.0]))
@@ -108,7 +109,7 @@ def lanczos_largest(A: Operator, start: Float[Tensor, " n"], goal: Goal) -> Eige
             T += torch.diag(torch.tensor(betas, dtype=torch.float64, device="cpu"), -1)
             theta, S = torch.linalg.eigh(T, UPLO="L")
             best = ritz_values(theta, beta * S[-1].abs(), goal, product, eps)
-            if best.converged:
+            if best.converged and (product > 1 or beta <= 10 * eps * abs(alphas[0])):
                 break
         betas.append(beta)
         previous, v = v, w / beta

@@ -178,8 +178,8 @@ def refuse_asymmetric(
 ) -> None:  # fmt: skip
     """Raise if uᵀHv and vᵀHu differ for two random vectors: some operation has a wrong second derivative."""
     one, other, size = both_ways(first.gradients, parameters)
-    eps = max(torch.finfo(p.dtype).eps for p in parameters)
-    if abs(one - other) <= max(1e-10, min(300 * eps, eps**0.5)) * size:
+    eps, tiny = (max(getattr(torch.finfo(p.dtype), name) for p in parameters) for name in ("eps", "tiny"))
+    if abs(one - other) <= max(1e-10, min(300 * eps, eps**0.5)) * size + tiny:  # below which no number has its digits
         return
     differ = f"uᵀHv = {one:.6g} but vᵀHu = {other:.6g} for random u, v"
     if not is_symmetric_in_float64(model, loss_fn, batches):

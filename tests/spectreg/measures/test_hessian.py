@@ -3,7 +3,7 @@ import weakref
 import pytest
 import torch
 from curvlinops import HessianLinearOperator
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.sparse.linalg import eigsh
 from torch import nn
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from spectreg.linalg.lanczos import Goal, lanczos
 from spectreg.measures.hessian import hessian_top_eigenvalues
+from spectreg.measures.losses import BatchLoss
 
 pytestmark = pytest.mark.portable
 
@@ -111,6 +112,7 @@ def test_the_largest_algebraic_eigenvalue_is_found_also_where_a_negative_one_dom
     k=st.integers(1, 2),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
+@example(spectrum=[0.0, 7.3e-43], k=1, dtype=torch.float32)
 @settings(max_examples=60, deadline=None)
 def test_a_converged_value_lies_within_its_residual_of_an_eigenvalue(spectrum, k, dtype):
     model = with_spectrum(*spectrum, dtype=dtype)
@@ -235,3 +237,18 @@ def test_only_one_batch_is_held_at_a_time():
 def test_a_model_whose_parameters_are_all_frozen_is_refused():
     with pytest.raises(ValueError, match="the model has 0 parameters with requires_grad"):
         hessian_top_eigenvalues(network().requires_grad_(False), F.cross_entropy, [examples()])
+
+
+def test_an_eigenvalue_that_is_larger_than_all_others_is_found_among_many():
+    class Parameters(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(10**5))
+
+        def forward(self, x):
+            return self.w
+
+    loss = BatchLoss(lambda model, x: (model(x).square().sum() / 2 + model(x)[0] ** 2 / 4, 1))
+    found = hessian_top_eigenvalues(Parameters(), loss, [torch.zeros(1)])
+    assert found.converged
+    assert found.values[0] == pytest.approx(1.5, rel=1e-3)

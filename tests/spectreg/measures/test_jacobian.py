@@ -187,3 +187,13 @@ def test_an_infinite_jacobian_has_the_norm_nan(size):
     measured = jacobian_norm(Root(), torch.zeros(1, size))
     assert measured.value.isnan().all()
     assert not measured.converged.any()
+
+
+def test_a_direction_that_is_stretched_more_than_all_others_is_found_among_many():
+    class Residual(nn.Module):
+        def forward(self, x):
+            return x + 0.15 * x.mean((1, 2, 3), keepdim=True)
+
+    found = jacobian_norm(Residual(), torch.randn(2, 3, 64, 64))
+    assert found.converged.all()
+    torch.testing.assert_close(found.value, torch.full((2,), 1.15), rtol=1e-3, atol=0)
