@@ -72,6 +72,8 @@ def lipschitz_bound(
     6.0
     """
     given = constants or {}
+    if isinstance(input_shape, int):
+        raise TypeError(f"input_shape is {input_shape}: it is the shape of one example, such as ({input_shape},).")
     with as_found(model), undisturbed(model), torch.inference_mode(False), torch.no_grad():
         require_running_statistics(model, given)
         walk = Walk(traced(model, given), given, grid)

@@ -31,6 +31,8 @@ def as_found(model: nn.Module) -> Iterator[nn.Module]:
     >>> model.training
     True
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model is a {type(model).__name__}: give an nn.Module.")
     check_values(model)
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]

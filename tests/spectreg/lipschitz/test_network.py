@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from altered import ALTERED, AS_THEIR_ATTRIBUTES_SAY, dense, snapshot
-from cases import seeded
+from cases import seeded, unchecked_types
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stretch import Apply, largest_stretch
@@ -559,3 +559,11 @@ def test_the_bound_of_a_resizing_is_its_norm_also_from_and_to_a_single_row_or_co
             eye = torch.eye(math.prod(size), dtype=torch.float64).view(-1, 1, *size)
             true = torch.linalg.matrix_norm(model(eye).flatten(1), 2).item()
             assert lipschitz_bound(model, (1, *size)).value == pytest.approx(true, rel=1e-6)
+
+
+def test_a_function_is_no_module_and_a_number_no_shape():
+    with unchecked_types():
+        with pytest.raises(TypeError, match="the model is a builtin_function_or_method"):
+            lipschitz_bound(torch.relu, (4,))
+        with pytest.raises(TypeError, match=r"such as \(4,\)"):
+            lipschitz_bound(nn.Linear(4, 4), 4)
