@@ -202,7 +202,7 @@ def interpolation(
         resized = F.interpolate(
             x, None if factors else sides, factors, mode, align_corners, recompute_scale_factor, antialias
         )
-        return resized.movedim(2 + i, 2).flatten(3)[..., 0]
+        return resized.movedim(2 + i, 2).reshape(len(eye), 1, resized.shape[2 + i], -1)[..., 0]
 
     return separable(input, d, along)
 
