@@ -247,8 +247,8 @@ def _is_within_a_step(optimizer: Optimizer) -> bool:
         return False  # its own, and that of torch.optim.Optimizer
     if torch.compiler.is_compiling():
         raise RuntimeError(
-            f"the step of {type(optimizer).__name__} calls that of its base class, and in a compiled step it cannot be "
-            "told which of the two runs the hooks: leave optimizer.step() out of what is compiled."
+            f"the step of {type(optimizer).__name__} may call that of its base class, and compiled it cannot be told "
+            "which of the two runs the hooks: leave optimizer.step() out of what is compiled."
         )
     hooked, steps, frame = getattr(type(optimizer).step, "__code__", None), 0, sys._getframe()
     while frame.f_back is not None and steps < 2:

@@ -531,10 +531,18 @@ def test_groups_say_the_strengths_of_all_their_weights_or_it_is_refused():
     computed = nn.Sequential(nn.Linear(4, 4), parametrizations.weight_norm(nn.Linear(4, 4)))
     with pytest.raises(ValueError, match=r"'1\.weight' is under a parametrization"):
         from_groups(computed, SGD([{"params": computed.parameters(), "spectral_strength": 0.1}], lr=RATE))
+    plain = [computed[0].weight, computed[1].bias]
+    groups = [{"params": plain, "spectral_strength": 0.1}, {"params": list(computed[1].parametrizations.parameters())}]
+    assert [w.name for w in from_groups(computed, SGD(groups, lr=RATE)).weights] == ["0.weight"]
     one, other = nn.Linear(4, 4), nn.Linear(4, 4)
     optimizer = SGD([{"params": one.parameters(), "spectral_strength": 0.1}], lr=RATE)
-    from_groups(nn.Sequential(one, other), optimizer)
+    model = nn.Sequential(one, other)
+    regularizer = from_groups(model, optimizer)
     optimizer.step()
     optimizer.add_param_group({"params": list(other.parameters()), "spectral_strength": 0.2})
     with pytest.raises(RuntimeError, match="2 parameters came to groups"):
         optimizer.step()
+    regularizer.detach()
+    regularizer = from_groups(model, optimizer)
+    optimizer.step()
+    assert regularizer.strength == {"0.weight": 0.1, "1.weight": 0.2}

@@ -100,9 +100,9 @@ class Acting:
         else:
             refuse_moved_base(self.config or {})
             weight = weight_in(self.base, name_in(self.base, adapter.layer))
-        return merged(weight, change, self._is_turned(adapter, change))
+        return merged(weight, change, self._is_turned(adapter, change, weight.flatten(1).shape))
 
-    def _is_turned(self, adapter: Adapter, change: Tensor) -> bool:
+    def _is_turned(self, adapter: Adapter, change: Tensor, stored: torch.Size) -> bool:
         """Whether the weight is stored as inputs × outputs: its shape says so, and of a square one the configuration.
 
         That has one ``fan_in_fan_out`` for all layers, whatever each of them is.
@@ -110,7 +110,7 @@ class Acting:
         if self.config is None or adapter.kind == "lora_embedding_A":
             return False
         if change.shape[0] != change.shape[1]:
-            return self._stored_shape(adapter) == change.shape[::-1]
+            return stored == change.shape[::-1]
         if self._misled_by:
             raise NotReadableError(
                 "square, and whether it is stored as inputs × outputs is not known: fan_in_fan_out of "

@@ -118,7 +118,7 @@ def configured_kind(layer: str, config: Mapping[str, Any]) -> str | None:
     targets = config.get("target_parameters") or ()
     for module in (str(target).rpartition(".")[0] for target in targets):
         if f".{layer.removesuffix('.base_layer')}".endswith(f".{module}"):
-            return "LoRA of parameters, a matrix for each expert"
+            return "LoRA of parameters, which may be a matrix for each expert"
     return next((name for setting, name in OTHER_SETTINGS.items() if config.get(setting)), None)
 
 

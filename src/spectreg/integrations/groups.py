@@ -5,10 +5,10 @@ import weakref
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
 from spectreg.optimizers import acting
-from spectreg.power_iteration.refusals import refuse_computed
 from spectreg.regularizer import SpectralNormRegularizer
 from spectreg.weights.selection import Weight, named_weights
 
@@ -52,12 +52,15 @@ def from_groups(model: nn.Module, *optimizers: Any, **settings: Any) -> Spectral
     follows = weakref.ref(regularizer)
 
     def follow(*_: Any) -> None:
+        regularizer = follows()
+        if regularizer is None or regularizer._attachment is None:
+            return
         if new := _with_strength(inner) - known:
             raise RuntimeError(
                 f'{len(new)} parameters came to groups with a "spectral_strength" after from_groups(): detach() its '
                 "regularizer, and call from_groups() again."
             )
-        if (regularizer := follows()) and regularizer.strength != (now := _strengths(_groups(inner, weights))):
+        if regularizer.strength != (now := _strengths(_groups(inner, weights))):
             regularizer.strength = now
 
     for optimizer in inner:
@@ -79,7 +82,16 @@ def _with_strength(optimizers: list[Optimizer]) -> set[int]:
 def _refuse_computed(optimizers: list[Optimizer], weights: list[Weight]) -> None:
     """Refuse weights that are computed from parameters of a group with a strength."""
     held = _with_strength(optimizers)
-    refuse_computed([w for w in weights if w.computed and held & {id(p) for p in w.module.parameters()}])
+    for w in weights:
+        parts = w.module.parameters(recurse=False)
+        if is_parametrized(w.module, w.attribute):
+            parts = w.module.parametrizations[w.attribute].parameters()  # type: ignore[union-attr,index]
+        if w.computed and any(id(p) in held for p in parts if p.ndim > 1):
+            raise ValueError(
+                f"weight {w.name!r} is under a parametrization: it is computed and has no gradient of its own, so that "
+                'a group can give it no strength. Take its parts out of the groups with a "spectral_strength", and add '
+                "the penalty() of a SpectralNormRegularizer of its own to the loss."
+            )
 
 
 def _groups(optimizers: list[Optimizer], weights: dict[int, str]) -> dict[str, dict[str, Any]]:

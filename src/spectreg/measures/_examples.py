@@ -138,6 +138,8 @@ def telling(loss_fn: LossFunction, output: Any, y: Any) -> tuple[Part, Tensor, T
         part = Part.of(loss_fn, outputs, y)
         try:
             own, joined = slopes(part)
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # maybe a loss that takes no outputs near ½, and raises anything
             if not tried:
                 raise

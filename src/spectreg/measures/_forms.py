@@ -81,16 +81,17 @@ class PairLoss:
     def _terms_of(self, output: Any, y: Any, silent: list[Part]) -> Terms | None:
         """What the loss weighs batches by, if this one tells; else it is among the ``silent`` ones, two of them."""
         with torch.no_grad():
-            self.of(output, y)
+            loss = self.of(output, y)
         if not any(x.is_floating_point() for x in tensors(output)):
             return None
         part = Part.of(self.of, output, y)
         if part.tells:
             return Terms(part)
-        with suppress(ValueError):  # of a loss that takes no outputs near ½
-            near = Part.of(self.of, near_half(output, 1 / 256), y)
-            if near.tells:
-                return Terms(near)
+        if loss.isfinite():
+            with suppress(ValueError):  # of a loss that takes no outputs near ½
+                near = Part.of(self.of, near_half(output, 1 / 256), y)
+                if near.tells:
+                    return Terms(near)
         if len(silent) < 2:
             silent.append(part)
         return None

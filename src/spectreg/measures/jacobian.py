@@ -93,14 +93,16 @@ def power_iteration(y: Tensor, x: Tensor, v: Tensor, tolerance: float, max_itera
     weights = torch.zeros_like(y, requires_grad=True)
     pulled = pull_back(y, x, weights, create_graph=True)  # linear in weights
     iterations, last, rounding = 0, y.new_zeros(len(y)), 30 * torch.finfo(y.dtype).eps
+    settled = torch.zeros(len(y), dtype=torch.bool, device=y.device)
     while iterations < max_iterations:
         iterations += 1
         (u,) = torch.autograd.grad(pulled, weights, v, retain_graph=True)
         sigma = lengths(u)
         w = pull_back(y, x, unit(u))
         residual = lengths(w - along(v, sigma) * v)
-        settled = residual <= torch.maximum(last, rounding * sigma)
-        converged, last = settled & (residual <= tolerance * sigma), residual
+        small = residual <= tolerance * sigma
+        settled |= small & (residual <= torch.maximum(last, rounding * sigma))
+        converged, last = settled & small, residual
         if converged.all():
             break
         v = unit(w)

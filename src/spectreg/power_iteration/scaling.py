@@ -56,8 +56,9 @@ class Rests:
         return torch.where(top > cap, (cap - norm) / (top - norm), 1.0)
 
     def _norm(self, name: str, frozen: ProductMap, W: Factors) -> float:
-        lengths = [torch.linalg.vector_norm(x.double()) for x in W if x.ndim and not x.requires_grad]
-        now = [float(x) for x in (*lengths, *(x for x in W if not x.ndim))]  # an edit of .data has no other trace
+        frozen_ones = [x for x in W if x.ndim and not x.requires_grad]
+        lengths = [float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in frozen_ones]  # .data has no version
+        now = [(id(x), x._version) for x in frozen_ones], lengths, [float(x) for x in W if not x.ndim]
         before, norm = self._known.get(name, (None, 0.0))
         if before != now:
             start = gaussian_like(torch.empty(3, 1, frozen.inputs, dtype=torch.float64, device=W.device),

@@ -197,3 +197,31 @@ def test_a_direction_that_is_stretched_more_than_all_others_is_found_among_many(
     found = jacobian_norm(Residual(), torch.randn(2, 3, 64, 64))
     assert found.converged.all()
     torch.testing.assert_close(found.value, torch.full((2,), 1.15), rtol=1e-3, atol=0)
+
+
+def test_products_that_are_rounded_coarsely_still_converge():
+    class Coarse(torch.autograd.Function):
+        """A product whose entries have ten bits, as on an accelerator with TF32."""
+
+        @staticmethod
+        def forward(ctx, x, W):
+            ctx.save_for_backward(W)
+            y = x @ W.t()
+            return (y.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+        @staticmethod
+        def backward(ctx, g):
+            (W,) = ctx.saved_tensors
+            return Coarse.apply(g, W.t().contiguous()), None
+
+    class Layers(nn.Module):
+        def forward(self, x):
+            for W in weights:
+                x = torch.relu(Coarse.apply(x, W))
+            return x
+
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(32, 32, generator=generator) / 32**0.5 for _ in range(3)]
+    found = jacobian_norm(Layers(), torch.randn(16, 32, generator=generator), tolerance=2e-3)
+    assert found.converged.all()
+    assert found.iterations < 200

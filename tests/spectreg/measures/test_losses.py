@@ -872,3 +872,14 @@ def test_targets_that_are_true_or_false_are_classes():
     x, y = randn(6, 4), randn(6, seed=1) > 0
     of_bools, of_numbers = (perturbation_curve(linear(1), loss, [(x, t)], [0.1]) for t in (y, y.double()))
     assert of_bools == of_numbers
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("measure", [input_gradient_norm, hessian_top_eigenvalues,
+                                     lambda *given: perturbation_curve(*given, [0.1])])  # fmt: skip
+def test_data_that_are_not_finite_are_named_as_the_cause(measure, reduction):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), torch.randn(6, 4)
+    x[2, 1] = torch.nan
+    with pytest.raises(ValueError, match="the loss is not finite"):
+        measure(model, nn.CrossEntropyLoss(reduction=reduction), [(x, torch.tensor([0, 1, 2, 0, 1, 2]))])
