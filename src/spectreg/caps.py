@@ -153,7 +153,8 @@ class SpectralNormCap(Following):
     def _apply(self, optimizer: int | None = None, held: Container[int] | None = None) -> None:
         refuse_computed(self.weights)
         groups = self._state.trained(optimizer)
-        refuse_gathered(self._state.gathered)
+        own = {w.name for group, _ in groups for w in group.members}
+        refuse_gathered([name for name in self._state.gathered if name in own])
         _refuse_half(self.weights)
         for group, weights in groups:
             if held is not None:

@@ -122,7 +122,7 @@ def _refuse_averages(optimizer: Optimizer) -> None:
 
 def _after(number: int, after_step: Callable[[int, set[int]], None]) -> Callable[..., None]:
     def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not _is_within_a_step(optimizer):
+        if not (_is_within_a_step(optimizer) or _fills_state()):
             after_step(number, _parameters(optimizer))
 
     return hook
@@ -194,7 +194,7 @@ def _hook(number: int, before_step: BeforeStep) -> Callable[..., Any]:
         return before_step(number, rates, 1.0 if scale is None else scale, keep, before)
 
     def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if _is_within_a_step(optimizer):
+        if _is_within_a_step(optimizer) or _fills_state():
             return None
         given: dict[int | str, Any] = dict(enumerate(args)) | kwargs
         place = _closure_place(optimizer, given) if len(given) > 1 else None
@@ -255,6 +255,22 @@ def _is_within_a_step(optimizer: Optimizer) -> bool:
         frame = frame.f_back
         steps += frame.f_code is hooked and frame.f_locals.get("self") is optimizer
     return steps == 2
+
+
+def _fills_state() -> bool:
+    """Whether this step, without gradients and learning rates, only makes an optimizer's state for a checkpoint.
+
+    ``get_state_dict`` and ``set_state_dict`` of torch.distributed.checkpoint take one where the state is empty, as it
+    always is of plain SGD.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    fills = getattr(getattr(module, "_init_optim_state", None), "__code__", None)
+    frame = sys._getframe() if fills is not None else None
+    while frame is not None and frame.f_code is not fills:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _refuse_unfit(optimizer: Optimizer, decoupled: bool | str) -> None:

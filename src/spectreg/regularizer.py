@@ -302,14 +302,14 @@ class SpectralNormRegularizer(Following):
         a step counts once, moves weights once, and adds to every gradient.
         """
         free, again = self.decoupled == "independent", turns is not None
-        turns = self._state.step(optimizer, held=rates) if turns is None else turns
+        turns = self._state.step(optimizer, held=rates, keep=keep) if turns is None else turns
         for group, weights, acts in turns:
             if self.decoupled and again:
                 continue
             if self.decoupled:
-                move(group, weights, self.penalty_function, lambda W: 1.0 if free else rates[id(W)], keep * acts)
+                move(group, weights, self.penalty_function, lambda W: 1.0 if free else rates[id(W)], acts)
             else:
-                add_gradient(group, weights, self.penalty_function, factor * keep * acts)
+                add_gradient(group, weights, self.penalty_function, factor * acts)
         return turns
 
 

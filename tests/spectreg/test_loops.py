@@ -14,7 +14,7 @@ from cases import mlp, seeded
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spectreg import SpectralNormRegularizer
+from spectreg import SpectralNormCap, SpectralNormRegularizer
 from spectreg.penalties import Function, Square
 
 
@@ -365,6 +365,76 @@ def test_a_step_that_the_scaler_skips_changes_no_weight(fused, decoupled):
     assert all(torch.equal(layer.weight.grad, g) for layer, g in zip(model[::2], gradients, strict=True))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"every": 4}, {"steps": 0.5}, {"every": 3, "steps": 1.5}, {"strength": lambda step: 0.02 * (step + 1)},
+     {"decoupled": "independent"}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("skipped", [(0, 4), (1, 2)])
+def test_steps_that_only_a_fused_optimizer_knows_to_be_skipped_do_not_count(settings, skipped):
+    models, calls = [], []
+    for fused in (False, True):
+        model = mlp(dtype=torch.float32)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+        regularizer = SpectralNormRegularizer(model, **({"strength": 0.1} | settings)).attach(optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for i in range(8):
+            optimizer.zero_grad()
+            loss = model(batch(torch.float32)).square().mean() * (float("inf") if i in skipped else 1.0)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        models.append(model)
+        calls.append(regularizer.state_dict()["vectors"]["0.weight"]["calls"])
+    assert calls == [6, 6]
+    assert_same_weights(*models)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    "settings", [{}, {"every": 2}, {"decoupled": "independent"}, {"strength": lambda step: 0.1 * step}]
+)
+def test_writing_and_reading_a_checkpoint_of_torch_takes_no_step(kind, settings):
+    """torch fills an optimizer's empty state by a step without gradients and learning rates."""
+    checkpoint = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+
+    def trained(saves):
+        model = mlp()
+        optimizer = kind(model.parameters(), lr=0.1)
+        regularizer = SpectralNormRegularizer(model, **({"strength": 0.1} | settings)).attach(optimizer)
+        cap = SpectralNormCap(model, 0.7, retract=True).attach(optimizer)
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(batch()).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if saves:
+                state = checkpoint.get_state_dict(model, optimizer)
+        if not saves:
+            return model, regularizer.state_dict()
+        again = mlp(seed=9)
+        resumed = kind(again.parameters(), lr=0.1)
+        other = SpectralNormRegularizer(again, **({"strength": 0.1} | settings)).attach(resumed)
+        other.load_state_dict(regularizer.state_dict())
+        cap.detach()
+        checkpoint.set_state_dict(again, resumed, model_state_dict=state[0], optim_state_dict=state[1])
+        return again, other.state_dict()
+
+    fresh = mlp()
+    optimizer = kind(fresh.parameters(), lr=0.1)
+    SpectralNormRegularizer(fresh, **({"strength": 0.1} | settings)).attach(optimizer)
+    SpectralNormCap(fresh, 0.7, retract=True).attach(optimizer)
+    checkpoint.get_state_dict(fresh, optimizer)
+    assert_same_weights(fresh, mlp(), rtol=0, atol=0)
+    (plain, truth), (resumed, state) = trained(False), trained(True)
+    assert_same_weights(plain, resumed, rtol=0, atol=0)
+    for name, vectors in truth["vectors"].items():
+        assert all(
+            torch.equal(torch.as_tensor(x), torch.as_tensor(state["vectors"][name][key])) for key, x in vectors.items()
+        )
+
+
 def test_by_hand_the_order_is_unscale_clip_add_step():
     scaled, plain = mlp(dtype=torch.float32), mlp(dtype=torch.float32)
     scaler, os, op = torch.amp.GradScaler("cpu", init_scale=1024.0), sgd(scaled), sgd(plain)
@@ -574,6 +644,34 @@ def test_a_copy_goes_on_exactly_as_the_original_and_neither_touches_the_other(tr
     assert all(torch.equal(a, b) for a, b in zip(regularizer.sigma().values(), its.sigma().values(), strict=True))
 
 
+class Holder(nn.Module):
+    """A model that holds its regularizer and its cap, and a weight of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixing = nn.Parameter(torch.randn(5, 5, dtype=torch.float64))
+        self.inner = mlp()
+        self.inner[0].requires_grad_(False)
+        self.regularizer, self.cap = SpectralNormRegularizer(self, 0.1), SpectralNormCap(self, 2.0)
+
+    def forward(self, x):
+        return self.inner(x @ self.mixing)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("travel", [copied, pickled])
+def test_a_model_that_holds_its_regularizer_travels_as_one(travel, steps):
+    model = seeded(Holder)
+    train(model, model.regularizer, sgd(model), steps=steps)
+    other = travel(model)
+    assert other.regularizer.weights[0].module is other
+    for m in (model, other):
+        m.requires_grad_(True)
+        train(m, m.regularizer, sgd(m))
+        m.cap.apply()
+    assert_same_weights(model, other, rtol=0, atol=0)
+
+
 def test_the_same_seed_gives_the_same_vectors_and_another_seed_others():
     def v(seed):
         return SpectralNormRegularizer(mlp(), 0.1, seed=seed).state_dict()["vectors"]["0.weight"]["v"]
@@ -601,7 +699,7 @@ def test_two_trainings_of_the_same_seed_are_equal_to_the_bit_and_draw_nothing(se
 COMPILED = """
 import torch
 from torch import nn
-from spectreg import SpectralNormRegularizer
+from spectreg import SpectralNormCap, SpectralNormRegularizer
 plain = nn.Sequential(nn.Linear(5, 4), nn.Conv2d(4, 4, 3, groups=2)).double()
 fast = nn.Sequential(nn.Linear(5, 4), nn.Conv2d(4, 4, 3, groups=2)).double()
 fast.load_state_dict(plain.state_dict())

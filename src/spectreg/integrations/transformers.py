@@ -49,7 +49,11 @@ class SpectralNorm(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write the vectors into the checkpoint just saved."""
         if self.regularizer and state.is_world_process_zero:
-            target = _folder(args, state) / FILE
+            folder = _folder(args, state)
+            if not folder.is_dir():
+                warnings.warn(f"{folder} does not exist: the vectors are not saved.", stacklevel=2)
+                return
+            target = folder / FILE
             part = target.with_suffix(".part")
             torch.save(self.regularizer.state_dict(), part)
             os.replace(part, target)
@@ -72,4 +76,7 @@ class SpectralNorm(TrainerCallback):
 
 
 def _folder(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    """The checkpoint of this step; in a hyperparameter search the newest, in the folder of a trial."""
+    name = f"checkpoint-{state.global_step}"
+    trials = Path(args.output_dir).glob(f"*/{name}") if state.is_hyper_param_search else ()
+    return max(trials, key=lambda folder: folder.stat().st_mtime, default=Path(args.output_dir) / name)

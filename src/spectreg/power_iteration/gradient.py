@@ -11,9 +11,10 @@ from spectreg.maps.base import LinearMap
 from spectreg.maps.factors import Factors, Target, Update, Value, tensors_of
 from spectreg.penalties import Penalty
 from spectreg.power_iteration.layout import is_sharded
-from spectreg.power_iteration.refusals import torch_func_refused
+from spectreg.power_iteration.refusals import refuse_resharded, torch_func_refused
 from spectreg.power_iteration.state import Group
 from spectreg.power_iteration.step import Vectors, full_precision
+from spectreg.weights.selection import Weight
 
 
 def add_gradient(group: Group, weights: Sequence[Value], penalty: Penalty, factor: float | Tensor = 1.0) -> None:
@@ -52,12 +53,12 @@ def move(
 def value(group: Group, weights: Sequence[Value], penalty: Penalty) -> Float[Tensor, ""]:
     """λΣφ(σ) with a gradient for each of ``weights`` whose λ is not 0."""
     v = group.vectors
-    parts = enumerate(zip(weights, group.acts(), v.us, v.vs, v.sigmas, strict=True))
+    parts = enumerate(zip(group.members, weights, group.acts(), v.us, v.vs, v.sigmas, strict=True))
     with torch_func_refused():
         each = [
-            PairValue.apply(v, i, u[: v.k].clone(), x[: v.k].clone(), s[:, : v.k].clone(), *tensors_of(W))
+            PairValue.apply(v, i, w, u[: v.k].clone(), x[: v.k].clone(), s[:, : v.k].clone(), *tensors_of(W))
             if acts else s[:, : v.k].clone()
-            for i, (W, acts, u, x, s) in parts
+            for i, (w, W, acts, u, x, s) in parts
         ]  # fmt: skip
     sigma = torch.cat(each)
     sigma = torch.where(sigma > 0, sigma, sigma.detach())
@@ -140,9 +141,11 @@ class PairValue(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, vectors: Vectors, i: int, u: Tensor, v: Tensor, sigma: Tensor, *W: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, vectors: Vectors, i: int, weight: Weight, u: Tensor, v: Tensor, sigma: Tensor, *W: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(u, v, *W)
-        ctx.vectors, ctx.i = vectors, i
+        ctx.vectors, ctx.i, ctx.weight = vectors, i, weight
         return sigma
 
     @staticmethod
@@ -152,12 +155,13 @@ class PairValue(torch.autograd.Function):
                 "penalty() has no second derivative: keep it out of what is differentiated with create_graph=True."
             )
         u, v, *W = ctx.saved_tensors
+        refuse_resharded(ctx.weight, W)
         scaled = u.unflatten(1, (len(gradient), -1)) * gradient.t()[:, :, None]
-        G = [torch.zeros_like(T) if wanted else None for T, wanted in zip(W, ctx.needs_input_grad[5:], strict=True)]
+        G = [torch.zeros_like(T) if wanted else None for T, wanted in zip(W, ctx.needs_input_grad[6:], strict=True)]
         target = G[0] if len(W) == 1 else Update(Factors(W), tuple(G), (1.0,) * len(W))
         with full_precision(u):
             ctx.vectors.add_one_(ctx.i, target, scaled.flatten(1), v)
-        return None, None, None, None, None, *G
+        return None, None, None, None, None, None, *G
 
 
 def target_of(W: Value, name: str) -> Target:

@@ -27,6 +27,11 @@ def layout_of(W: Any) -> tuple[Any, ...]:
     return W.device, W.dtype, W.requires_grad, mesh, placements, W.shape, type(W)
 
 
+def mesh_of(W: Any) -> tuple[int, frozenset[int]]:
+    """How many dimensions the mesh of the DTensor ``W`` has, and which ranks are in it."""
+    return W.device_mesh.ndim, frozenset(W.device_mesh.mesh.flatten().tolist())
+
+
 def alike(weights: Sequence[Value]) -> list[tuple[Any, ...]]:
     """Of each weight what those in a group share: device, precision, whether it is trained, and on which ranks."""
     ranks: list[Any] = [None] * len(weights)

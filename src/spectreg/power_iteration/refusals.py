@@ -138,8 +138,20 @@ def refuse_gathered(names: Sequence[str]) -> None:
     if names:
         raise RuntimeError(
             f"weight {names[0]!r} is gathered, but its optimizer steps the shards: a gradient added now would be lost. "
-            "Call reshard() of the fully_shard model before, or leave set_reshard_after_backward alone."
+            "Call reshard() of the fully_shard model before, leave set_reshard_after_backward alone, and with "
+            "reshard_after_forward=<int> take penalty() before the forward pass."
         )
+
+
+def refuse_resharded(weight: Weight, tensors: Sequence[Tensor]) -> None:
+    """Refuse the gradient of parameters that were gathered when the penalty was taken, and no longer are."""
+    for part, T in zip(weight.factors, tensors, strict=True):
+        if T.is_leaf and not is_sharded(T) and is_sharded(part.tensor):
+            raise RuntimeError(
+                f"weight {weight.name!r} was gathered when penalty() was taken, and was sharded again before the "
+                "gradient of the penalty came, which would be lost: take penalty() after the forward pass of training, "
+                "or call reshard() of the fully_shard model before (after validation, say)."
+            )
 
 
 def refuse_schedules_in_a_graph(capturing: bool) -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spectreg.maps.factors import Value
-from spectreg.power_iteration.layout import alike, is_sharded, layout_of
+from spectreg.power_iteration.layout import alike, is_sharded, layout_of, mesh_of
 from spectreg.power_iteration.refusals import (
     refuse_computed,
     refuse_constants,
@@ -36,7 +36,7 @@ class Group:
     ``k`` is the number of values asked for, of which a block may have fewer; ``start`` the first σ, if a penalty asks
     for it; ``is_on`` which weights have a strength above 0; ``calls`` how often a step was asked for, and ``count`` the
     same number on the device, where whose turn it is depends on it: a CUDA graph reads that, since a number of the host
-    would be the same in every replay.
+    would be the same in every replay; and so does a step that only the device knows to be skipped.
     """
 
     members: list[Weight]
@@ -48,7 +48,7 @@ class Group:
     start: Float[Tensor, "blocks m"] | None
     strength: Float[Tensor, "blocks 1"]
     count: Int[Tensor, ""] | None = None
-    captured: bool = False
+    counts_there: bool = field(default=False, init=False)
     target: Float[Tensor, "..."] | None = field(default=None, init=False)
     is_on: list[bool] = field(default_factory=list, init=False)
 
@@ -68,10 +68,13 @@ class Group:
         on = self.acts()
         return list(compress(self.members, on)), list(compress(weights, on))
 
-    def step(self, weights: Sequence[Value], halves: int, every: int) -> float | Tensor:
-        """Take ``halves`` half steps if it is the group's turn: 1, else 0; both are to multiply the penalty with."""
-        if self.count is not None and is_capturing(self.count.device):
-            return self._step_in_a_graph(self.count, weights, halves, every)
+    def step(self, weights: Sequence[Value], halves: int, every: int, keep: float | Tensor = 1.0) -> float | Tensor:
+        """Take ``halves`` half steps if it is the group's turn: 1, else 0; both are to multiply the penalty with.
+
+        With a ``keep`` of 0, of which only the device knows, nothing is to happen.
+        """
+        if isinstance(keep, Tensor) or (self.count is not None and is_capturing(self.count.device)):
+            return self._step_on_the_device(weights, halves, every, keep)
         turn, self.calls = self.now(), self.now() + 1
         if self.count is not None:
             self.count += 1
@@ -81,8 +84,8 @@ class Group:
         return 1.0
 
     def now(self) -> int:
-        """How often a step was asked for: read back from the device if a graph counts there."""
-        if self.captured and self.count is not None:
+        """How often a step was asked for: read back from the device if only that knows."""
+        if self.counts_there and self.count is not None:
             return int(self.count)
         return self.calls
 
@@ -90,23 +93,26 @@ class Group:
         """The number of the last step, counted from 0; 0 before the first."""
         return max(self.now() - 1, 0)
 
-    def _step_in_a_graph(self, count: Tensor, weights: Sequence[Value], halves: int, every: int) -> Tensor:
+    def _step_on_the_device(self, weights: Sequence[Value], halves: int, every: int, keep: float | Tensor) -> Tensor:
         """As ``step``, but all that depends on the turn is a value on the device: what is not to be is undone.
 
-        For an odd number of halves one more is taken, and the first or the last of them undone.
+        For an odd number of halves one more is taken, one by one, and the first or the last of them undone.
         """
-        self.captured = True
-        acts, from_u = count % every == 0, count // every * halves % 2 == 1
-        last = halves + halves % 2 - 1
-        for i in range(last + 1):
+        device, odd = self.strength.device, halves % 2 == 1
+        if self.count is None and not is_capturing(device):  # a graph would make it anew in every replay
+            self.count = torch.full((), self.calls, device=device)
+        keep = keep.to(device) > 0 if isinstance(keep, Tensor) else torch.ones((), dtype=torch.bool, device=device)
+        acts, from_u = keep, torch.zeros_like(keep)
+        if (count := self.count) is not None:
+            acts, from_u = keep & (count % every == 0), count // every * halves % 2 == 1
+            count += keep
+            self.counts_there = True
+        turns = [acts & ~from_u, *[acts] * (halves - 1), acts & from_u] if odd else [acts]
+        for i, counts in enumerate(turns):
             kept = [x.clone() for x in (self.vectors.U, self.vectors.V, self.vectors.sigma)]
-            self.vectors.advance(weights, 1, from_u=i % 2 == 1)
-            counts = acts
-            if halves % 2 and i in (0, last):
-                counts = acts & (~from_u if i == 0 else from_u)
+            self.vectors.advance(weights, 1 if odd else halves, from_u=i % 2 == 1)
             for x, old in zip((self.vectors.U, self.vectors.V, self.vectors.sigma), kept, strict=True):
                 x.copy_(torch.where(counts, x, old))
-        count += 1
         return acts.to(self.strength.dtype)
 
 
@@ -140,8 +146,8 @@ class State:
         self.halves, self.every, self.warmup, self.keeps_start = halves, every, warmup, keeps_start
         self.optimizers_of: Mapping[str, frozenset[int]] = {}
         self.strengths = Strengths({w.name: 0.0 for w in weights}, every)
-        self._sharded = {w.name for w in weights if is_sharded(w.tensor)}
-        self.gathered: list[str] = []
+        self._meshes: dict[str, tuple[int, frozenset[int]]] = {}
+        self._note_shards({w.name: w.tensor for w in weights})
         self._saved = self._first()
         self._groups: list[Group] = []
         self._layout: Any = None
@@ -165,8 +171,13 @@ class State:
         steps = {w.name: g.last() for g in self._groups for w in g.members}
         return {w.name: self.strengths.at([w.name], steps.get(w.name, 0))[0] for w in self.weights}
 
-    def step(self, optimizer: int | None = None, effective: bool = False, held: Container[int] | None = None) -> Turns:
+    def step(
+        self, optimizer: int | None = None, effective: bool = False, held: Container[int] | None = None,
+        keep: float | Tensor = 1.0,
+    ) -> Turns:  # fmt: skip
         """Step the groups of one optimizer (all if None) that are trained, and hand out those whose turn it is.
+
+        With a ``keep`` of 0 nothing changes: the optimizer is to skip this step.
 
         Refused are computed weights and sharded ones that are gathered, unless ``effective``, and weights that are not
         among the parameters (by id) that are ``held``; all of these only where their strength is not 0.
@@ -177,7 +188,8 @@ class State:
                 refuse_constants(*group.acted_on(weights))
         else:
             refuse_computed(self.acted_on())
-            refuse_gathered([name for name in self.gathered if name not in self.strengths.zero])
+        acted_on = {w.name for g, _ in groups for w in g.members} - self.strengths.zero
+        refuse_gathered([x for x in (self.partly_gathered if effective else self.gathered) if x in acted_on])
         if held is not None:
             acted = {w.name: W for g, weights in groups for w, W in zip(*g.acted_on(weights), strict=True)}
             members = [w for w in self.weights if w.name in acted]  # the groups have an order of their own
@@ -187,7 +199,7 @@ class State:
                 if self.strengths.vary([w.name for w in g.members]):
                     refuse_schedules_in_a_graph(is_capturing(g.strength.device))
                     g.set_strengths(self.strengths, g.now())
-            turns = [(g, weights, g.step(weights, self.halves, self.every)) for g, weights in groups]
+            turns = [(g, weights, g.step(weights, self.halves, self.every, keep)) for g, weights in groups]
         return [turn for turn in turns if isinstance(turn[2], Tensor) or turn[2]]
 
     def trained(self, optimizer: int | None = None) -> Arranged:
@@ -210,14 +222,26 @@ class State:
         if layout != self._layout:
             refuse_unfit(self.weights, list(weights.values()))
             refuse_twice_in_memory(self.acted_on())
-            sharded = {name for name, W in weights.items() if is_sharded(W)}
-            self.gathered, self._sharded = sorted(self._sharded - sharded), self._sharded | sharded
+            self._note_shards(weights)
             with torch.inference_mode(False):  # validation loops may be the first to ask for σ
                 self._saved = self._at_rest()
                 self._groups = self._regrouped(weights)
                 self._layout = layout
                 self._warm_up(weights)
         return [(g, [weights[w.name] for w in g.members]) for g in self._groups]
+
+    def _note_shards(self, weights: Mapping[str, Value]) -> None:
+        """Tell which sharded weights are ``gathered``, and which only as far as a smaller part of the mesh.
+
+        Those are parameters for a moment, which fully_shard drops after the backward pass. The second kind is that of
+        reshard_after_forward=<int>, which splits the mesh into two dimensions.
+        """
+        meshes = {name: mesh_of(W) for name, W in weights.items() if is_sharded(W)}
+        known = {name: self._meshes.get(name, mesh) for name, mesh in meshes.items()}
+        split = [name for name, (n, ranks) in meshes.items() if known[name][1] == ranks and n > known[name][0]]
+        self.partly_gathered = split
+        self.gathered = sorted([*(self._meshes.keys() - meshes.keys()), *split])
+        self._meshes |= {name: mesh for name, mesh in meshes.items() if name not in split}
 
     def save(self) -> dict[str, Any]:
         """Copies of the vectors by the name of the weight, and the names of those that were frozen all along."""
@@ -245,13 +269,11 @@ class State:
         self._saved, self._groups, self._layout = first, [], None
 
     def __getstate__(self) -> dict[str, Any]:
-        passing = ("_groups", "_layout", "_saved", "optimizers_of")
-        return {name: value for name, value in self.__dict__.items() if name not in passing} | {"saved": self.save()}
+        passing = ("_groups", "_layout", "optimizers_of")
+        return {name: x for name, x in self.__dict__.items() if name not in passing} | {"_saved": self._at_rest()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        saved = state.pop("saved")
-        self.__dict__.update(state, optimizers_of={})
-        self.load(saved)
+        self.__dict__.update(state, optimizers_of={}, _groups=[], _layout=None)  # the model may not be whole yet
 
     def _first(self) -> dict[str, Saved]:
         """Gaussian v, made orthonormal: it almost surely has a part along the top singular vector, whatever the map.

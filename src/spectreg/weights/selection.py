@@ -1,5 +1,6 @@
 """Which parameters count as weights, and the linear map of each."""
 
+import sys
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +122,7 @@ def _candidates(model: nn.Module, embeddings: bool, named: Container[str]) -> It
     """
     owners: dict[int, list[tuple[Role, Candidate]]] = {}
     for path, module in named_modules(model):
+        _refuse_flattened(path, module)
         for attribute, tensor, key in _tensors_of(module):
             name = f"{path}.{attribute}".lstrip(".")
             _refuse_hidden(name, tensor)
@@ -148,6 +150,18 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
     if is_parametrized(module):
         for attribute, parametrization in module.parametrizations.items():  # type: ignore[union-attr, operator]
             yield attribute, read_weight(module, attribute), id(parametrization)
+
+
+def _refuse_flattened(path: str, module: nn.Module) -> None:
+    """Raise where FSDP1 has made one vector of all weights, of which each rank holds a part."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(module, fsdp.FullyShardedDataParallel):
+        return
+    if module.sharding_strategy != fsdp.ShardingStrategy.NO_SHARD:
+        raise ValueError(
+            f"module {path or type(module).__name__!r} is wrapped in FSDP1 (FullyShardedDataParallel), which hides the "
+            "shapes of its weights. Use fully_shard (FSDP2) instead."
+        )
 
 
 def _refuse_hidden(name: str, tensor: Tensor) -> None:

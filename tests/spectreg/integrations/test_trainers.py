@@ -1,5 +1,7 @@
 """The doors to trainers and optimizers of others, each in the real thing on a small model."""
 
+import os
+
 import pytest
 import torch
 from cases import mlp
@@ -182,6 +184,27 @@ def test_the_trainer_of_trl_steps_adapters_and_logs_their_sigma(tmp_path):
     assert len(sigma) == 2 * 2
     assert all("lora_" in name for name in sigma)
     assert {saved["calls"] for saved in callback.regularizer.state_dict()["vectors"].values()} == {2}
+
+
+def test_in_a_hyperparameter_search_the_vectors_go_into_the_checkpoint_of_the_trial(tmp_path):
+    pytest.importorskip("transformers")
+    from transformers import TrainerState, TrainingArguments
+
+    from spectreg.integrations.transformers import FILE, SpectralNorm
+
+    arguments, model = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True), mlp()
+    callback, state = SpectralNorm(0.1), TrainerState(is_world_process_zero=True, is_hyper_param_search=True)
+    callback.on_train_begin(arguments, state, None, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    state.global_step = 2
+    with pytest.warns(UserWarning, match="checkpoint-2 does not exist: the vectors are not saved"):
+        callback.on_save(arguments, state, None)
+    folders = [tmp_path / "run-1" / "checkpoint-2", tmp_path / "run-0" / "checkpoint-2", tmp_path / "checkpoint-2"]
+    for age, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        os.utime(folder, (1e9 - age, 1e9 - age))
+    callback.on_save(arguments, state, None)
+    assert [(folder / FILE).exists() for folder in folders] == [True, False, False]
+    callback.on_train_end(arguments, state, None)
 
 
 @pytest.mark.slow

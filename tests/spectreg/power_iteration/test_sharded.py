@@ -10,12 +10,12 @@ from cases import gpt2_projection, mlp, seeded
 from ranks import on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from spectreg import SpectralNormRegularizer
+from spectreg import SpectralNormCap, SpectralNormRegularizer
 from spectreg.penalties import Square
 
 pytestmark = pytest.mark.slow
@@ -255,6 +255,62 @@ def test_a_loss_with_the_penalty_in_it_trains_under_fully_shard_as_it_does_unsha
     on_ranks(2, training_with_the_penalty_in_the_loss, before_the_forward)
 
 
+def penalty_of_weights_that_are_gathered_for_a_moment() -> None:
+    """By validation before the training pass, or after that as far as a part of the mesh."""
+    mesh, x = init_device_mesh("cpu", (dist.get_world_size(),)), torch.ones(2, 5, dtype=torch.float64)
+    for reshard, message in (
+        (False, r"was gathered when penalty\(\) was taken"),
+        (2, "penalty.. before the forward pass"),
+    ):
+        model = mlp()
+        for layer in model[::2]:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
+        fully_shard(model, mesh=mesh)
+        regularizer = SpectralNormRegularizer(model, 0.1)
+        if reshard:
+            loss = model(x).square().mean()
+            with pytest.raises(RuntimeError, match=message):
+                loss = loss + regularizer.penalty()
+            continue
+        with torch.no_grad():
+            model(x)
+        loss = regularizer.penalty() + model(x).square().mean()
+        with pytest.raises(RuntimeError, match=message):
+            loss.backward()
+
+
+def test_a_penalty_whose_gradient_fully_shard_would_drop_is_refused():
+    on_ranks(4, penalty_of_weights_that_are_gathered_for_a_moment)
+
+
+def steps_in_the_backward_pass() -> None:
+    plain = mlp()
+    sharded = copy.deepcopy(plain)
+    mesh, x = init_device_mesh("cpu", (dist.get_world_size(),)), torch.ones(2, 5, dtype=torch.float64)
+    for layer in sharded[::2]:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    for model in (plain, sharded):
+        optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+        SpectralNormRegularizer(model, 0.1).attach(*optimizers.values())
+        cap = SpectralNormCap(model, 0.5).attach(*optimizers.values())
+
+        def step(p, optimizers=optimizers):
+            optimizers[p].step()
+            optimizers[p].zero_grad()
+
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(step)
+        for _ in range(3):
+            model(x).square().mean().backward()
+        assert max(cap.sigma().values()) <= 0.5005
+    assert_equal_to_unsharded(plain, sharded)
+
+
+def test_optimizers_that_step_their_shards_in_the_backward_pass_train_as_unsharded_ones():
+    on_ranks(2, steps_in_the_backward_pass)
+
+
 def messages(regularizer: SpectralNormRegularizer) -> list[int]:
     """How many numbers each all-reduce of a step carries; nothing else may be sent."""
     regularizer.add_gradient()
@@ -385,8 +441,18 @@ def refusals() -> None:
     with pytest.raises(NotImplementedError, match=r"placed S(hard)?\(.*2\): use Shard\(0\) or Shard\(1\)"):
         SpectralNormRegularizer(layer, 0.1).add_gradient()
     flat = FullyShardedDataParallel(nn.Linear(3, 3), device_id=torch.device("cpu"))
-    with pytest.raises(ValueError, match="flat parameter of FSDP1"):
+    with pytest.raises(ValueError, match=r"wrapped in FSDP1 .* Use fully_shard"):
         SpectralNormRegularizer(flat, 0.1)
+    for strategy in ShardingStrategy.FULL_SHARD, ShardingStrategy.NO_SHARD:
+        inner = FullyShardedDataParallel(
+            nn.Linear(3, 3), device_id=torch.device("cpu"), use_orig_params=True, sharding_strategy=strategy
+        )
+        some = nn.Sequential(nn.Linear(3, 3), inner)  # whose other weights are plain, and would be all that is seen
+        if strategy is ShardingStrategy.NO_SHARD:
+            assert [w.name for w in SpectralNormRegularizer(some, 0.1).weights] == ["0.weight", "1.weight"]
+            continue
+        with pytest.raises(ValueError, match="module '1' is wrapped in FSDP1"):
+            SpectralNormRegularizer(some, 0.1)
 
 
 def test_what_cannot_be_sharded_is_refused_by_name():
