@@ -3,13 +3,14 @@
 Every comparison has two sides of a number a seed; its claim says that the first is the greater.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
 
 import pandas as pd
 
 from spectreg_lab.statistics.paired import Unit
-from spectreg_lab.statistics.quantities import Numbers, correlations, fisher, unit
+from spectreg_lab.statistics.quantities import Numbers, correlations, fisher, points, unit
 
 BASELINES = ("vanilla", "decay", "adversarial")
 METHODS = (*BASELINES, "spectral")
@@ -138,22 +139,29 @@ class Correlates:
 
     def comparisons(self, numbers: Numbers) -> Iterator[Comparison]:
         """In every setting and regime."""
-        most = fisher(1.0, max((3, *numbers.measured)))
         for setting in numbers.settings:
             for regime in numbers.regimes:
-                first = self.sign * self._mean(numbers, setting, regime, self.measure)
+                first, most = self._mean(numbers, setting, regime, self.measure)
                 if self.more_than is None:
                     what, second = f"correlation, {regime} batch", _constant(first, 0.0)
-                    yield Comparison(setting, what, first, second, (-most, most), "correlation")
+                    yield Comparison(setting, what, self.sign * first, second, (-most, most), "correlation")
                 else:
                     what = f"difference of Fisher's z, {regime} batch"
-                    second = self.sign * self._mean(numbers, setting, regime, self.more_than)
-                    yield Comparison(setting, what, first, second, (-2 * most, 2 * most))
+                    second, other = self._mean(numbers, setting, regime, self.more_than)
+                    bounds = (-most - other, most + other)
+                    yield Comparison(setting, what, self.sign * first, self.sign * second, bounds)
 
     @staticmethod
-    def _mean(numbers: Numbers, setting: str, regime: str, column: str) -> pd.Series:
-        by_method = [numbers.of(setting, regime, method, column) for method in numbers.methods]
-        return pd.concat(by_method, axis=1).mean(axis=1) if by_method else pd.Series(dtype=float)
+    def _mean(numbers: Numbers, setting: str, regime: str, column: str) -> tuple[pd.Series, float]:
+        """The mean over methods, by seed, and the most that it can be: z of a correlation of 1, of so many epochs."""
+        if not numbers.methods:
+            return pd.Series(dtype=float), math.inf
+        z, counts = (
+            pd.concat([numbers.of(setting, regime, method, name) for method in numbers.methods], axis=1)
+            for name in (column, points(column))
+        )
+        most = counts.where(z.notna().to_numpy()).map(lambda n: fisher(1.0, n), na_action="ignore").mean(axis=1).max()
+        return z.mean(axis=1), math.inf if math.isnan(most) else float(most)
 
 
 @dataclass(frozen=True)
@@ -187,12 +195,8 @@ class Predicts:
 
     def comparisons(self, numbers: Numbers) -> Iterator[Comparison]:
         """In every setting: Fisher's z of either correlation without its sign."""
-        points = max(3, len(numbers.methods) * len(numbers.regimes))
         for setting in numbers.settings:
-            first, second = (
-                correlations(numbers.runs, setting, column).abs().map(lambda r: fisher(r, points), na_action="ignore")
-                for column in (self.first, self.second)
-            )
+            first, second = (correlations(numbers.runs, setting, name).z.abs() for name in (self.first, self.second))
             yield Comparison(setting, "difference of Fisher's z of |rank correlation|", first, second)
 
 

@@ -14,7 +14,9 @@ from spectreg_lab.exhibits.exhibit import signed
 
 Name = TypeVar("Name", bound=Hashable)
 Unit = Literal["", "ratio", "correlation"]
-ROUNDING = 1e-12  # differences of accuracies below this are rounding, and would make a tiny p of nothing
+# Differences below this are rounding, and would make a tiny p of nothing: stored accuracies have seven digits, and a
+# single one of a million images would be more.
+ROUNDING = 1e-6
 
 
 def shown(value: float, unit: Unit = "") -> str:
@@ -100,7 +102,12 @@ def interval(
     error = float(values.std(ddof=1)) / math.sqrt(n)
     half = float(stdtrit(n - 1, 1 - level / 2)) * error
     p = 2 * float(stdtr(n - 1, -abs(mean) / error))
-    return Difference(mean, max(mean - half, bounds[0]), min(mean + half, bounds[1]), p, n)
+    return Difference(mean, *within(mean, half, bounds), p, n)
+
+
+def within(mean: float, half: float, bounds: tuple[float, float]) -> tuple[float, float]:
+    """The ends of an interval, which leave ``bounds`` only where the mean itself does."""
+    return max(mean - half, min(mean, bounds[0])), min(mean + half, max(mean, bounds[1]))
 
 
 def paired(first: pd.Series, second: pd.Series) -> Difference:

@@ -1,7 +1,8 @@
 """One statement over several settings: the mean of a difference over them, with its interval.
 
 The settings are taken as they are, not as a sample of all possible ones: each weighs the same, and the uncertainty is
-that of the seeds. Settings with fewer than two seeds do not enter.
+that of the seeds. Settings with fewer than two seeds do not enter. One whose seeds all differ by the same amount enters
+as if it had no spread, which it seldom has but where nothing can differ: where every accuracy is 1.
 """
 
 import math
@@ -12,11 +13,12 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtr, stdtrit
 
-from spectreg_lab.statistics.paired import ROUNDING, Difference, Unit, finite, shown
+from spectreg_lab.statistics.paired import ROUNDING, Difference, Unit, finite, shown, within
 
 POWER = 0.8  # of the least effect that counts as detectable
 MOST = 1000  # seeds a setting beyond which none are named
 RESAMPLES = 1000
+ANY = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,15 @@ class Pooled(Difference):
 
 def pool(
     pairs: Sequence[tuple[pd.Series, pd.Series]],
-    bounds: tuple[float, float] = (-math.inf, math.inf),
+    bounds: Sequence[tuple[float, float]] = (),
     level: float = 0.05,
 ) -> Pooled:
     """The mean over settings of the paired difference of each, with its interval by `welch`.
 
     Args:
         pairs: For each setting the numbers of either side by seed.
-        bounds: The least and the most that a difference can be; the interval does not leave them. Where all differences
-            are at one of these, that is an outcome, as in `paired.interval`.
+        bounds: For each setting the least and the most that a difference can be; the interval does not leave their
+            means. Where all differences are at one of these, that is an outcome, as in `paired.interval`.
         level: One minus the coverage of the interval.
     """
     differences = [finite((first - second).dropna()) for first, second in pairs]
@@ -72,13 +74,14 @@ def pool(
     sizes = np.array([len(seeds) for seeds in values])
     means = np.array([seeds.mean() for seeds in values])
     variances = np.array([seeds.var(ddof=1) if np.ptp(seeds) >= ROUNDING else 0.0 for seeds in values])
+    ends_of = np.array([bounds[i] if bounds else ANY for i in kept])
     n, mean, improvement = int(sizes.sum()), float(means.mean()), _improvement([pairs[i] for i in kept])
     if not variances.any():
-        at_bound = any(np.allclose(np.concatenate(values), bound) for bound in bounds)
+        at_bound = any(np.allclose(means, side) for side in ends_of.T)
         end, p = (mean, 0.0) if at_bound else (math.nan, 1.0 if mean == 0 else math.nan)
         return Pooled(mean, end, end, p, n, len(values), math.nan, None, *improvement)
     half, p = (float(seeds) for seeds in welch(means, variances, sizes, level))
-    ends = max(mean - half, bounds[0]), min(mean + half, bounds[1])
+    ends = within(mean, half, (float(ends_of[:, 0].mean()), float(ends_of[:, 1].mean())))
     seen = _detectable(variances, sizes, level), _needed(mean, variances, level)
     return Pooled(mean, *ends, p, n, len(values), *seen, *improvement)
 

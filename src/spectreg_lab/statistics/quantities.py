@@ -40,12 +40,17 @@ def through(column: str, along: str) -> str:
     return f"z_{column}_{along}"
 
 
+def points(column: str) -> str:
+    """The column that has the number of epochs that such a correlation is of."""
+    return f"points_{column}"
+
+
 @dataclass(frozen=True)
 class Numbers:
     """``runs`` has one row a finished run, with the columns that claims name; ``regimes`` are small first.
 
     ``paper`` has, by setting, the row of the paper's Table 1 that it stands for, None for none. ``measured`` are the
-    least and the greatest number of epochs measured in a run.
+    least and the greatest number of epochs that a correlation through a run's training is of.
     """
 
     runs: pd.DataFrame
@@ -81,30 +86,39 @@ class Numbers:
         return {}
 
 
-def rank_correlation(rows: pd.DataFrame, column: str, other: str = "gap") -> float:
-    """Spearman's correlation of ``column`` with ``other``; NaN below three points or where either is constant."""
+def rank_correlation(rows: pd.DataFrame, column: str, other: str = "gap") -> tuple[float, int]:
+    """Spearman's correlation of ``column`` with ``other``, and of how many rows: of those that have both.
+
+    NaN below three rows or where either is constant.
+    """
     known = rows[[other, column]].astype(float).replace([np.inf, -np.inf], np.nan).dropna()
     if len(known) < 3 or known.nunique().min() < 2:
-        return math.nan
-    return float(stats.spearmanr(known[other], known[column]).statistic)
+        return math.nan, len(known)
+    return float(stats.spearmanr(known[other], known[column]).statistic), len(known)
 
 
 def fisher(correlation: float, points: int) -> float:
     """Fisher's z of a rank correlation of ``points`` points: its interval, taken back, stays within −1 and 1.
 
-    A correlation of ±1, whose z is infinite, is taken halfway to the next one that so many ranks can have.
+    A correlation of ±1, whose z is infinite, is taken halfway to the next one that so many ranks can have. NaN stays.
 
     >>> round(fisher(0.5, 9), 3), fisher(1.0, 3), math.tanh(fisher(1.0, 3))
     (0.549, 0.9729550745276566, 0.75)
     """
+    if math.isnan(correlation):
+        return math.nan
     limit = 1 - 6 / (points**3 - points)
     return math.atanh(min(max(correlation, -limit), limit))
 
 
-def correlations(runs: pd.DataFrame, setting: str, column: str) -> pd.Series:
-    """By seed: the rank correlation of ``column`` with the gap over the methods and regimes of a setting."""
-    seeds = select(runs, setting=setting).groupby("seed")
-    return pd.Series({seed: rank_correlation(rows, column) for seed, rows in seeds}, dtype=float)
+def correlations(runs: pd.DataFrame, setting: str, column: str) -> pd.DataFrame:
+    """By seed: the rank correlation of ``column`` with the gap over a setting's methods and regimes, of how many runs.
+
+    ``z`` is Fisher's.
+    """
+    seeds = {seed: rank_correlation(rows, column) for seed, rows in select(runs, setting=setting).groupby("seed")}
+    rows = [(r, points, fisher(r, points)) for r, points in seeds.values()]
+    return pd.DataFrame(rows, columns=["correlation", "runs", "z"], index=list(seeds))
 
 
 def numbers(study: StudyRecord, runs: pd.DataFrame, epochs: pd.DataFrame) -> Numbers:
@@ -121,14 +135,15 @@ def numbers(study: StudyRecord, runs: pd.DataFrame, epochs: pd.DataFrame) -> Num
         runs.assign(**logs).merge(own, on=POINT, how="left").merge(_through(finished(epochs)), on=POINT, how="left")
     )
     described = study.study
-    counts = finished(epochs).groupby(POINT).input_gradient_test.count()
+    counts = joined[[points(through(*pair)) for pair in THROUGH_TRAINING]].to_numpy(dtype=float)
+    counts = counts[counts > 0]
     return Numbers(
         joined,
         tuple(described["settings"]),
         tuple(sorted(described["regimes"], key=lambda regime: _mean_batch(study, regime))),
         tuple(described["methods"]),
         {name: setting.get("paper") for name, setting in described["settings"].items()},
-        tuple(dict.fromkeys([int(counts.min()), int(counts.max())])) if len(counts) else (),
+        tuple(dict.fromkeys([int(counts.min()), int(counts.max())])) if counts.size else (),
     )
 
 
@@ -145,11 +160,12 @@ def _point(run: RunRecord) -> dict[str, Any]:
 def _through(epochs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for point, curve in epochs.groupby(POINT):
-        known = curve.dropna(subset=["input_gradient_test"])
-        correlations = {through(*pair): rank_correlation(known, *pair) for pair in THROUGH_TRAINING}
-        scaled = {name: r if math.isnan(r) else fisher(r, len(known)) for name, r in correlations.items()}
-        rows.append(dict(zip(POINT, point, strict=True)) | scaled)
-    columns = [*POINT, *(through(*pair) for pair in THROUGH_TRAINING)]
+        row = dict(zip(POINT, point, strict=True))
+        for pair in THROUGH_TRAINING:
+            correlation, count = rank_correlation(curve, *pair)
+            row |= {through(*pair): fisher(correlation, count), points(through(*pair)): count}
+        rows.append(row)
+    columns = [*POINT, *(name(through(*pair)) for name in (str, points) for pair in THROUGH_TRAINING)]
     return pd.DataFrame(rows, columns=columns).astype({name: epochs[name].dtype for name in POINT})
 
 

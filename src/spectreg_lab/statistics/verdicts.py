@@ -14,7 +14,7 @@ from spectreg_lab.exhibits.exhibit import Cell, Exhibit, Table, Verdict
 from spectreg_lab.statistics.claims import Claim, Comparison
 from spectreg_lab.statistics.frames import records, regimes, select
 from spectreg_lab.statistics.paired import Difference, Unit, holm, interval
-from spectreg_lab.statistics.pooled import POWER, Pooled, pool
+from spectreg_lab.statistics.pooled import MOST, POWER, Pooled, pool
 from spectreg_lab.statistics.quantities import Numbers
 from spectreg_lab.statistics.registered import BEST, CLAIMS
 from spectreg_lab.storage.store import StudyRecord
@@ -30,8 +30,9 @@ NOTES = (
     "each weighing the same, with the interval of Welch and Satterthwaite for the spread of the seeds. Positive, or "
     "a ratio over 1, is what the claim says. A claim held where the intervals of all its statements lie above zero; "
     "it did not where one is negative with p below 5 % after Holm's correction for the statements of the claim; "
-    "otherwise, or with fewer than two seeds, it is not decided. The line of a claim has the statement with least "
-    "evidence for it. These settings are taken as they are: nothing is said of others.",
+    "otherwise, or with fewer than two seeds, it is not decided. A setting whose seeds all differ by the same amount "
+    "enters as if it had no spread. The line of a claim has the statement with least evidence for it. These settings "
+    "are taken as they are: nothing is said of others.",
     "P(improvement): the probability that a run of the first kind is above one of the second, mean over settings. "
     f"Least detectable: the effect that as many seeds show in {POWER:.0%} of such studies.",
     "Single comparisons decide nothing. Their p is corrected by Holm: between methods for all pairs of methods in that "
@@ -75,7 +76,12 @@ def statements(comparisons: Sequence[Comparison], level: float = LEVEL) -> tuple
     for comparison in comparisons:
         groups.setdefault(comparison.what, []).append(comparison)
     return tuple(
-        Statement(what, pool([(c.first, c.second) for c in group], group[0].bounds, level), group[0].unit, tuple(group))
+        Statement(
+            what,
+            pool([(c.first, c.second) for c in group], [c.bounds for c in group], level),
+            group[0].unit,
+            tuple(group),
+        )
         for what, group in groups.items()
     )
 
@@ -173,7 +179,8 @@ def _line(decision: Judged, singles: list[dict[str, Any]], methods: Collection[s
         return "nothing to compare yet" if singles and decision.claim.methods() <= set(methods) else NOT_PART
     parts = [f"{statement.what}: {statement.pooled.text(statement.unit)}"]
     if decision.outcome == OPEN:
-        parts.append(_would_decide(statement.pooled))
+        unknown = [s.what for group in decision.alternatives for s in group if not s.pooled.n]
+        parts.append(_unknown(unknown) if unknown else _would_decide(statement.pooled))
     counted = Counter(row["verdict"] for row in singles)
     parts.append(
         "single comparisons: " + ", ".join(f"{n} {name}" for name in (NOT, OPEN, HELD) if (n := counted[name]))
@@ -181,11 +188,15 @@ def _line(decision: Judged, singles: list[dict[str, Any]], methods: Collection[s
     return " · ".join(parts)
 
 
+def _unknown(whats: Sequence[str]) -> str:
+    return f"no two seeds of {', '.join(whats[:FEW])}{' and others' if len(whats) > FEW else ''}"
+
+
 def _would_decide(pooled: Pooled) -> str:
     if math.isnan(pooled.p):
         return "all seeds alike: nothing says how another would differ"
     if pooled.needed is None:
-        return "an effect this small would take over 1000 seeds a setting"
+        return f"an effect this small would take over {MOST} seeds a setting"
     return f"an effect of this size would take {pooled.needed} seeds a setting"
 
 
@@ -195,7 +206,7 @@ def _tables(study: StudyRecord, decision: Judged, singles: list[dict[str, Any]])
         [
             Cell(statement.what, bold=True),
             Cell(statement.pooled.text(statement.unit)),
-            Cell(f"{statement.pooled.needed or '> 1000'}" if statement.pooled.n else "–"),
+            Cell("–" if math.isnan(statement.pooled.detectable) else f"{statement.pooled.needed or f'> {MOST}'}"),
             Cell(verdict, tone=TONES[verdict]),
         ]
         for group, verdicts in zip(decision.alternatives, decision.verdicts, strict=True)
@@ -290,7 +301,7 @@ def _seen(decisions: Sequence[Judged]) -> str:
     if statement is None or math.isnan(statement.pooled.detectable):
         return ""
     least = f"{100 * statement.pooled.detectable:.2g}"
-    return f"It can tell a difference in test accuracy from none where that is {least} points or more. "
+    return f"The study can show a difference in test accuracy of {least} points or more. "
 
 
 def _standing_alone(place: int) -> str:
@@ -330,7 +341,7 @@ def exhibit(study: StudyRecord, numbers: Numbers, table: pd.DataFrame) -> Exhibi
             _compared(study, numbers),
             f"{_tally(decisions, lines)} {_seen(decisions)}{_registered(study)}",
             *_means(study, table),
-            *([f"Against the paper or the method: {' '.join(against)}"] if against else []),
+            *([f"Did not hold: {' '.join(against)}"] if against else []),
             *(
                 [
                     _rows_won(study, table, "test_accuracy", "Test accuracy"),
@@ -342,7 +353,7 @@ def exhibit(study: StudyRecord, numbers: Numbers, table: pd.DataFrame) -> Exhibi
         ],
         notes=[
             *NOTES,
-            f"The correlations of Section 4.2 rest on the epochs that are measured, {measured} a run; they are "
-            "averaged, and have their intervals, as Fisher's z.",
+            f"The correlations of Section 4.2 rest on the epochs at which both were measured, {measured} a run; they "
+            "are averaged, and have their intervals, as Fisher's z.",
         ],
     )

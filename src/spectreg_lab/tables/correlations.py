@@ -20,10 +20,10 @@ def values(study: StudyRecord, runs: pd.DataFrame) -> pd.DataFrame:
     """One row for each setting, seed and predictor: its rank correlation with the gap, over ``runs`` finished runs."""
     done = finished(runs)
     rows = [
-        (setting, seed, column, value, int(select(done, setting=setting, seed=seed)[["gap", column]].dropna().shape[0]))
+        (setting, seed, column, value, runs_of_it)
         for setting in study.study["settings"]
         for column in PREDICTORS
-        for seed, value in correlations(done, setting, column).items()
+        for seed, value, runs_of_it, _ in correlations(done, setting, column).itertuples()
     ]
     return pd.DataFrame(rows, columns=["setting", "seed", "predictor", "correlation", "runs"])
 

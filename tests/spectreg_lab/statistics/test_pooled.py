@@ -147,13 +147,15 @@ def test_a_setting_with_one_seed_does_not_enter_and_two_alike_settings_decide_no
     assert pool(sides([0.1, 0.2, 0.3], [9.0])).mean == pytest.approx(0.2)
     alike = pool(sides([0.1, 0.1], [0.2, 0.2]))
     assert (math.isnan(alike.low), math.isnan(alike.p)) == (True, True)
-    assert pool(sides([0.05, 0.05], [0.05, 0.05]), (-0.95, 0.05)).low == 0.05
+    assert pool(sides([0.05, 0.05], [0.05, 0.05]), [(-0.95, 0.05)] * 2).low == 0.05
     assert str(pool(sides([1.0]))) == "no setting with two seeds"
 
 
 def test_intervals_stay_within_what_can_be() -> None:
-    assert pool(sides([0.04, 0.05, 0.02], [0.05, 0.05, 0.04]), (-0.95, 0.05)).high == 0.05
+    assert pool(sides([0.04, 0.05, 0.02], [0.05, 0.05, 0.04]), [(-0.95, 0.05)] * 2).high == 0.05
     assert interval(pd.Series([0.9, 0.99, 0.3]), (-1, 1)).high == 1
+    outside = interval(pd.Series([-1.2, -1.5, -1.4]), (-0.95, 0.05))
+    assert outside.low <= outside.mean <= outside.high
     found = interval(pd.Series([fisher(r, 6) for r in (1.0, 0.9, 0.6)]))
     assert -1 < math.tanh(found.low) < math.tanh(found.mean) < math.tanh(found.high) < 1
     assert found.text("correlation").startswith("+0.891 [−0.331, +0.997]")
