@@ -11,6 +11,7 @@ soon as the owner's process is gone.
 """
 
 import json
+import logging
 import os
 import platform
 import re
@@ -56,9 +57,13 @@ class Owner:
     def __str__(self) -> str:
         return f"process {self.process} on {self.host}" if self.process else self.host
 
+    def here(self) -> bool:
+        """Whether the owner is a process that can be looked up: one of this machine since it was started."""
+        return self.machine is not None and self.machine == _machine()
+
     def gone(self) -> bool:
         """Whether the owner is known to have ended: a process of this machine that is no more."""
-        if self.machine is None or self.machine != _machine():
+        if not self.here():
             return False
         try:
             return psutil.Process(self.process).status() == psutil.STATUS_ZOMBIE
@@ -158,6 +163,21 @@ class Watch:
         if owner.gone() or now - since > STALE:
             return Seen(owner, False)
         return Seen(owner, True if changed and now - since < 3 * BEAT else None)
+
+
+def ended(folder: Path) -> set[str]:
+    """The token of the claim on ``folder`` if its owner has ended; empty if it lives, or nobody holds the run.
+
+    An owner on another machine, or on this one before it was started anew, is watched, for up to `STALE` seconds.
+    """
+    watch = Watch()
+    said = False
+    while (seen := watch.observe(folder)) is not None and seen.alive is None and not seen.owner.here():
+        if not said:
+            logging.warning("%s is held by %s: waiting up to %.0f s for a sign of life", folder, seen.owner, STALE)
+            said = True
+        time.sleep(BEAT)
+    return {seen.owner.token} if seen is not None and seen.alive is False else set()
 
 
 def _take(folder: Path, token: str, dead: Collection[str], node: str | None) -> Claim:

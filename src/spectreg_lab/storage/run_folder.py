@@ -140,19 +140,21 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The epochs recorded so far, in order; a line cut short by a kill ends the list.
+        """The epochs recorded so far, in order; a last line cut short by a kill is left out.
 
         Raises:
             RunError: a line that was not cut short is no epoch's, or not the next one's.
         """
         path = self.path / METRICS
         lines: list[dict[str, Any]] = []
-        for line in path.read_bytes().splitlines() if path.exists() else ():
+        recorded = path.read_bytes().splitlines() if path.exists() else []
+        for number, line in enumerate(recorded, 1):
             try:
                 epoch = numbers.loads(line)
             except ValueError:
-                break
-            number = len(lines) + 1
+                if number == len(recorded):
+                    break
+                raise RunError(f"{path}: line {number} is damaged: {RUN_AGAIN}") from None
             if not isinstance(epoch, dict) or epoch.get("epoch") != number:
                 raise RunError(f"{path}: line {number} has no epoch {number}: {RUN_AGAIN}")
             if fault := records.fault(records.Line, epoch):

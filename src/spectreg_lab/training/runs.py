@@ -13,6 +13,7 @@ from torch import Tensor
 from spectreg_lab import data, measures, models
 from spectreg_lab.settings.config import Config, Measuring
 from spectreg_lab.storage.checkpoints import Checkpoint
+from spectreg_lab.storage.claims import ended
 from spectreg_lab.storage.errors import RunError
 from spectreg_lab.storage.provenance import describe
 from spectreg_lab.storage.run_folder import RunFolder
@@ -41,11 +42,12 @@ def run(
         The outcome: ``{"status": "finished"}``, or ``{"status": "failed", "error": …}``.
 
     Raises:
-        RunError: the folder is another run's, is of another format, or another process is working on it.
+        RunError: the folder is another run's, is of another format, or another process is working on it. A process that
+            gives no sign of life, as after a power cut, is waited for first.
     """
     fabric, place = fabric or one_device(precision=config.precision), RunFolder(folder)
     with ExitStack() as held:
-        first_decides(fabric, lambda: held.enter_context(place.claimed()))
+        first_decides(fabric, lambda: held.enter_context(place.claimed(dead=ended(folder))))
         return go_on(config, place, fabric, on_epoch)
 
 
@@ -142,7 +144,7 @@ def measure(folder: Path, setting: Measuring | None = None) -> bool:
         return False
     checkpoint = _last(place, config)
     images = data.load(config.data)
-    with place.claimed():
+    with place.claimed(dead=ended(folder)):
         _measure(place, config, checkpoint, images, setting or config.measure or Measuring(), torch.device("cpu"))
     return True
 

@@ -103,6 +103,24 @@ def test_a_claim_of_another_machine_is_stale_when_it_has_not_been_seen_to_change
         assert [path.name for path in tmp_path.iterdir()] == ["claim-2.json"]
 
 
+def test_a_run_left_behind_by_a_machine_that_went_down_is_gone_on_with_and_a_living_one_is_not(tmp_path, fast, tiny):
+    path = foreign(tmp_path)
+    assert run(tiny(epochs=1), tmp_path)["status"] == "finished"
+    assert not list(tmp_path.glob("claim-*"))
+    path, stop = foreign(tmp_path), threading.Event()
+
+    def beat():
+        while not stop.wait(claims.BEAT):
+            os.utime(path)
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    with pytest.raises(ClaimedError, match="process 7 on node-b"):
+        run(tiny(epochs=1), tmp_path)
+    stop.set()
+    beating.join()
+
+
 @pytest.mark.parametrize("hours", [-1, 0, 1])
 def test_a_living_claim_is_never_stale_and_a_dead_one_always_whatever_the_owners_clock_says(tmp_path, fast, hours):
     shift, stop = hours * 3600, threading.Event()

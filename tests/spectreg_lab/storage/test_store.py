@@ -70,6 +70,16 @@ def test_a_line_cut_short_is_dropped(folder):
     assert folder.resume().epoch == 2
 
 
+def test_a_line_damaged_in_the_middle_is_said_and_costs_no_checkpoint(folder):
+    advance(folder, [1, 2])
+    file = folder.path / run_folder.METRICS
+    file.write_bytes(b"\x00" + file.read_bytes()[1:])
+    before = sorted(path.name for path in folder.path.iterdir())
+    with pytest.raises(RunError, match=r"metrics\.jsonl: line 1 is damaged: delete its folder and run again"):
+        folder.resume()
+    assert sorted(path.name for path in folder.path.iterdir()) == before
+
+
 @pytest.mark.parametrize("kept", [0, 7, 60, 150])
 def test_a_truncated_checkpoint_falls_back_to_the_one_before_and_says_so(folder, kept, caplog):
     advance(folder, [1, 2])
