@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -94,20 +95,11 @@ def _digits_file() -> np.ndarray:
 
 def _from_datasets(source: str, files: list[Path], progress: Callable[[str], None]) -> tuple[Decoded, int]:
     import datasets
-    from pyarrow import parquet
 
     datasets.disable_progress_bars()
     kind, _, place = source.partition(":")
     try:
-        if kind == "hub":
-            dataset = datasets.load_dataset(place)
-        elif kind == "parquet":
-            _check_class_names(source, files)
-            filled = [path for path in files if parquet.read_metadata(path).num_rows]  # of none it makes an error
-            by_split = _by_split(Path(place), filled, "train*.parquet and test*.parquet")
-            dataset = datasets.load_dataset("parquet", data_files=by_split)
-        else:
-            dataset = datasets.load_dataset("imagefolder", **_image_folder(Path(place), files))
+        dataset = datasets.load_dataset(place) if kind == "hub" else _from_files(source, files)
     except DataError:
         raise
     except Exception as error:  # whatever the reader of the format raises, the user sees one line
@@ -124,6 +116,23 @@ def _from_datasets(source: str, files: list[Path], progress: Callable[[str], Non
     labels = {"train": train, "test": other}
     pictures = {"train": dataset["train"], "test": dataset[test]}
     return {n: (_pictures(pictures[n], f"{source} {n}", progress), labels[n]) for n in labels}, classes
+
+
+def _from_files(source: str, files: list[Path]) -> Any:
+    """A dataset of local files, in memory: the reader's cache takes files of the same name and time for the same."""
+    import datasets
+    from pyarrow import parquet
+
+    kind, _, place = source.partition(":")
+    if kind == "parquet":
+        _check_class_names(source, files)
+        filled = [path for path in files if parquet.read_metadata(path).num_rows]  # of none it makes an error
+        found: dict[str, Any] = {"data_files": _by_split(Path(place), filled, "train*.parquet and test*.parquet")}
+    else:
+        kind, found = "imagefolder", _image_folder(Path(place), files)
+    os.makedirs(datasets.config.HF_DATASETS_CACHE, exist_ok=True)
+    with TemporaryDirectory(dir=datasets.config.HF_DATASETS_CACHE) as scratch:
+        return datasets.load_dataset(kind, **found, cache_dir=scratch, keep_in_memory=True)
 
 
 def _check_class_names(source: str, files: list[Path]) -> None:

@@ -27,6 +27,15 @@ def write_parquet(folder, pictures, labels, split):
     datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
 
 
+def labelled_folder(folder, pictures, labels):
+    """Images beside a table of their labels."""
+    folder.mkdir(exist_ok=True)
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"{i}.png")
+    rows = "".join(f"{i}.png,{label}\n" for i, label in enumerate(labels))
+    (folder / "metadata.csv").write_text(f"file_name,label\n{rows}")
+
+
 @pytest.fixture
 def pictures():
     return np.random.default_rng(0).integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)
@@ -103,6 +112,25 @@ def test_a_changed_file_is_read_anew_and_a_broken_cache_made_again(tmp_path, pic
     assert torch.equal(load(Data(name=str(tmp_path))).train.images, first.train.images)
     write_parquet(tmp_path, pictures[::-1].copy(), [0, 1] * 3, "train")
     assert torch.equal(load(Data(name=str(tmp_path))).train.images, first.train.images.flip(0))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+def test_files_replaced_by_others_of_the_same_time_are_read_anew_and_no_copy_is_left(
+    tmp_path, pictures, kind, monkeypatch
+):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "readers")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for labels, expected in (([0, 1, 0, 1, 1, 1], [0, 1, 0, 1, 1, 1]), ([1, 10, 11, 0, 0], [1, 2, 3, 0, 0])):
+        for split in ("train", "test"):
+            if kind == "parquet":
+                write_parquet(folder, pictures[: len(labels)], labels, split)
+            else:
+                labelled_folder(folder / split, pictures[: len(labels)], labels)
+        for path in folder.rglob("*.*"):
+            os.utime(path, (10**9, 10**9))
+        assert load(Data(name=str(folder))).train.labels.tolist() == expected
+    assert not list((tmp_path / "readers").iterdir())
 
 
 def test_the_images_held_out_for_validation_are_training_images_and_disjoint_from_those_kept():
@@ -460,11 +488,7 @@ def test_pictures_that_a_parquet_file_holds_as_bytes_are_read(tmp_path, pictures
 @pytest.mark.parametrize("names", [("Train", "TEST"), ("training", "testing"), ("train", "val")])
 def test_labels_beside_the_images_are_read_in_splits_of_any_name(tmp_path, pictures, names):
     for split in names:
-        (tmp_path / split).mkdir()
-        for i, picture in enumerate(pictures):
-            Image.fromarray(picture).save(tmp_path / split / f"{i}.png")
-        rows = "".join(f"{i}.png,{i % 3 + 1}\n" for i in range(6))
-        (tmp_path / split / "metadata.csv").write_text(f"file_name,label\n{rows}")
+        labelled_folder(tmp_path / split, pictures, [1, 2, 3] * 2)
     images = load(Data(name=str(tmp_path)))
     assert (len(images.train), len(images.test), images.classes) == (6, 6, 3)
     expected = global_contrast_normalization(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255)
