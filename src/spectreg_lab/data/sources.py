@@ -26,6 +26,9 @@ SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 DIGITS = {"digits": 397, "few-digits": 1000}  # test images: the last ones of scikit-learn's 1797
 
+PARQUET = "train.parquet, train-*.parquet or train/*.parquet, and test likewise"
+SHOWN = 5  # files that are left out
+
 Decoded = dict[str, tuple[np.ndarray, np.ndarray]]  # split: images (n, h, w, c) in 0 … 255, labels (n,)
 
 
@@ -49,7 +52,7 @@ def locate(name: str) -> tuple[str, list[Path]]:
     if name in ALIASES or (name.count("/") == 1 and not name.startswith((".", "/", "~")) and not near):
         return f"hub:{ALIASES.get(name, name)}", []
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}, a hub name such as 'user/name'"
-    raise DataError(f"data {name!r}: no such folder or name; {hint} (a folder holds train*.parquet and test*.parquet)")
+    raise DataError(f"data {name!r}: no such folder or name; {hint} (a folder holds {PARQUET})")
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -99,7 +102,7 @@ def _from_datasets(source: str, files: list[Path], progress: Callable[[str], Non
     datasets.disable_progress_bars()
     kind, _, place = source.partition(":")
     try:
-        dataset = datasets.load_dataset(place) if kind == "hub" else _from_files(source, files)
+        dataset = datasets.load_dataset(place) if kind == "hub" else _from_files(source, files, progress)
     except DataError:
         raise
     except Exception as error:  # whatever the reader of the format raises, the user sees one line
@@ -107,6 +110,8 @@ def _from_datasets(source: str, files: list[Path], progress: Callable[[str], Non
     test = "test" if "test" in dataset else "validation"
     if "train" not in dataset or test not in dataset:
         raise DataError(f"{source} has the splits {sorted(dataset)}: train and test are needed")
+    if unused := sorted(set(dataset) - {"train", test}):
+        progress(f"{source}: the splits train and {test} are used, and not {', '.join(unused)}")
     feature = dataset["train"].features[_column(dataset["train"], LABELS, source)]
     train, other = (_labels(dataset[split], f"{source} {split}") for split in ("train", test))
     named = getattr(feature, "names", None) or ()
@@ -118,7 +123,7 @@ def _from_datasets(source: str, files: list[Path], progress: Callable[[str], Non
     return {n: (_pictures(pictures[n], f"{source} {n}", progress), labels[n]) for n in labels}, classes
 
 
-def _from_files(source: str, files: list[Path]) -> Any:
+def _from_files(source: str, files: list[Path], progress: Callable[[str], None]) -> Any:
     """A dataset of local files, in memory: the reader's cache takes files of the same name and time for the same."""
     import datasets
     from pyarrow import parquet
@@ -127,9 +132,9 @@ def _from_files(source: str, files: list[Path]) -> Any:
     if kind == "parquet":
         _check_class_names(source, files)
         filled = [path for path in files if parquet.read_metadata(path).num_rows]  # of none it makes an error
-        found: dict[str, Any] = {"data_files": _by_split(Path(place), filled, "train*.parquet and test*.parquet")}
+        found: dict[str, Any] = {"data_files": _by_split(Path(place), filled, PARQUET, progress)}
     else:
-        kind, found = "imagefolder", _image_folder(Path(place), files)
+        kind, found = "imagefolder", _image_folder(Path(place), files, progress)
     os.makedirs(datasets.config.HF_DATASETS_CACHE, exist_ok=True)
     with TemporaryDirectory(dir=datasets.config.HF_DATASETS_CACHE) as scratch:
         return datasets.load_dataset(kind, **found, cache_dir=scratch, keep_in_memory=True)
@@ -210,7 +215,7 @@ def _opened(picture: Any) -> Any:
     return ImageOps.exif_transpose(Image.open(BytesIO(content)))
 
 
-def _image_folder(folder: Path, files: list[Path]) -> dict[str, Any]:
+def _image_folder(folder: Path, files: list[Path], progress: Callable[[str], None]) -> dict[str, Any]:
     """What the reader of image folders is told: the files of each split, and whether folders are classes."""
     labels = [path for path in files if _describes(path)]
     if any(_split_of(folder, path) is None for path in labels):  # one for all splits
@@ -218,9 +223,8 @@ def _image_folder(folder: Path, files: list[Path]) -> dict[str, Any]:
     if not labels:
         for path in files:
             _check_class_folder(folder, path)
-    return {"data_files": _by_split(folder, files, "train/CLASS/ and test/CLASS/")} | (
-        {} if labels else {"drop_labels": False}
-    )
+    by_split = _by_split(folder, files, "train/CLASS/ and test/CLASS/", progress)
+    return {"data_files": by_split} | ({} if labels else {"drop_labels": False})
 
 
 def _check_class_folder(folder: Path, path: Path) -> None:
@@ -233,20 +237,29 @@ def _check_class_folder(folder: Path, path: Path) -> None:
         raise DataError(f"{path} {why} its split: an image lies in train/CLASS/ or test/CLASS/, or has metadata.csv")
 
 
-def _by_split(folder: Path, files: list[Path], where: str) -> dict[str, list[str]]:
+def _by_split(folder: Path, files: list[Path], where: str, progress: Callable[[str], None]) -> dict[str, list[str]]:
     """The files of each split: what the first folder or file below ``folder`` that is called so belongs to."""
     named: dict[str, list[str]] = {}
     for path in files:
         if place := _split_of(folder, path):
             named.setdefault(place[0], []).append(glob.escape(str(path)))  # the reader takes it for a pattern
+    others = _listed([str(path.relative_to(folder)) for path in files if not _split_of(folder, path)])
     lacking = ["training"] * ("train" not in named) + ["test"] * (not named.keys() & {"test", "validation"})
     if lacking:
-        raise DataError(f"{folder} has no {' and no '.join(lacking)} images: they are looked for in {where}")
+        besides = f"; of no split by their names: {others}" if others else ""
+        raise DataError(f"{folder} has no {' and no '.join(lacking)} images: they are looked for in {where}{besides}")
+    if others:
+        progress(f"{folder}: left out, since their names say no split: {others}")
     return named
 
 
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
 def _split_of(folder: Path, path: Path) -> tuple[str, int] | None:
-    """The split that a file belongs to, and the number of the part of its path that says so."""
+    """The split that a file belongs to by the first word of a part of its path, and the number of that part."""
     for i, part in enumerate(path.relative_to(folder).parts):
         if split := SPLITS.get(re.split(r"[^a-z]", part.lower())[0]):
             return split, i

@@ -371,8 +371,48 @@ def test_an_unreadable_parquet_file_is_refused_by_name(tmp_path):
 
 def test_a_folder_without_a_test_split_is_refused(tmp_path, pictures):
     write_parquet(tmp_path, pictures, [0, 1] * 3, "train")
-    with pytest.raises(DataError, match=r"has no test images: they are looked for in train\*\.parquet and"):
+    with pytest.raises(DataError, match=r"has no test images: they are looked for in train\.parquet, train-\*"):
         load(Data(name=str(tmp_path)))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+def test_files_whose_names_say_no_split_are_left_out_and_named(tmp_path, pictures, kind):
+    if kind == "parquet":
+        for name in ("train", "trainextra", "test-00000-of-00001"):
+            write_parquet(tmp_path, pictures, [0, 1] * 3, name)
+        left_out = "trainextra.parquet"
+    else:
+        folder_of_classes(tmp_path, ["a", "b"], 3, ("train", "test", "more"))
+        left_out = "more/a/0.png, more/a/1.png, more/a/2.png, more/b/0.png, more/b/1.png and 1 more"
+    said = []
+    assert len(load(Data(name=str(tmp_path)), said.append).train) == 6
+    assert f"{tmp_path}: left out, since their names say no split: {left_out}" in said
+
+
+def test_a_file_that_is_no_training_file_by_its_name_is_named_where_there_is_no_other(tmp_path, pictures):
+    for name in ("traindata", "test"):
+        write_parquet(tmp_path, pictures, [0, 1] * 3, name)
+    with pytest.raises(DataError, match=r"no training images: .*; of no split by their names: traindata\.parquet$"):
+        load(Data(name=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["train-00000-of-00001", "train_0", "Train.2", "train2024", "train/0", "train/extra"])
+def test_the_first_word_of_a_file_or_of_its_folder_says_that_it_is_for_training(tmp_path, pictures, name):
+    (tmp_path / "train").mkdir()
+    for split in (name, "test"):
+        write_parquet(tmp_path, pictures, [0, 1] * 3, split)
+    said = []
+    assert len(load(Data(name=str(tmp_path)), said.append).train) == 6
+    assert not [text for text in said if "left out" in text]
+
+
+def test_a_validation_split_beside_the_test_split_is_not_used_and_that_is_said(tmp_path, pictures):
+    for split in ("train", "test", "validation"):
+        write_parquet(tmp_path, pictures, [0, 1] * 3, split)
+    said = []
+    images = load(Data(name=str(tmp_path)), said.append)
+    assert (len(images.train), len(images.test)) == (6, 6)
+    assert f"parquet:{tmp_path}: the splits train and test are used, and not validation" in said
 
 
 @pytest.fixture
@@ -529,7 +569,9 @@ def test_an_image_whose_class_its_folder_does_not_say_is_refused(tmp_path, place
 def test_folders_of_classes_without_a_split_are_told_where_images_are_looked_for(tmp_path):
     folder_of_classes(tmp_path, ["a", "b"], 2)
     (tmp_path / "train").rename(tmp_path / "flat")
-    with pytest.raises(DataError, match="flat has no training and no test images: they are looked for in train/CLASS/"):
+    with pytest.raises(
+        DataError, match=r"flat has no training and no test images: .* in train/CLASS/ .*: a/0\.png, a/1"
+    ):
         load(Data(name=str(tmp_path / "flat")))
 
 
