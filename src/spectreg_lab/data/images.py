@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from spectreg_lab.data.errors import DataError
+from spectreg_lab.data.sizes import classes_of, held_out, shrunk, size_of
 from spectreg_lab.data.sources import decode, locate
 from spectreg_lab.settings.config import Data
 from spectreg_lab.storage.files import write
@@ -87,18 +87,11 @@ def load(setting: Data, progress: Callable[[str], None] = lambda text: None) -> 
             progress(f"reading {setting.name}")
             write(cached, save(_normalised(source, files, progress), {"source": source}))
     with safe_open(cached, framework="pt") as file:
-        there = int(file.get_tensor("classes"))
-        classes = setting.classes or there
-        if classes > there:
-            raise DataError(f"classes = {classes}, but {setting.name} has {there}")
-        train = _take(file, "train", setting.train_size, classes, setting.shrink)
-        test = _take(file, "test", setting.test_size, classes, setting.shrink)
-    if setting.validation:
-        held = _held_out(train.labels, round(len(train) * setting.validation))
-        if not 0 < held.sum() < len(train):
-            raise DataError(
-                f"validation = {setting.validation} of {len(train)} training images leaves none on one side"
-            )
+        classes = classes_of(setting, int(file.get_tensor("classes")))
+        train = _take(file, "train", setting.train_size, classes, setting)
+        test = _take(file, "test", setting.test_size, classes, setting)
+    if count := held_out(setting, len(train)):
+        held = _held_out(train.labels, count)
         test = Split(train.images[held], train.labels[held])
         train = Split(train.images[~held], train.labels[~held])
     return Images(train, test, classes)
@@ -123,23 +116,21 @@ def _held_out(labels: Int[Tensor, " n"], count: int) -> Bool[Tensor, " n"]:
     return held
 
 
-def _take(file: Any, split: str, size: int | None, classes: int, shrink: int | None) -> Split:
+def _take(file: Any, split: str, size: int | None, classes: int, setting: Data) -> Split:
     """The first ``size`` images of these classes in an order shuffled once and for all: the same ones in every run."""
     chosen = _chosen(file, split, size, classes)
-    if shrink is None:
+    if setting.shrink is None:
         return chosen
-    if shrink > min(chosen.images.shape[2:]):
-        raise DataError(f"shrink = {shrink} leaves nothing of images of {tuple(chosen.images.shape[2:])} pixels")
-    return Split(global_contrast_normalization(avg_pool2d(chosen.images, shrink)), chosen.labels)
+    shrunk(setting, *chosen.images.shape[2:])
+    return Split(global_contrast_normalization(avg_pool2d(chosen.images, setting.shrink)), chosen.labels)
 
 
 def _chosen(file: Any, split: str, size: int | None, classes: int) -> Split:
     images, labels = file.get_tensor(f"{split}/images"), file.get_tensor(f"{split}/labels")
     if not (kept := labels < classes).all():
         images, labels = images[kept], labels[kept]
-    if size is not None and size > len(labels):
-        raise DataError(f"{split}_size = {size}, but there are {len(labels)} {split} images")
-    if size is None or size == len(labels):
+    size = size_of(split, size, len(labels))
+    if size == len(labels):
         return Split(images, labels)
     chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:size]
     return Split(images[chosen], labels[chosen])

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from spectreg_lab import data, models
-from spectreg_lab.data import steps_per_epoch
+from spectreg_lab.data import sizes, steps_per_epoch
 from spectreg_lab.settings.config import Config, Model
 from spectreg_lab.settings.studies import Point, Selection, Study, StudyError
 
@@ -88,8 +88,11 @@ def _images(config: Config, progress: Callable[[str], None]) -> tuple[tuple[int,
     if setting.name not in SHAPES:
         images = data.load(setting, progress)
         return images.shape, len(images.train), len(images.test), images.classes
-    (channels, height, width), train, test, classes = SHAPES[setting.name]
-    shrink, train = setting.shrink or 1, setting.train_size or train
-    held = round(train * setting.validation)
-    shape = channels, height // shrink, width // shrink
-    return shape, train - held, held or setting.test_size or test, setting.classes or classes
+    (channels, height, width), train, test, there = SHAPES[setting.name]
+    classes = sizes.classes_of(setting, there)  # of as many images each
+    train, test = (
+        sizes.size_of(split, asked, images * classes // there)
+        for split, asked, images in (("train", setting.train_size, train), ("test", setting.test_size, test))
+    )
+    held = sizes.held_out(setting, train)
+    return (channels, *sizes.shrunk(setting, height, width)), train - held, held or test, classes

@@ -42,6 +42,35 @@ def test_a_plan_counts_the_images_on_the_device_and_says_what_it_leaves_out(tmp_
     assert sizes == pytest.approx([60_000 * 3 * 32 * 32 * size / 2**30 for size in (4, 8)], abs=0.02)
 
 
+def test_a_plan_of_the_first_classes_counts_their_images_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "load", None)
+    path, counted = tmp_path / "small.toml", []
+    for asked in ('"cifar100"', '"cifar100", classes = 25', '"cifar100", classes = 25, validation = 0.2'):
+        path.write_text(STUDY.replace('"digits", train_size = 96, test_size = 40', asked))
+        row = rows(plan(read_study(path), Selection(regime=["small"], method=["vanilla"]), print))[0]
+        counted.append((int(row[5]), float(row[7])))
+    assert [steps for steps, _ in counted] == [images // 16 for images in (50_000, 12_500, 10_000)]
+    assert counted[0][1] == pytest.approx(4 * counted[1][1], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("train_size = 50001", "train_size = 50001, but there are 50000 train images"),
+        ("train_size = 10001, classes = 2", "train_size = 10001, but there are 10000 train images"),
+        ("test_size = 10001", "test_size = 10001, but there are 10000 test images"),
+        ("classes = 11", "classes = 11, but cifar10 has 10"),
+        ("shrink = 33", r"shrink = 33 leaves nothing of images of \(32, 32\) pixels"),
+        ("train_size = 2, validation = 0.1", "validation = 0.1 of 2 training images leaves none on one side"),
+    ],
+)
+def test_a_plan_refuses_of_known_data_what_could_not_be_loaded(tmp_path, asked, message):
+    path = tmp_path / "small.toml"
+    path.write_text(STUDY.replace('"digits", train_size = 96, test_size = 40', f'"cifar10", {asked}'))
+    with pytest.raises(StudyError, match=f"settings.vgg: {message}"):
+        plan(read_study(path), Selection(), print)
+
+
 def test_the_papers_study_is_planned_whole_without_its_data(monkeypatch):
     monkeypatch.setattr(data, "load", None)
     text = plan(read_study(find(Path("paper"))), Selection(), print)
