@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from spectreg_lab.cli import app, main
 from spectreg_lab.settings import shipped
-from spectreg_lab.settings.studies import read_study
+from spectreg_lab.settings.studies import StudyError, read_study
 from spectreg_lab.training.devices import DeviceError, several_devices
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +30,15 @@ def test_a_study_that_comes_with_the_package_is_found_by_name_from_any_folder(tm
     assert shipped.find(Path("digits.toml")) == Path("digits.toml")
     listed = CliRunner().invoke(app, ["reproduce", "--list"]).output
     assert [line.split()[0] for line in listed.splitlines()] == list(shipped.studies())
+
+
+def test_a_folder_called_like_a_study_does_not_hide_it_and_a_study_folder_is_no_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("digits", "runs/digits"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert read_study(shipped.find(Path("digits"))).name == "digits"
+    with pytest.raises(StudyError, match="study file runs/digits is no file"):
+        read_study(shipped.find(Path("runs/digits")))
 
 
 def test_the_package_has_the_tables_that_its_studies_name():

@@ -13,5 +13,9 @@ def studies() -> dict[str, Path]:
 
 
 def find(study: Path) -> Path:
-    """``study`` where there is such a file, else the one that came with the package under that name."""
-    return study if study.exists() else studies().get(study.name.removesuffix(".toml"), study)
+    """``study`` where there is such a file, else the one that came with the package under that name.
+
+    A folder here that is called like a study does not hide it; one that is given by its path, ``runs/digits``, is none.
+    """
+    named = not study.exists() or (study.is_dir() and len(study.parts) == 1)
+    return studies().get(study.name.removesuffix(".toml"), study) if named else study
