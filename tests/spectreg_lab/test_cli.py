@@ -76,6 +76,7 @@ def test_the_help_of_a_command_has_an_example(command):
         (("train", "--model", "vggg"), "model: unknown name 'vggg', did you mean 'vgg'"),
         (("train", "--method", "spectal"), "method: unknown name 'spectal', did you mean 'spectral'"),
         (("train", "--method", "vanilla", "--strength", "1"), "method.vanilla.strength: unknown key"),
+        (("train", "--method", "adversarial", "--strength", "1"), "strength: unknown key; known: alpha, epsilon, name"),
         (("train", "--data", "digit"), "data 'digit': no such folder or name; did you mean 'digits'"),
         (("train", "--batch-size", "0"), "batch_size: Input should be greater than 0, got 0"),
         (("train", "--strength", "nan"), "strength: Input should be a finite number, got nan"),

@@ -25,7 +25,7 @@ def explain(error: ValidationError, root: type[Setting]) -> list[str]:
 def _fault(fault: Any, root: type[Setting]) -> str:
     where = ".".join(_part(part) for part in fault["loc"] if part != "[key]")
     if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown key{_nearest(str(fault['loc'][-1]), _known_keys(root))}"
+        return f"{where}: unknown key{_nearest(str(fault['loc'][-1]), _known_keys(root, fault['loc'][:-1]))}"
     if fault["type"] == "union_tag_invalid":
         known = [name.strip(" '") for name in fault["ctx"]["expected_tags"].split(",")]
         return f"{where}: unknown name {BRIEF.repr(fault['ctx']['tag'])}{_nearest(fault['ctx']['tag'], known)}"
@@ -51,7 +51,26 @@ def _nearest(name: str, known: list[str]) -> str:
     return f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
 
 
-def _known_keys(root: type[Setting]) -> list[str]:
+def _known_keys(root: type[Setting], place: tuple[int | str, ...]) -> list[str]:
+    """The keys of the group at ``place``, which names the kind too where there are several of a group."""
     schema = TypeAdapter(root).json_schema()
-    groups = [schema, *schema.get("$defs", {}).values()]
-    return sorted({key for group in groups for key in group.get("properties", {})})
+    group = schema
+    for part in place:
+        group = _inside(_group(group, schema), part)
+    return sorted(_group(group, schema)["properties"])
+
+
+def _group(entry: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """What a schema's ``entry`` stands for: the group it refers to, or the one it is where it is set."""
+    entry = next((one for one in entry.get("anyOf", ()) if one.get("type") != "null"), entry)
+    return schema["$defs"][entry["$ref"].rpartition("/")[2]] if "$ref" in entry else entry
+
+
+def _inside(group: dict[str, Any], part: int | str) -> dict[str, Any]:
+    """A key's entry in a group, the kind of a group of several, or any entry where the user gives the names."""
+    if "discriminator" in group:
+        return {"$ref": group["discriminator"]["mapping"][part]}
+    if part in group.get("properties", ()):
+        return group["properties"][part]
+    (entry,) = group["patternProperties"].values()
+    return entry

@@ -82,6 +82,19 @@ def test_the_papers_study_has_its_regimes_learning_rates_and_thresholds():
     [
         ("epochs = 2", "epochs = 'two'", r"small.toml: epochs: Input should be a valid integer.*got 'two'"),
         ("epochs = 2", "epochs = 2\nsedes = [1]", "sedes: unknown key, did you mean 'seeds'"),
+        (
+            "[methods.vanilla]",
+            "[methods.adversarial]\nstrength = 1",
+            r"strength: unknown key; known: alpha, epsilon, name",
+        ),
+        ("[methods.vanilla]", "[methods.vanilla]\nstrength = 1", "vanilla.strength: unknown key; known: name$"),
+        (
+            "[methods.vanilla]",
+            "[measure]\nbatch_size = 1\n[methods.vanilla]",
+            "measure.batch_size: unknown key; known: cu",
+        ),
+        ("train_size = 96", "augmentation = { name = 1 }", "augmentation.name: unknown key; known: flip, pad"),
+        ("batch_size = 16", "batch_size = 16\nepochs = 1", "small.epochs: unknown key; known: batch_size"),
         ("width = 4", "widht = 4", r"settings.vgg.model.vgg.widht: unknown key, did you mean 'width'"),
         ('name = "vgg"', 'name = "vgk"', r"settings.vgg.model: unknown name 'vgk', did you mean 'vgg'"),
         (
