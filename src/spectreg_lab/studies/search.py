@@ -17,8 +17,9 @@ import pandas as pd
 
 from spectreg_lab.settings.faults import line
 from spectreg_lab.settings.studies import Study, StudyError
+from spectreg_lab.storage.claims import holder
 from spectreg_lab.storage.files import csv, write
-from spectreg_lab.storage.store import SEARCH, read_study
+from spectreg_lab.storage.store import SEARCH, RunRecord, read_study
 
 FIT = 0.95
 CELL = ["setting", "regime"]
@@ -49,7 +50,11 @@ def check(study: Study) -> None:
 
 
 def choose(folder: Path) -> Choice:
-    """Judge the finished runs of a search's folder, and write the table of all of them there."""
+    """Judge the runs of a search's folder, and write the table of all of them there; one that failed learned nothing.
+
+    Raises:
+        StudyError: some of them have not ended, or none has finished.
+    """
     choice = judge(_tried(folder))
     keep(choice.tried, folder)
     return choice
@@ -117,12 +122,16 @@ def read(source: Path | StringIO, path: Path) -> pd.DataFrame:
 
 def _tried(folder: Path) -> pd.DataFrame:
     rows, runs = [], read_study(folder).runs
+    if left := [run for run in runs if not _over(run)]:
+        cause = next((f"; of one is recorded: {run.error}" for run in left if run.error), "")
+        raise StudyError(
+            f"{folder}: {len(left)} of {len(runs)} runs are still at work or not begun, so nothing is chosen yet: give "
+            f"the same command when they are done{cause}"
+        )
     if not any(run.status == "finished" for run in runs):
         cause = next((f"; the first failed with {run.error}" for run in runs if run.error), "")
         raise StudyError(f"{folder}: no run of this search has finished, so there is nothing to choose from{cause}")
     for run in runs:
-        if run.status == "unfinished":  # another process may be at it
-            continue
         method = run.config.get("method", {})
         last = run.metrics[-1] if run.metrics and run.status == "finished" else {}
         rows.append(
@@ -130,16 +139,21 @@ def _tried(folder: Path) -> pd.DataFrame:
                 "setting": run.setting,
                 "regime": run.regime,
                 "method": run.method,
-                "learning_rate": run.config.get("learning_rate"),
+                "learning_rate": run.config["learning_rate"],
                 "strength": method.get("epsilon", method.get("strength", 0.0)),
                 "training": last.get("train_accuracy", 0.0),
                 "validation": last.get("test_accuracy", 0.0),
             }
         )
-    frame = pd.DataFrame(rows).dropna(subset=["learning_rate"])
+    frame = pd.DataFrame(rows)
     return frame.groupby(KEYS, as_index=False, sort=False).agg(
         n=("training", "size"), training=("training", "mean"), validation=("validation", "mean")
     )
+
+
+def _over(run: RunRecord) -> bool:
+    """Whether a run has come to its end, and no process is trying it once more."""
+    return run.status == "finished" or (run.status == "failed" and bool(run.config) and holder(run.folder) is None)
 
 
 def _best_rates(tried: pd.DataFrame) -> pd.DataFrame:

@@ -2,6 +2,7 @@ import json
 
 import pandas as pd
 import pytest
+from folders import foreign
 from small_study import STUDY
 
 from spectreg_lab.settings.config import VGG, Config, Decay, Spectral, Vanilla
@@ -53,24 +54,56 @@ def test_every_combination_is_in_the_table_and_on_disk(folder):
     assert len((folder / "search.csv").read_text().splitlines()) == len(GRID) + 1
 
 
-def test_a_run_that_another_process_is_at_does_not_count_and_one_that_failed_learned_nothing(folder):
-    before = choose(folder).tried
+def another(folder, seed, begun=True):
+    """One more run of the grid's best combination."""
     best = Config(model=VGG(), method=Spectral(strength=0.3), batch_size=64, learning_rate=0.1, epochs=1)
-    plan = json.loads((folder / store.STUDY).read_text())
-    for seed in (1, 2):
-        config = best.model_copy(update={"seed": seed})
-        run = run_folder.RunFolder(folder / "runs" / config.name)
+    config = best.model_copy(update={"seed": seed})
+    run = run_folder.RunFolder(folder / "runs" / config.name)
+    if begun:
         run.path.mkdir(parents=True)
         run.begin(config, {})
-        if seed == 2:
-            run.end("failed", error="NonFiniteLossError: of nan")
-        label = {"setting": "vgg", "regime": "small", "method": "spectral", "seed": seed, "run": config.name}
-        plan["points"].append(label)
+    plan = json.loads((folder / store.STUDY).read_text())
+    label = {"setting": "vgg", "regime": "small", "method": "spectral", "seed": seed, "run": config.name}
+    plan["points"].append(label)
     (folder / store.STUDY).write_text(json.dumps(plan))
+    return run
+
+
+def test_a_run_that_failed_learned_nothing(folder):
+    before = choose(folder).tried
+    another(folder, 1).end("failed", error="NonFiniteLossError: of nan")
     after = choose(folder).tried
     assert len(after) == len(before)
     row = (after.method == "spectral") & (after.learning_rate == 0.1)
     assert after[row][["n", "validation"]].to_numpy().tolist() == [[2, 0.81 / 2]]
+
+
+def test_nothing_is_chosen_while_runs_are_at_another_process_or_not_begun(folder):
+    at_work = another(folder, 1)
+    another(folder, 2, begun=False)
+    another(folder, 3).end("failed", error="NonFiniteLossError: of nan")
+    with pytest.raises(StudyError, match=r"2 of 11 runs are still at work or not begun.*give the same command"):
+        choose(folder)
+    assert not (folder / store.SEARCH).exists()
+    (at_work.path / run_folder.CONFIG).write_text("[]")
+    with pytest.raises(StudyError, match=r"2 of 11 runs .*of one is recorded: .*config\.json holds no JSON object"):
+        choose(folder)
+
+
+def test_a_failed_run_that_a_process_tries_once_more_is_at_work(folder):
+    tried = another(folder, 1)
+    tried.end("failed", error="NonFiniteLossError: of nan")
+    foreign(tried.path)
+    with pytest.raises(StudyError, match=r"1 of 9 runs are still at work"):
+        choose(folder)
+
+
+def test_a_run_that_failed_before_it_began_is_no_part_of_a_choice(folder):
+    died = another(folder, 1, begun=False)
+    died.path.mkdir(parents=True)
+    died.end("failed", error="its process died")
+    with pytest.raises(StudyError, match=r"1 of 9 runs are still at work or not begun.*its process died"):
+        choose(folder)
 
 
 def test_the_table_says_which_combinations_were_chosen(folder):
