@@ -36,9 +36,12 @@ def write(source: Path, against_paper: bool = False, out: Path | None = None) ->
         The page's path.
 
     Raises:
-        RunError: ``source`` is no study, or one of another format version.
+        RunError: ``source`` is no study, or one of another format version, or ``out`` is a study folder.
     """
     study = archive.read(source)
+    report = out or study.folder / store.REPORT
+    if (report / store.STUDY).exists():
+        raise RunError(f"{report} is a study folder, whose own files a page would replace: give it another with --out")
     if fault := records.fault(records.WholeStudy, study.study):
         raise RunError(f"the record of the study in {source} {fault}: {store.REWRITTEN}")
     for run in study.runs:
@@ -53,8 +56,9 @@ def write(source: Path, against_paper: bool = False, out: Path | None = None) ->
     if against_paper:
         study = paper.beside(study)
     shown = exhibits(study)
-    report = out or study.folder / store.REPORT
     report.mkdir(parents=True, exist_ok=True)
+    if (report / PAGE).exists():
+        _clear(report, shown)
     colours = labels.colours(study)
     drawings = {exhibit.name: _drawings(exhibit, colours) for exhibit in shown}
     for exhibit in shown:
@@ -79,18 +83,27 @@ def _drawings(exhibit: Exhibit, colours: dict[str, str]) -> Drawings:
     return groups
 
 
+def _clear(report: Path, shown: list[Exhibit]) -> None:
+    """Delete the tables of an earlier report that this one has not, such as that of runs that were missing."""
+    for exhibit in shown:
+        if not _tables(exhibit):
+            (report / f"{exhibit.name}.md").unlink(missing_ok=True)
+
+
 def _write_files(report: Path, exhibit: Exhibit, drawings: Drawings, colours: dict[str, str]) -> None:
     write_file(report / f"{exhibit.name}.csv", csv(exhibit.frame))
-    tables = report / f"{exhibit.name}.md"
-    if shown := [*_verdicts(exhibit), *exhibit.tables]:
+    if shown := _tables(exhibit):
         text = "\n\n".join(markdown(table) for table in shown)
-        write_file(tables, f"{text}\n".encode())
-    else:
-        tables.unlink(missing_ok=True)  # of an earlier report, when runs were missing
+        write_file(report / f"{exhibit.name}.md", f"{text}\n".encode())
     for group, drawn in drawings.items():
         methods = dict.fromkeys(line.method for panel, _ in drawn for line in panel.lines)
         drawing = sheet([svg for _, svg in drawn], {method: colours[method] for method in methods}, exhibit.dashes)
         write_file(report / svg_name(exhibit, group), drawing.encode())
+
+
+def _tables(exhibit: Exhibit) -> list[Table]:
+    """What the Markdown file of an exhibit has."""
+    return [*_verdicts(exhibit), *exhibit.tables]
 
 
 def _verdicts(exhibit: Exhibit) -> list[Table]:

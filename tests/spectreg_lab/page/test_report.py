@@ -8,7 +8,7 @@ import folders
 import pytest
 
 from spectreg_lab.page import provenance, report
-from spectreg_lab.storage import errors, run_folder, store
+from spectreg_lab.storage import archive, errors, run_folder, store
 
 
 def text(page: Path) -> str:
@@ -100,6 +100,27 @@ def test_the_table_of_missing_runs_goes_away_when_they_are_there(tmp_path: Path)
     (tmp_path / "kept").rename(outcome)
     report.write(folder)
     assert not table.exists()
+
+
+def test_files_of_the_user_stay_in_a_folder_that_is_no_report_yet(tmp_path: Path) -> None:
+    folder, notes = folders.write_study(tmp_path / "s", seeds=(0,)), tmp_path / "notes"
+    notes.mkdir()
+    for name in ("runs.md", "layers.md", "jacobian.md", "sigma.md"):
+        (notes / name).write_text("mine")
+    assert report.write(folder, out=notes).parent == notes
+    assert {(notes / name).read_text() for name in ("runs.md", "layers.md", "jacobian.md", "sigma.md")} == {"mine"}
+
+
+@pytest.mark.parametrize("exported", [True, False])
+def test_a_page_in_a_study_folder_itself_is_refused_and_leaves_it_as_it_is(tmp_path: Path, exported: bool) -> None:
+    study, other = (folders.write_study(tmp_path / name, seeds=(0,)) for name in ("s", "other"))
+    archive.export(study, study / archive.NAME)
+    before = {path.name for path in study.iterdir()}
+    for folder in (study, other):
+        with pytest.raises(errors.RunError, match=r"is a study folder, .*another with --out"):
+            report.write(study / archive.NAME if exported else study, out=folder)
+    assert {path.name for path in study.iterdir()} == before
+    assert store.read_study(study).search is None
 
 
 def test_a_folder_that_is_no_study_is_refused_with_what_makes_one(tmp_path: Path) -> None:
