@@ -27,9 +27,10 @@ def export(folder: Path, file: Path) -> int:
     """Write the study in ``folder`` to ``file``; returns how many of its runs are finished.
 
     Raises:
-        RunError: ``folder`` is not a study folder.
+        RunError: ``folder`` is not a study folder, or ``file`` would replace what is no export.
     """
     study = store.read_study(folder)
+    _check_target(folder, file)
     head = {"format": checkpoints.FORMAT, "study": study.study, "search": study.search}
     lines = [head, *(_line(run, folder) for run in study.runs)]
     text = "".join(numbers.dumps(line, separators=(",", ":")) + "\n" for line in lines)
@@ -78,6 +79,26 @@ def unpack(file: Path, folder: Path) -> int:
     if study.search is not None:
         write(folder / store.SEARCH, study.search.encode())
     return len(finished)
+
+
+def _check_target(folder: Path, file: Path) -> None:
+    """An output never replaces an input."""
+    study, place = folder.resolve(), file.parent.resolve() / file.name
+    if place.is_relative_to(study) and place != study / NAME:
+        raise RunError(
+            f"{file} lies in the study folder, where an export is named {NAME}: leave it out, or use another"
+        )
+    if file.is_file() and not _is_export(file):
+        raise RunError(f"{file} is there already and is no earlier export, so it stays: give another name")
+
+
+def _is_export(file: Path) -> bool:
+    try:
+        with gzip.open(file) as lines:
+            records.Archive.model_validate_json(lines.readline())
+    except (EOFError, zlib.error, ValidationError, gzip.BadGzipFile):
+        return False
+    return True
 
 
 def _run(line: Any) -> RunRecord:

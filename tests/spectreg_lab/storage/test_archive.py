@@ -64,6 +64,31 @@ def test_two_exports_of_one_study_are_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+@pytest.mark.parametrize("place", ["study.json", "runs/vgg-small-vanilla-0/metrics.jsonl", "search.csv", "report/new"])
+def test_an_export_never_lies_among_a_studys_own_files(tmp_path: Path, place: str) -> None:
+    study = study_in(tmp_path / "study")
+    before = {path: path.read_bytes() for path in study.rglob("*") if path.is_file()}
+    for target in (study / place, study / "runs" / ".." / place):
+        with pytest.raises(RunError, match=r"lies in the study folder, where an export is named runs\.jsonl\.gz"):
+            archive.export(study, target)
+    assert {path: path.read_bytes() for path in study.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"mine", gzip.compress(b"mine", mtime=0), gzip.compress(b'{"format": 1}\n', mtime=0)[:-9]],
+    ids=["no gzip", "no JSON", "cut"],
+)
+def test_an_export_replaces_earlier_ones_and_no_other_file(tmp_path: Path, content: bytes) -> None:
+    study, kept = study_in(tmp_path / "study"), tmp_path / "kept"
+    for target in (kept, study / archive.NAME):
+        assert [archive.export(study, target) for _ in range(2)] == [22, 22]
+        target.write_bytes(content)
+        with pytest.raises(RunError, match="is there already and is no earlier export"):
+            archive.export(study, target)
+        assert target.read_bytes() == content
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"no gzip", *(gzip.compress(text, mtime=0) for text in (b"{", b"[]\n", b'{"format": 1}\n'))],
