@@ -100,6 +100,7 @@ def _list() -> None:
 def _plan(study: Path, only: "Selection", precision: str | None, compiled: bool, elsewhere: dict[str, Any]) -> None:
     from spectreg_lab.settings.studies import naming, read_study
     from spectreg_lab.studies.plan import plan
+    from spectreg_lab.studies.search import gather
 
     if given := [option for option, value in elsewhere.items() if value]:
         raise CommandError(
@@ -108,6 +109,7 @@ def _plan(study: Path, only: "Selection", precision: str | None, compiled: bool,
         )
     content = read_study(study, precision, compiled)
     with naming(study):
+        gather([study.parent / table for table in content.searched])  # refuses what the runs would be refused for
         planned = plan(content, only, lambda text: typer.echo(text, err=True))
     typer.echo(planned)
 
@@ -181,7 +183,8 @@ def _execute(
             f"the study {content.name!r} has a [search] table: carry it out with `spectreg search {study}`"
         )
     folder = out or Path("runs") / content.name
-    searched = gather([study.parent / table for table in content.searched])
+    with naming(study):
+        searched = gather([study.parent / table for table in content.searched])
     local, machines = means.shape()
     engine = means.start() if local * machines == 1 else None
     with several_devices(means.accelerator, local, machines, content.training.precision) as fabric:

@@ -23,6 +23,7 @@ from spectreg_lab.storage.store import SEARCH, RunRecord, read_study
 
 FIT = 0.95
 CELL = ["setting", "regime"]
+METHOD = ["setting", "method"]
 KEYS = [*CELL, "method", "learning_rate", "strength"]
 NUMBERS = ["learning_rate", "strength", "training", "validation"]
 
@@ -76,22 +77,31 @@ def own_strengths(tried: pd.DataFrame) -> pd.DataFrame:
     By the same criterion: the highest mean validation accuracy over regimes among the strengths that fit there.
     """
     at_rates = tried.merge(_best_rates(tried)[[*CELL, "learning_rate"]], on=[*CELL, "learning_rate"])
-    keys = ["setting", "method"]
-    by_strength = at_rates.groupby([*keys, "strength"], as_index=False, sort=False).agg(
+    by_strength = at_rates.groupby([*METHOD, "strength"], as_index=False, sort=False).agg(
         validation=("validation", "mean"), training=("training", "min"), shared=("chosen", "any")
     )
-    shared = by_strength[by_strength["shared"]][[*keys, "strength", "validation"]]
-    own = _best(by_strength.drop(columns="shared"), keys)
-    return own.merge(shared, on=keys, how="left", suffixes=("", "_shared"))
+    shared = by_strength[by_strength["shared"]][[*METHOD, "strength", "validation"]]
+    own = _best(by_strength.drop(columns="shared"), METHOD)
+    return own.merge(shared, on=METHOD, how="left", suffixes=("", "_shared"))
 
 
 def gather(tables: list[Path]) -> pd.DataFrame | None:
     """The tables of the searches that chose a study's settings, as one; None where there was no search.
 
     Raises:
-        StudyError: one of them is no such table.
+        StudyError: one of them is no such table, or two are of one setting: each chooses for all that it has of one.
     """
-    return pd.concat([read(table, table) for table in tables]) if tables else None
+    found = [read(path, path) for path in tables]
+    owner: dict[str, Path] = {}
+    for path, table in zip(tables, found, strict=True):
+        for setting in table["setting"].unique():
+            if setting in owner:
+                raise StudyError(
+                    f"searched: {owner[setting]} and {path} both have the setting {setting!r}, and only one search can "
+                    "choose for it: leave one of them out"
+                )
+            owner[setting] = path
+    return pd.concat(found) if found else None
 
 
 def keep(table: pd.DataFrame | None, folder: Path) -> None:
@@ -114,10 +124,19 @@ def read(source: Path | StringIO, path: Path) -> pd.DataFrame:
             table[name] = pd.to_numeric(table[name])
         if not table["chosen"].isin([True, False]).all():
             raise ValueError("its column chosen is not True or False")
+        _check_is_one_search(table)
     except (pd.errors.EmptyDataError, pd.errors.ParserError, ValueError, OverflowError) as error:
         cause = line(str(error))
         raise StudyError(f"{path} is not the table of a search: {cause}; `spectreg search` writes it anew") from None
     return table
+
+
+def _check_is_one_search(table: pd.DataFrame) -> None:
+    strengths = table[table["chosen"].astype(bool)].drop_duplicates([*METHOD, "strength"])
+    for rows, keys, what in ((table, KEYS, "combination"), (strengths, METHOD, "chosen strength")):
+        if (twice := rows[rows.duplicated(keys)]).size:
+            place = " ".join(twice.iloc[0][name] for name in (*CELL, "method"))
+            raise ValueError(f"it has more than one {what} of {place}, as of two searches")
 
 
 def _tried(folder: Path) -> pd.DataFrame:

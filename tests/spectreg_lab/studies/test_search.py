@@ -1,10 +1,13 @@
 import json
+import re
 
 import pandas as pd
 import pytest
 from folders import foreign
 from small_study import STUDY
+from typer.testing import CliRunner
 
+from spectreg_lab.cli import app
 from spectreg_lab.settings.config import VGG, Config, Decay, Spectral, Vanilla
 from spectreg_lab.settings.studies import StudyError, read_study
 from spectreg_lab.storage import run_folder, store
@@ -114,10 +117,43 @@ def test_the_table_says_which_combinations_were_chosen(folder):
 
 
 def test_the_tables_of_several_searches_stand_in_the_study_as_one(folder, tmp_path):
-    choose(folder)
-    (study := tmp_path / "study").mkdir()
-    keep(gather([folder / "search.csv"] * 2), study)
-    assert len(pd.read_csv(study / "search.csv")) == 2 * len(GRID)
+    table = choose(folder).tried
+    for name in ("study", "other"):
+        (tmp_path / name).mkdir()
+    keep(table.assign(setting="nin", strength=table["strength"] * 2), tmp_path / "other")
+    keep(gather([folder / "search.csv", tmp_path / "other" / "search.csv"]), tmp_path / "study")
+    assert len(pd.read_csv(tmp_path / "study" / "search.csv")) == 2 * len(GRID)
+    record = store.StudyRecord(
+        tmp_path, {"settings": {}, "methods": {}}, [], (tmp_path / "study/search.csv").read_text()
+    )
+    assert len(search.exhibit(record, search.values(record)).tables) == 3
+
+
+TWICE = {
+    "a combination that both have": lambda table: table,
+    "another strength of another regime": lambda table: table.assign(regime="large", strength=table["strength"] * 2),
+}
+
+
+@pytest.mark.parametrize("changed", TWICE.values(), ids=TWICE)
+def test_two_searches_of_one_setting_are_refused_with_their_files_before_the_first_run(folder, changed):
+    keep(changed(choose(folder).tried), folder / "runs")
+    searched = 'searched = ["search.csv", "runs/search.csv"]\nepochs'
+    (folder / "small.toml").write_text(STUDY.replace("epochs", searched, 1))
+    for words in (["--out", str(folder / "out")], ["--dry-run"]):
+        result = CliRunner().invoke(app, ["reproduce", str(folder / "small.toml"), *words])
+        assert isinstance(result.exception, StudyError)
+        said = r"small\.toml: searched: .*search\.csv and .*runs.search\.csv both have the setting 'vgg'"
+        assert re.search(said, str(result.exception))
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("changed", TWICE.values(), ids=TWICE)
+def test_a_table_of_two_searches_of_one_setting_beside_a_study_is_refused_in_its_report(folder, changed):
+    table = choose(folder).tried
+    keep(pd.concat([table, changed(table)]), folder)
+    with pytest.raises(StudyError, match=r"search\.csv .*more than one .* of vgg \w+ \w+, as of two searches"):
+        search.values(store.read_study(folder))
 
 
 def test_the_report_shows_every_combination_with_those_chosen_in_bold(folder):
