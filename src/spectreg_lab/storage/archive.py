@@ -104,7 +104,9 @@ def _is_export(file: Path) -> bool:
 def _run(line: Any) -> RunRecord:
     if isinstance(line, dict):
         line |= {key: numbers.restored(line.get(key)) for key in ("metrics", "measures")}
-    records.ArchivedRun.model_validate(line)
+    if fault := records.fault(records.ArchivedRun, line):
+        name = line.get("folder") if isinstance(line, dict) else None
+        raise ValueError(f"its run {name} {fault}" if name else f"a run in it {fault}")
     return RunRecord(**line | {"folder": Path(line["folder"])})
 
 

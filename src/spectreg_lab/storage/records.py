@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 Number = float | None
 Scalar = str | float | bool | None
@@ -55,7 +55,7 @@ class Measures(Record):
     hessian: dict[str, Eigenvalue | None] | None = None
     jacobian: Jacobian | None = None
     perturbation: dict[str, list[Perturbed]] | None = None
-    spectra: dict[str, list[float]] | None = None
+    spectra: dict[str, Annotated[list[float], Field(min_length=1)]] | None = None
 
 
 class Line(Measures):

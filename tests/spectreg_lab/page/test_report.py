@@ -136,6 +136,7 @@ def test_a_folder_that_is_no_study_is_refused_with_what_makes_one(tmp_path: Path
             "[1]",
             "measures.json holds no JSON object: delete it and spectreg measure its run again",
         ),
+        (run_folder.MEASURES, '{"spectra": {"a": []}}', "measures.json has a wrong spectra.a"),
         (run_folder.METRICS, '{"train_loss": 1}\n', "metrics.jsonl: line 1 has no epoch"),
         (run_folder.METRICS, "[]\n", "metrics.jsonl: line 1 has no epoch"),
         (run_folder.METRICS, "", "2 of its epochs are not in metrics.jsonl"),

@@ -116,6 +116,17 @@ def test_a_cut_or_newer_file_is_refused(tmp_path: Path) -> None:
         archive.read(file)
 
 
+def test_a_fault_in_a_run_of_an_exported_file_is_told_with_the_runs_name(tmp_path: Path) -> None:
+    file = tmp_path / "kept.jsonl.gz"
+    archive.export(study_in(tmp_path / "study"), file)
+    head, first, *others = gzip.decompress(file.read_bytes()).splitlines()
+    empty = json.dumps(json.loads(first) | {"measures": {"spectra": {"features.0.weight": []}}}).encode()
+    file.write_bytes(gzip.compress(b"\n".join([head, empty, *others])))
+    said = r"kept\.jsonl\.gz is not a study .*vgg-small-vanilla-0 has a wrong measures\.spectra\.features\.0\.weight"
+    with pytest.raises(RunError, match=said):
+        report.write(file)
+
+
 def test_unpacking_never_touches_a_folder_that_has_something_in_it(tmp_path: Path) -> None:
     study = study_in(tmp_path / "study")
     archive.export(study, tmp_path / "kept.jsonl.gz")
