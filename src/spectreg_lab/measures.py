@@ -38,7 +38,7 @@ def during(model: nn.Module, images: Images, setting: Measuring, names: tuple[Cu
 
 
 def after(model: nn.Module, images: Images, setting: Measuring) -> dict[str, Any]:
-    """All measures of a finished run."""
+    """All measures of a finished run, and what they were taken with."""
     measures = during(model, images, setting, get_args(Curve))
     bound = spectreg.lipschitz_bound(model, images.shape)
     measures["jacobian"]["bound"] = bound.value
@@ -47,7 +47,15 @@ def after(model: nn.Module, images: Images, setting: Measuring) -> dict[str, Any
         name: spectrum.values.flatten().sort(descending=True).values.tolist()
         for name, spectrum in spectreg.singular_values(model).items()
     }
+    measures["taken_with"] = _taken_with(images, setting)
     return measures
+
+
+def _taken_with(images: Images, setting: Measuring) -> dict[str, Any]:
+    """What the numbers depend on besides the run: those of two runs compare where it is the same."""
+    counts = {"train": len(images.train), "test": len(images.test)}
+    taken = {f"{side}_images": min(setting.examples, count) for side, count in counts.items()}
+    return taken | setting.model_dump(mode="json", include={"radii", "perturbations", "steps", "restarts"})
 
 
 def _input_gradient(model: nn.Module, batches: Batches) -> float:

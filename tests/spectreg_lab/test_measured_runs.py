@@ -17,6 +17,8 @@ from spectreg_lab.training.train import Training
 
 QUICK = Measuring(examples=12, radii=(0.5, 1.0), steps=2)
 
+MEASURED = {"input_gradient", "hessian", "jacobian", "perturbation", "spectra", "taken_with"}
+
 
 @pytest.fixture
 def trained(tiny, fabric):
@@ -67,7 +69,15 @@ def test_a_run_that_asks_for_measures_has_them_as_curves_and_at_the_end(tmp_path
     run(tiny(epochs=5, measure=setting), tmp_path)
     place = RunFolder(tmp_path)
     assert [line["epoch"] for line in place.metrics() if "input_gradient" in line] == [2, 4]
-    assert set(place.measures()) == {"input_gradient", "hessian", "jacobian", "perturbation", "spectra"}
+    assert set(place.measures()) == MEASURED
+    taken = {"train_images": 12, "test_images": 12, "radii": [0.5], "steps": 1, "restarts": 1}
+    assert place.measures()["taken_with"] == taken | {"perturbations": ["random", "gradient", "pgd"]}
+
+
+def test_as_many_images_are_recorded_as_there_were(trained):
+    taken = measures.after(trained.model, load(trained.config.data), QUICK.model_copy(update={"examples": 50}))
+    assert (taken["taken_with"]["train_images"], taken["taken_with"]["test_images"]) == (50, 40)
+    assert len(taken["jacobian"]["norms"]) == 40
 
 
 def test_measuring_does_not_change_what_is_learned(tmp_path, tiny):
@@ -149,7 +159,7 @@ def test_the_command_measures_a_run_or_all_of_them_and_skips_what_is_there(tmp_p
     rest = CliRunner().invoke(app, ["measure", "all", "--examples", "8"])
     assert "1 runs measured, 1 had been before" in rest.output
     found = [RunFolder(tmp_path / "runs" / "study" / f"run-{seed}").measures() for seed in (0, 1)]
-    assert all(set(one) == {"input_gradient", "hessian", "jacobian", "perturbation", "spectra"} for one in found)
+    assert all(set(one) == MEASURED for one in found)
 
 
 @pytest.mark.slow

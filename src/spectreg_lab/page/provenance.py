@@ -3,7 +3,7 @@
 from typing import Any
 
 from spectreg_lab.exhibits import labels
-from spectreg_lab.storage.store import StudyRecord
+from spectreg_lab.storage.store import RunRecord, StudyRecord
 
 VARYING = ("started", "seconds", "command")  # differ between runs that are otherwise alike
 
@@ -21,6 +21,27 @@ def versions(study: StudyRecord) -> dict[str, list[str]]:
 def differing(study: StudyRecord) -> list[str]:
     """Names of the versions that are not the same in all runs."""
     return [name for name, values in versions(study).items() if len(values) > 1 and name not in VARYING]
+
+
+def _taken_with(run: RunRecord) -> dict[str, str]:
+    """What a run was measured with; runs of earlier versions tell the number of test images only, by their norms."""
+    norms = (run.measures.get("jacobian") or {}).get("norms")
+    taken = ({"test_images": len(norms)} if norms else {}) | (run.measures.get("taken_with") or {})
+    return {name.replace("_", " "): str(value) for name, value in taken.items()}
+
+
+def unlike_measures(study: StudyRecord) -> list[str]:
+    """Each setting with what its runs were measured with, where that is not the same in all that tell it."""
+    values: dict[str, dict[str, list[str]]] = {}
+    for run in study.runs:
+        for name, value in _taken_with(run).items() if run.status == "finished" else ():
+            known = values.setdefault(run.setting, {}).setdefault(name, [])
+            known += [] if value in known else [value]
+    unlike = {
+        setting: ", ".join(f"{name} {' or '.join(known)}" for name, known in names.items() if len(known) > 1)
+        for setting, names in values.items()
+    }
+    return [f"{setting}: {said}" for setting, said in unlike.items() if said]
 
 
 def _data(study: StudyRecord, setting: str) -> str:
@@ -92,4 +113,9 @@ def warnings(study: StudyRecord) -> list[str]:
         )
     if differing(study):
         said.append(f"The runs differ in: {', '.join(differing(study))}. The foot of the page lists the values.")
+    if unlike := unlike_measures(study):
+        said.append(
+            f"Some runs were measured with other settings than others ({'; '.join(unlike)}), so their measures do not "
+            "compare: delete measures.json of these runs and give `spectreg measure` for all of them alike."
+        )
     return said

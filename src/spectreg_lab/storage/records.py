@@ -56,6 +56,7 @@ class Measures(Record):
     jacobian: Jacobian | None = None
     perturbation: dict[str, list[Perturbed]] | None = None
     spectra: dict[str, Annotated[list[float], Field(min_length=1)]] | None = None
+    taken_with: dict[str, Any] | None = None
 
 
 class Line(Measures):

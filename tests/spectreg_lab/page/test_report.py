@@ -61,6 +61,29 @@ def test_the_foot_has_command_commit_versions_and_seeds_and_differing_versions_a
         assert said in words
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_runs_that_were_measured_with_unlike_settings_are_told_in_one_warning(tmp_path: Path, recorded: bool) -> None:
+    def measures(regime: str, method: str, seed: int) -> dict:
+        images = 8 if (regime, method, seed) == ("small", "decay", 0) else 64
+        taken = {"train_images": images, "test_images": images, "radii": [0.5], "steps": 10}
+        return {"jacobian": {"norms": [1.0] * images}} | ({"taken_with": taken} if recorded else {})
+
+    folder = folders.write_study(tmp_path / "s", measures=measures)
+    (told,) = [said for said in provenance.warnings(store.read_study(folder)) if "were measured with other" in said]
+    assert ("vgg: test images 64 or 8, train images 64 or 8)" if recorded else "vgg: test images 64 or 8)") in told
+    assert "`spectreg measure`" in told
+    assert "test images 64 or 8" in text(report.write(folder))
+
+
+def test_runs_measured_alike_before_and_after_that_was_recorded_are_no_warning(tmp_path: Path) -> None:
+    def measures(regime: str, method: str, seed: int) -> dict:
+        taken = {"train_images": 12, "test_images": 8, "radii": [0.5]}
+        return {"jacobian": {"norms": [1.0] * 8}} | ({"taken_with": taken} if seed else {})
+
+    study = store.read_study(folders.write_study(tmp_path / "s", measures=measures))
+    assert not [said for said in provenance.warnings(study) if "measured with" in said]
+
+
 def test_the_foot_has_epochs_learning_rates_strengths_and_the_rule_for_alpha(tmp_path: Path) -> None:
     case = {"model": {}, "data": {}, "epochs": 70, "learning_rate": {"small": 0.03, "large": 0.1}}
     settings = {"deep": case, "vgg": {"model": {}, "data": {}, "alpha": {"small": 0.7}}}
