@@ -47,6 +47,8 @@ def locate(name: str) -> tuple[str, list[Path]]:
         if images := [p for p in files if p.suffix.lower() in IMAGE_ENDINGS or _describes(p)]:
             return f"folder:{path}", images
         raise DataError(f"data {name!r}: the folder holds neither .parquet files nor images in train/ and test/")
+    if "$" in name:
+        raise DataError(f"data {name!r}: there is no folder {path}")
     known = [*DIGITS, *ALIASES]
     near = get_close_matches(name, known, n=1)
     if name in ALIASES or (name.count("/") == 1 and not name.startswith((".", "/", "~")) and not near):
@@ -106,7 +108,8 @@ def _from_datasets(source: str, files: list[Path], progress: Callable[[str], Non
     except DataError:
         raise
     except Exception as error:  # whatever the reader of the format raises, the user sees one line
-        raise DataError(f"{source} cannot be read: {type(error).__name__}: {_first_line(error)}") from error
+        besides = f" (and there is no folder {place} here)" if kind == "hub" and place not in ALIASES.values() else ""
+        raise DataError(f"{source} cannot be read: {type(error).__name__}: {_first_line(error)}{besides}") from error
     test = "test" if "test" in dataset else "validation"
     if "train" not in dataset or test not in dataset:
         raise DataError(f"{source} has the splits {sorted(dataset)}: train and test are needed")

@@ -16,8 +16,11 @@ BRIEF.maxstring = BRIEF.maxother = BRIEF.maxlong = 60
 
 
 def explain(error: ValidationError, root: type[Setting]) -> list[str]:
-    """The first faults, a line each: the field, what is wrong, and the nearest known name for an unknown one."""
-    faults = error.errors(include_url=False)
+    """The first faults, a line each: the field, what is wrong, and the nearest known name for an unknown one.
+
+    Unknown keys come first: one that is misspelt is missing, too.
+    """
+    faults = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
     more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
     return [*(_fault(fault, root) for fault in faults[:SHOWN]), *more]
 

@@ -297,6 +297,12 @@ def test_data_that_cannot_be_had_are_refused_with_what_would_do(setting, message
         load(setting)
 
 
+def test_a_folder_that_a_variable_names_wrongly_is_named_and_not_looked_for_on_the_hub(monkeypatch):
+    monkeypatch.setenv("SPECTREG_TEST_DATA", "/nonexistent")
+    with pytest.raises(DataError, match=r"there is no folder /nonexistent/cifar10-jpeg$"):
+        load(Data(name="${SPECTREG_TEST_DATA}/cifar10-jpeg"))
+
+
 def test_a_hub_name_that_cannot_be_reached_is_one_line_that_names_it():
     with pytest.raises(DataError, match=r"hub:uoft-cs/cifar10 cannot be read: \w+: .+"):
         load(Data(name="cifar10"))

@@ -116,6 +116,10 @@ BAD = {
     "a null byte in the file": (STUDY.encode() + b"\0", "cannot be read"),
     "nothing": ("", "name: Field required"),
     "a megabyte and more": ("#" * 1_100_000, "is no file of at most"),
+    "a misspelt key where all else is missing": (
+        "epoch = 2",
+        r"^study file \S+: epoch: unknown key, did you mean 'epochs'",
+    ),
     "an unknown key with a line break": (changed("epochs = 2", 'epochs = 2\n"a\\nb" = 1'), r"'a\\nb': unknown key"),
 }
 
