@@ -369,7 +369,7 @@ def test_a_step_that_the_scaler_skips_changes_no_weight(fused, decoupled):
     "settings",
     [{}, {"every": 4}, {"steps": 0.5}, {"every": 3, "steps": 1.5}, {"strength": lambda step: 0.02 * (step + 1)},
      {"decoupled": "independent"}],
-    ids=str,
+    ids=["plain", "every", "half", "every and halves", "schedule", "decoupled"],
 )  # fmt: skip
 @pytest.mark.parametrize("skipped", [(0, 4), (1, 2)])
 def test_steps_that_only_a_fused_optimizer_knows_to_be_skipped_do_not_count(settings, skipped):
@@ -393,7 +393,9 @@ def test_steps_that_only_a_fused_optimizer_knows_to_be_skipped_do_not_count(sett
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize(
-    "settings", [{}, {"every": 2}, {"decoupled": "independent"}, {"strength": lambda step: 0.1 * step}]
+    "settings",
+    [{}, {"every": 2}, {"decoupled": "independent"}, {"strength": lambda step: 0.1 * step}],
+    ids=["plain", "every", "decoupled", "schedule"],
 )
 def test_writing_and_reading_a_checkpoint_of_torch_takes_no_step(kind, settings):
     """torch fills an optimizer's empty state by a step without gradients and learning rates."""
@@ -433,6 +435,25 @@ def test_writing_and_reading_a_checkpoint_of_torch_takes_no_step(kind, settings)
         assert all(
             torch.equal(torch.as_tensor(x), torch.as_tensor(state["vectors"][name][key])) for key, x in vectors.items()
         )
+
+
+@pytest.mark.parametrize("skips", [0.0, 1.0])
+def test_whether_a_step_is_skipped_may_be_told_by_a_vector_of_one_number(skips):
+    """As the scaler of sharded gradients does."""
+    model = mlp(dtype=torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    regularizer = SpectralNormRegularizer(model, 0.1).attach(optimizer)
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.full((1,), skips)
+    model(batch(torch.float32)).square().mean().backward()
+    optimizer.step()
+    assert regularizer.state_dict()["vectors"]["0.weight"]["calls"] == 1 - skips
+
+
+def test_a_pickled_regularizer_is_as_large_as_its_vectors():
+    regularizer = SpectralNormRegularizer(mlp(widths=(40,) * 30), 0.1)
+    regularizer.sigma()
+    alone = len(pickle.dumps(regularizer.weights))
+    assert len(pickle.dumps(regularizer)) - alone < 29 * (2 * 40 * 8 + 2000)
 
 
 def test_by_hand_the_order_is_unscale_clip_add_step():

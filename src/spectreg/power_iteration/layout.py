@@ -27,9 +27,16 @@ def layout_of(W: Any) -> tuple[Any, ...]:
     return W.device, W.dtype, W.requires_grad, mesh, placements, W.shape, type(W)
 
 
-def mesh_of(W: Any) -> tuple[int, frozenset[int]]:
-    """How many dimensions the mesh of the DTensor ``W`` has, and which ranks are in it."""
-    return W.device_mesh.ndim, frozenset(W.device_mesh.mesh.flatten().tolist())
+def mesh_of(W: Any) -> tuple[tuple[int, ...], frozenset[int]]:
+    """The shape of the mesh of the DTensor ``W``, and which ranks are in it."""
+    return tuple(W.device_mesh.shape), frozenset(W.device_mesh.mesh.flatten().tolist())
+
+
+def is_partly_gathered(W: Any) -> bool:
+    """Whether the DTensor ``W`` lies as fully_shard(reshard_after_forward=<int>) has it between its passes."""
+    placements = W.placements
+    two = len(placements) == 2 and placements[0].is_replicate() and placements[1].is_shard()
+    return two and W.device_mesh.mesh_dim_names is None
 
 
 def alike(weights: Sequence[Value]) -> list[tuple[Any, ...]]:

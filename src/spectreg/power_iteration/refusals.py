@@ -144,14 +144,25 @@ def refuse_gathered(names: Sequence[str]) -> None:
 
 
 def refuse_resharded(weight: Weight, tensors: Sequence[Tensor]) -> None:
-    """Refuse the gradient of parameters that were gathered when the penalty was taken, and no longer are."""
-    for part, T in zip(weight.factors, tensors, strict=True):
-        if T.is_leaf and not is_sharded(T) and is_sharded(part.tensor):
+    """Refuse the gradient of parameters that were gathered at penalty(), are sharded now, and still have it.
+
+    That is known at the end of the backward pass only: fully_shard may take it with that of another forward pass.
+    """
+    gathered = [
+        T for part, T in zip(weight.factors, tensors, strict=True)
+        if T.is_leaf and not is_sharded(T) and is_sharded(part.tensor)
+    ]  # fmt: skip
+
+    def check() -> None:
+        if any(T.grad is not None for T in gathered):
             raise RuntimeError(
                 f"weight {weight.name!r} was gathered when penalty() was taken, and was sharded again before the "
                 "gradient of the penalty came, which would be lost: take penalty() after the forward pass of training, "
                 "or call reshard() of the fully_shard model before (after validation, say)."
             )
+
+    if gathered:
+        torch.autograd.Variable._execution_engine.queue_callback(check)
 
 
 def refuse_schedules_in_a_graph(capturing: bool) -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spectreg.maps.factors import Value
-from spectreg.power_iteration.layout import alike, is_sharded, layout_of, mesh_of
+from spectreg.power_iteration.layout import alike, is_partly_gathered, is_sharded, layout_of, mesh_of
 from spectreg.power_iteration.refusals import (
     refuse_computed,
     refuse_constants,
@@ -101,7 +101,11 @@ class Group:
         device, odd = self.strength.device, halves % 2 == 1
         if self.count is None and not is_capturing(device):  # a graph would make it anew in every replay
             self.count = torch.full((), self.calls, device=device)
-        keep = keep.to(device) > 0 if isinstance(keep, Tensor) else torch.ones((), dtype=torch.bool, device=device)
+        keep = (
+            keep.to(device).reshape(()) > 0
+            if isinstance(keep, Tensor)
+            else torch.ones((), dtype=torch.bool, device=device)
+        )
         acts, from_u = keep, torch.zeros_like(keep)
         if (count := self.count) is not None:
             acts, from_u = keep & (count % every == 0), count // every * halves % 2 == 1
@@ -146,7 +150,7 @@ class State:
         self.halves, self.every, self.warmup, self.keeps_start = halves, every, warmup, keeps_start
         self.optimizers_of: Mapping[str, frozenset[int]] = {}
         self.strengths = Strengths({w.name: 0.0 for w in weights}, every)
-        self._meshes: dict[str, tuple[int, frozenset[int]]] = {}
+        self._meshes: dict[str, tuple[tuple[int, ...], frozenset[int]]] = {}
         self._note_shards({w.name: w.tensor for w in weights})
         self._saved = self._first()
         self._groups: list[Group] = []
@@ -231,14 +235,18 @@ class State:
         return [(g, [weights[w.name] for w in g.members]) for g in self._groups]
 
     def _note_shards(self, weights: Mapping[str, Value]) -> None:
-        """Tell which sharded weights are ``gathered``, and which only as far as a smaller part of the mesh.
+        """Tell which sharded weights are ``gathered``, and which only among some ranks.
 
         Those are parameters for a moment, which fully_shard drops after the backward pass. The second kind is that of
-        reshard_after_forward=<int>, which splits the mesh into two dimensions.
+        reshard_after_forward=<int>, which makes a mesh of its own.
         """
         meshes = {name: mesh_of(W) for name, W in weights.items() if is_sharded(W)}
         known = {name: self._meshes.get(name, mesh) for name, mesh in meshes.items()}
-        split = [name for name, (n, ranks) in meshes.items() if known[name][1] == ranks and n > known[name][0]]
+        split = [
+            name
+            for name, mesh in meshes.items()
+            if mesh != known[name] and mesh[1] <= known[name][1] and is_partly_gathered(weights[name])
+        ]
         self.partly_gathered = split
         self.gathered = sorted([*(self._meshes.keys() - meshes.keys()), *split])
         self._meshes |= {name: mesh for name, mesh in meshes.items() if name not in split}

@@ -248,7 +248,10 @@ class Vectors:
         """Copies of u, v and σ of each map, in the shapes that they were given in."""
         blocks = [m.blocks for m in self.maps]
         sides = [
-            [x.unflatten(1, (n, -1)).movedim(0, 2).contiguous() for n, x in zip(blocks, side, strict=True)]
+            [
+                x.unflatten(1, (n, -1)).movedim(0, 2).clone(memory_format=torch.contiguous_format)
+                for n, x in zip(blocks, side, strict=True)
+            ]
             for side in (self.us, self.vs)
         ]
         return list(zip(*sides, [s.clone() for s in self.sigmas], strict=True))

@@ -88,7 +88,7 @@ def _check_target(folder: Path, file: Path) -> None:
         raise RunError(
             f"{file} lies in the study folder, where an export is named {NAME}: leave it out, or use another"
         )
-    if file.is_file() and not _is_export(file):
+    if file.is_file() and file.stat().st_size and not _is_export(file):
         raise RunError(f"{file} is there already and is no earlier export, so it stays: give another name")
 
 

@@ -279,6 +279,41 @@ def penalty_of_weights_that_are_gathered_for_a_moment() -> None:
             loss.backward()
 
 
+def penalty_between_two_forward_passes() -> None:
+    plain = mlp()
+    sharded = copy.deepcopy(plain)
+    mesh, x = init_device_mesh("cpu", (dist.get_world_size(),)), torch.ones(2, 5, dtype=torch.float64)
+    for layer in sharded[::2]:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=False)
+    fully_shard(sharded, mesh=mesh)
+    for model in (plain, sharded):
+        regularizer = SpectralNormRegularizer(model, 0.1)
+        loss = model(x).square().mean()
+        loss = loss + regularizer.penalty()
+        (loss + model(x + 1).square().mean()).backward()
+    for p, q in zip(plain.parameters(), sharded.parameters(), strict=True):
+        torch.testing.assert_close(q.grad.full_tensor(), p.grad)
+
+
+def test_a_penalty_between_two_forward_passes_has_its_gradient_whole():
+    on_ranks(2, penalty_between_two_forward_passes)
+
+
+def made_between_tensor_parallel_and_data_parallel_of_one() -> None:
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    model = parallelize_module(mlp(), mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    regularizer = SpectralNormRegularizer(model, 0.1)
+    fully_shard(model, mesh=mesh["data"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regularizer.attach(optimizer)
+    model(torch.ones(2, 5, dtype=torch.float64)).square().mean().backward()
+    optimizer.step()
+
+
+def test_a_regularizer_made_before_fully_shard_spreads_tensor_parallel_weights_over_the_same_ranks_acts():
+    on_ranks(2, made_between_tensor_parallel_and_data_parallel_of_one)
+
+
 def test_a_penalty_whose_gradient_fully_shard_would_drop_is_refused():
     on_ranks(4, penalty_of_weights_that_are_gathered_for_a_moment)
 
