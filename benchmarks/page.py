@@ -31,8 +31,8 @@ every row in `results/core.md`.
 
 {core}
 Of sharded weights: the time beside that of gathering each, and the collectives of a step. Beside busy processes threads
-wait for each other, so a whole step multiplies one vector on one thread, and bfloat16 is converted on one. A step
-makes 3 calls of torch a weight, and 28 more for all weights together, where 15 were the aim.
+wait for each other, so a whole step multiplies on one thread, as bfloat16 is converted. A step makes 3 calls of torch a
+weight, and 28 for all together; 15 were the aim.
 
 ## Beside others
 
