@@ -159,7 +159,9 @@ class SpectralNormRegularizer(Following):
         derivative.
 
         Raises:
-            RuntimeError: The regularizer is ``decoupled`` or attached, or Opacus takes gradients by sample.
+            RuntimeError: The regularizer is ``decoupled`` or attached, Opacus takes gradients by sample, or
+                ``fully_shard`` has gathered a weight for a moment and would drop the gradient, which the backward pass
+                may be the first to say.
             ValueError: The penalty has no slope in σ.
             NotImplementedError: A transform of ``torch.func`` is at work.
         """

@@ -146,7 +146,8 @@ def refuse_gathered(names: Sequence[str]) -> None:
 def refuse_resharded(weight: Weight, tensors: Sequence[Tensor]) -> None:
     """Refuse the gradient of parameters that were gathered at penalty(), are sharded now, and still have it.
 
-    That is known at the end of the backward pass only: fully_shard may take it with that of another forward pass.
+    That is known at the end of the backward pass only: fully_shard may take it with that of another forward pass. Where
+    gradients are not synchronized it would stay there to be taken later, which cannot be told from one that is lost.
     """
     gathered = [
         T for part, T in zip(weight.factors, tensors, strict=True)

@@ -183,8 +183,9 @@ class State:
 
         With a ``keep`` of 0 nothing changes: the optimizer is to skip this step.
 
-        Refused are computed weights and sharded ones that are gathered, unless ``effective``, and weights that are not
-        among the parameters (by id) that are ``held``; all of these only where their strength is not 0.
+        Refused are computed weights and sharded ones that are gathered, of these only those gathered in part if
+        ``effective``, and weights that are not among the parameters (by id) that are ``held``; all of these only where
+        their strength is not 0.
         """
         groups = self.trained(optimizer)
         if effective:

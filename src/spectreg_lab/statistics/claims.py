@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, fields
 
 import pandas as pd
 
-from spectreg_lab.statistics.paired import Unit
+from spectreg_lab.statistics.paired import ANY, Unit
 from spectreg_lab.statistics.quantities import Numbers, correlations, fisher, points, unit
 
 BASELINES = ("vanilla", "decay", "adversarial")
@@ -17,7 +17,6 @@ METHODS = (*BASELINES, "spectral")
 # "except for the DenseNet model on the STL-10 dataset", Section 4.1; and Appendix B names VGGNet and NIN alone where
 # the gradient norm on training data does not predict the gap.
 STL10 = "densenet22/stl10"
-ANY = (-float("inf"), float("inf"))
 
 
 @dataclass(frozen=True)

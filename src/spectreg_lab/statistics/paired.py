@@ -17,6 +17,7 @@ Unit = Literal["", "ratio", "correlation"]
 # Differences below this are rounding, and would make a tiny p of nothing: stored accuracies have seven digits, and a
 # single one of a million images would be more.
 ROUNDING = 1e-6
+ANY = (-math.inf, math.inf)  # bounds of what has none
 
 
 def shown(value: float, unit: Unit = "") -> str:
@@ -68,9 +69,7 @@ def finite(differences: pd.Series) -> np.ndarray:
     return np.where(np.abs(values) < ROUNDING, 0.0, values)
 
 
-def interval(
-    differences: pd.Series, bounds: tuple[float, float] = (-math.inf, math.inf), level: float = 0.05
-) -> Difference:
+def interval(differences: pd.Series, bounds: tuple[float, float] = ANY, level: float = 0.05) -> Difference:
     """Student's interval for the mean of ``differences``, one a seed; values that are not finite are left out.
 
     Args:

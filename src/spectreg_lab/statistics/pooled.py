@@ -2,7 +2,7 @@
 
 The settings are taken as they are, not as a sample of all possible ones: each weighs the same, and the uncertainty is
 that of the seeds. Settings with fewer than two seeds do not enter. One whose seeds all differ by the same amount enters
-as if it had no spread, which it seldom has but where nothing can differ: where every accuracy is 1.
+as if it had no spread, as happens where nothing can differ: where every accuracy is 1.
 """
 
 import math
@@ -13,12 +13,11 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtr, stdtrit
 
-from spectreg_lab.statistics.paired import ROUNDING, Difference, Unit, finite, shown, within
+from spectreg_lab.statistics.paired import ANY, ROUNDING, Difference, Unit, finite, shown, within
 
 POWER = 0.8  # of the least effect that counts as detectable
 MOST = 1000  # seeds a setting beyond which none are named
 RESAMPLES = 1000
-ANY = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)

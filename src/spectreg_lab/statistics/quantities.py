@@ -117,7 +117,7 @@ def correlations(runs: pd.DataFrame, setting: str, column: str) -> pd.DataFrame:
     ``z`` is Fisher's.
     """
     seeds = {seed: rank_correlation(rows, column) for seed, rows in select(runs, setting=setting).groupby("seed")}
-    rows = [(r, points, fisher(r, points)) for r, points in seeds.values()]
+    rows = [(r, count, fisher(r, count)) for r, count in seeds.values()]
     return pd.DataFrame(rows, columns=["correlation", "runs", "z"], index=list(seeds))
 
 
@@ -165,7 +165,7 @@ def _through(epochs: pd.DataFrame) -> pd.DataFrame:
             correlation, count = rank_correlation(curve, *pair)
             row |= {through(*pair): fisher(correlation, count), points(through(*pair)): count}
         rows.append(row)
-    columns = [*POINT, *(name(through(*pair)) for name in (str, points) for pair in THROUGH_TRAINING)]
+    columns = [*POINT, *(name for pair in THROUGH_TRAINING for name in (through(*pair), points(through(*pair))))]
     return pd.DataFrame(rows, columns=columns).astype({name: epochs[name].dtype for name in POINT})
 
 

@@ -257,10 +257,12 @@ def test_a_loss_with_the_penalty_in_it_trains_under_fully_shard_as_it_does_unsha
 
 def penalty_of_weights_that_are_gathered_for_a_moment() -> None:
     """By validation before the training pass, or after that as far as a part of the mesh."""
-    mesh, x = init_device_mesh("cpu", (dist.get_world_size(),)), torch.ones(2, 5, dtype=torch.float64)
-    for reshard, message in (
-        (False, r"was gathered when penalty\(\) was taken"),
-        (2, "penalty.. before the forward pass"),
+    flat, x = init_device_mesh("cpu", (dist.get_world_size(),)), torch.ones(2, 5, dtype=torch.float64)
+    hybrid = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("replicate", "shard"))
+    for mesh, reshard, message in (
+        (flat, False, r"was gathered when penalty\(\) was taken"),
+        (flat, 2, "penalty.. before the forward pass"),
+        (hybrid, 2, "penalty.. before the forward pass"),
     ):
         model = mlp()
         for layer in model[::2]:
@@ -301,13 +303,13 @@ def test_a_penalty_between_two_forward_passes_has_its_gradient_whole():
 
 def made_between_tensor_parallel_and_data_parallel_of_one() -> None:
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    plain = mlp()
     model = parallelize_module(mlp(), mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
     regularizer = SpectralNormRegularizer(model, 0.1)
     fully_shard(model, mesh=mesh["data"])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    regularizer.attach(optimizer)
-    model(torch.ones(2, 5, dtype=torch.float64)).square().mean().backward()
-    optimizer.step()
+    train(model, regularizer)
+    train(plain, SpectralNormRegularizer(plain, 0.1))
+    assert_equal_to_unsharded(plain, model)
 
 
 def test_a_regularizer_made_before_fully_shard_spreads_tensor_parallel_weights_over_the_same_ranks_acts():

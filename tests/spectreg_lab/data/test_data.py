@@ -303,6 +303,16 @@ def test_a_folder_that_a_variable_names_wrongly_is_named_and_not_looked_for_on_t
         load(Data(name="${SPECTREG_TEST_DATA}/cifar10-jpeg"))
 
 
+def test_a_name_that_may_be_a_folder_or_of_the_hub_is_said_to_be_neither(monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: Path(name).read_bytes())
+    with pytest.raises(
+        DataError, match=r"^hub:no/folder cannot be read: .* \(and there is no folder no/folder here\)$"
+    ):
+        load(Data(name="no/folder"))
+
+
 def test_a_hub_name_that_cannot_be_reached_is_one_line_that_names_it():
     with pytest.raises(DataError, match=r"hub:uoft-cs/cifar10 cannot be read: \w+: .+"):
         load(Data(name="cifar10"))

@@ -87,6 +87,8 @@ def test_an_export_replaces_earlier_ones_and_no_other_file(tmp_path: Path, conte
         with pytest.raises(RunError, match="is there already and is no earlier export"):
             archive.export(study, target)
         assert target.read_bytes() == content
+        target.write_bytes(b"")  # as mktemp makes it
+        assert archive.export(study, target) == 22
 
 
 @pytest.mark.parametrize(
