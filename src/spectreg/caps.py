@@ -156,6 +156,7 @@ class SpectralNormCap(Following):
         own = {w.name for group, _ in groups for w in group.members}
         refuse_gathered([name for name in self._state.gathered if name in own])
         _refuse_half(self.weights)
+        _refuse_shared(self.weights)
         for group, weights in groups:
             if held is not None:
                 refuse_strangers(group.members, weights, held)

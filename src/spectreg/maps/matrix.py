@@ -284,6 +284,8 @@ def add_products_(y: Float[Tensor, "m o"], A: Float[Tensor, "o i"], x: Float[Ten
 
 def add_times_(A: Float[Tensor, "n o"], x: Float[Tensor, "n k"], y: Float[Tensor, "k o"], alpha: float) -> None:
     """A += alpha·xy, rounded once to the precision of ``A``."""
+    if A.dtype.itemsize > x.dtype.itemsize:
+        x, y = x.to(A.dtype), y.to(A.dtype)
     if A.dtype == x.dtype and y.shape[0] == 1:
         A.addcmul_(x, y, value=alpha)  # a quarter faster than addr_
     elif A.dtype == x.dtype:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from spectreg.maps.factors import Factors, Value, tensors_of
 from spectreg.power_iteration.layout import is_sharded
@@ -62,10 +63,16 @@ def refuse_unfit(weights: Sequence[Weight], tensors: Sequence[Value]) -> None:
             )
 
 
+def some_share_memory(weights: Sequence[Value]) -> bool:
+    """Whether two of these may be one: asked at every step, since weights may be tied at any time."""
+    if torch.compiler.is_compiling():
+        return False
+    places = [W.data_ptr() if type(W) is Parameter else id(W) for W in weights]
+    return len(set(places)) < len(places)
+
+
 def refuse_twice_in_memory(weights: Sequence[Weight]) -> None:
     """Refuse a trained parameter that comes twice, or two that begin at the same place in memory."""
-    if torch.compiler.is_compiling():
-        return
     begins: dict[Hashable, tuple[str, int]] = {}
     for weight in weights:
         W = weight.tensor

@@ -20,6 +20,7 @@ from spectreg.power_iteration.refusals import (
     refuse_strangers,
     refuse_twice_in_memory,
     refuse_unfit,
+    some_share_memory,
 )
 from spectreg.power_iteration.step import Vectors, full_precision
 from spectreg.power_iteration.strengths import Strength, Strengths
@@ -223,10 +224,11 @@ class State:
     def arrange(self) -> Arranged:
         """The groups, with their weights as they are now."""
         weights: dict[str, Value] = {w.name: w.tensor for w in self.weights}
+        if some_share_memory(list(weights.values())):
+            refuse_twice_in_memory(self.acted_on())
         layout = [layout_of(W) for W in weights.values()], self.optimizers_of
         if layout != self._layout:
             refuse_unfit(self.weights, list(weights.values()))
-            refuse_twice_in_memory(self.acted_on())
             self._note_shards(weights)
             with torch.inference_mode(False):  # validation loops may be the first to ask for σ
                 self._saved = self._at_rest()

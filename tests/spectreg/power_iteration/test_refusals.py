@@ -197,3 +197,38 @@ def test_the_stable_rank_is_that_of_the_svd_at_any_scale(scale):
     S = torch.linalg.svdvals(layer.weight.detach().double())
     rank = SpectralNormRegularizer(layer, 0, warmup=100).stable_rank()["weight"]
     assert rank.item() == pytest.approx((S.square().sum() / S[0] ** 2).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("later", ["parameter", "memory", "strength"])
+def test_weights_that_are_tied_after_the_first_step_are_refused_at_the_next(later):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    regularizer = SpectralNormRegularizer(model, {"0.*": 0.1} if later == "strength" else 0.1)
+    regularizer.add_gradient()
+    if later == "parameter":
+        model[1].weight = model[0].weight
+    else:
+        model[1].weight.data = model[0].weight.data
+    if later == "strength":
+        regularizer.add_gradient()
+        regularizer.strength = 0.1
+    before = model[0].weight.grad.clone()
+    with pytest.raises(ValueError, match=r"'0.weight' and '1.weight' are .* acted on twice"):
+        regularizer.add_gradient()
+    assert torch.equal(model[0].weight.grad, before)
+
+
+def test_weights_that_are_tied_after_the_first_cap_are_refused_at_the_next():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    cap = SpectralNormCap(model, 0.1)
+    cap.apply()
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"would be scaled for '0.weight' and for '1.weight'"):
+        cap.apply()
+
+
+def test_a_gradient_of_more_precision_than_its_weight_keeps_it():
+    layer = nn.Linear(5, 4, bias=False)
+    layer.weight.grad_dtype = torch.float64
+    layer.weight.grad = torch.full((4, 5), 1 / 3, dtype=torch.float64)
+    SpectralNormRegularizer(layer, 1e-20).add_gradient()
+    assert (layer.weight.grad - 1 / 3).abs().max() < 1e-16
