@@ -4,6 +4,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class Attachment:
         refuse: Raises for an optimizer with which one cannot act.
         hook: Registers what happens at each step of an optimizer, of which it gets the number too.
         acted_on: Those of the weights that the optimizers have to hold; all of them by default.
+        wrappers: Which optimizers around those that move the weights are hooked, too; none by default.
 
     Raises:
         ValueError: A weight that is acted on and trained is held by none of them.
@@ -37,13 +39,16 @@ class Attachment:
         refuse: Callable[[Optimizer], None],
         hook: Callable[[Optimizer, int], Any],
         acted_on: Sequence[Weight] | None = None,
+        wrappers: Callable[[Optimizer, Optimizer], bool] = lambda outer, inner: False,
     ) -> None:
         inner = list({id(x): x for x in map(acting, optimizers)}.values())
+        nested = [layers(x) for x in optimizers]
+        outer = [(x, inner.index(each[-1])) for each in nested for x, y in pairwise(each) if wrappers(x, y)]
         for optimizer in inner:
             refuse(optimizer)
         held = [_parameters(optimizer) for optimizer in inner]
         self.optimizers_of = _optimizers_of(weights, held, weights if acted_on is None else acted_on)
-        self._handles = [hook(optimizer, number) for number, optimizer in enumerate(inner)]
+        self._handles = [hook(x, number) for number, x in enumerate(inner)] + [hook(*each) for each in outer]
         self._seen: dict[str, tuple[int, list[float]]] = {}
 
     def remove(self) -> None:
@@ -103,13 +108,35 @@ def before_steps(
 def after_steps(
     optimizers: Sequence[Any], weights: Sequence[Weight], act: Callable[[int, set[int]], None]
 ) -> Attachment:
-    """Act after each step, with the number of the optimizer and what it holds (by id)."""
+    """Act after each step, with the number of the optimizer and what it holds (by id).
+
+    Also after that of a wrapper which may move the weights once more.
+    """
     return Attachment(
         optimizers,
         weights,
         _refuse_averages,
         lambda optimizer, number: optimizer.register_step_post_hook(_after(number, act)),
+        wrappers=_may_move_weights,
     )
+
+
+def _may_move_weights(wrapper: Optimizer, inside: Optimizer) -> bool:
+    """Whether ``wrapper`` keeps tensors of its own, as Lookahead its slow weights, and not only a state inside."""
+    own = {name: x for name, x in vars(wrapper).items() if getattr(inside, name, None) is not x}
+    moves = getattr(wrapper, "state", None) is not getattr(inside, "state", None) or _holds_tensors(own)
+    if moves and not _runs_hooks(wrapper):
+        raise ValueError(
+            f"{type(wrapper).__name__} keeps weights of its own and runs no hooks in its step(), after which the "
+            "weights may be above the cap: call apply() after each step()."
+        )
+    return moves
+
+
+def _holds_tensors(x: Any) -> bool:
+    if isinstance(x, Mapping | list | tuple):
+        return any(map(_holds_tensors, x.values() if isinstance(x, Mapping) else x))
+    return isinstance(x, Tensor)
 
 
 def _refuse_averages(optimizer: Optimizer) -> None:
@@ -137,6 +164,14 @@ def acting(optimizer: Any) -> Optimizer:
 
     SAM in two calls, Lookahead, Opacus, Fabric and Accelerate step an optimizer inside.
 
+    Raises: as `layers` does.
+    """
+    return layers(optimizer)[-1]
+
+
+def layers(optimizer: Any) -> list[Optimizer]:
+    """``optimizer`` and those inside of one another that move the same parameters, the outermost first.
+
     Raises:
         TypeError: It is no optimizer.
         ValueError: Its step runs no hooks, or several optimizers inside hold its parameters.
@@ -161,14 +196,14 @@ def acting(optimizer: Any) -> Optimizer:
     }
     different = list({id(x): x for x in inside.values()}.values())
     if len(different) == 1:
-        return acting(different[0])
+        return [optimizer, *layers(different[0])]
     if different or not _runs_hooks(optimizer):
         holds = f"holds several optimizers ({', '.join(inside)})" if different else "runs no hooks in its step()"
         raise ValueError(
             f"attach() cannot act through this {type(optimizer).__name__}, which {holds}. Attach the optimizers that "
             "move the weights, or call add_gradient() before each step()."
         )
-    return optimizer
+    return [optimizer]
 
 
 def _runs_hooks(optimizer: Optimizer) -> bool:
@@ -196,6 +231,12 @@ def _hook(number: int, before_step: BeforeStep) -> Callable[..., Any]:
     def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _is_within_a_step(optimizer) or _fills_state():
             return None
+        if kwargs.get("grad_scaler") is not None:
+            raise RuntimeError(
+                f"the GradScaler hands itself to {type(optimizer).__name__}, which unscales the gradients within its "
+                "step(), where a penalty added before it would be divided by the scale: detach(), and add penalty() to "
+                "the loss."
+            )
         given: dict[int | str, Any] = dict(enumerate(args)) | kwargs
         place = _closure_place(optimizer, given) if len(given) > 1 else None
         if place is None:

@@ -442,3 +442,37 @@ def test_clipping_under_autocast_holds_the_promise(top):
         layer(torch.randn(2, 64)).sum().backward()
         optimizer.step()
     assert torch.linalg.matrix_norm(layer.weight.detach().double(), 2) <= 1 + PROMISE
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Every second step the weights go half the way back to slow ones that it keeps."""
+
+    def __init__(self, base: torch.optim.Optimizer, hooked: bool) -> None:
+        if hooked:
+            super().__init__(base.param_groups, {})
+        self.base, self.param_groups, self.state, self.steps = base, base.param_groups, base.state, 0
+        self.slow = [p.detach().clone() for p in base.param_groups[0]["params"]]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.base.step(closure)
+        self.steps += 1
+        if self.steps % 2 == 0:
+            for p, slow in zip(self.param_groups[0]["params"], self.slow, strict=True):
+                p.copy_(slow.lerp_(p, 0.5))
+
+
+@pytest.mark.parametrize("settings", [{}, {"retract": True}, {"by": "clip"}], ids=["scale", "retract", "clip"])
+def test_a_cap_holds_after_the_step_of_a_wrapper_that_moves_the_weights_once_more(settings):
+    layer = seeded(lambda: nn.Linear(8, 8, bias=False))
+    layer.weight.data *= 10
+    optimizer = Lookahead(torch.optim.SGD(layer.parameters(), lr=0.1), hooked=True)
+    SpectralNormCap(layer, 1.0, **settings).attach(optimizer)
+    for _ in range(4):
+        optimizer.zero_grad()
+        layer(torch.ones(3, 8, dtype=layer.weight.dtype)).sum().backward()
+        optimizer.step()
+        assert torch.linalg.matrix_norm(layer.weight, 2) <= 1 + PROMISE
+    unhooked = Lookahead(torch.optim.SGD(layer.parameters(), lr=0.1), hooked=False)
+    with unchecked_types(), pytest.raises(ValueError, match=r"Lookahead keeps weights of its own .* call apply\(\)"):
+        SpectralNormCap(layer, 1.0).attach(unhooked)

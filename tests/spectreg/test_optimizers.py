@@ -546,3 +546,28 @@ def test_groups_say_the_strengths_of_all_their_weights_or_it_is_refused():
     regularizer = from_groups(model, optimizer)
     optimizer.step()
     assert regularizer.strength == {"0.weight": 0.1, "1.weight": 0.2}
+
+
+class TakesScaler(SGD):
+    """A step in the older way of fused optimizers: the scaler is an argument."""
+
+    _step_supports_amp_scaling = True
+
+    @torch.no_grad()
+    def step(self, closure=None, grad_scaler=None):
+        return super().step(closure)
+
+
+@pytest.mark.filterwarnings("ignore:.*grad_scaler:FutureWarning")
+def test_a_step_that_gets_the_scaler_as_an_argument_is_refused_and_without_one_acts():
+    layer = diagonal()
+    optimizer = TakesScaler(layer.parameters(), lr=RATE)
+    attached(layer, optimizer)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert sigma(layer) == ONCE
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(0 * layer(torch.ones(2, 4)).sum()).backward()
+    with pytest.raises(RuntimeError, match=r"hands itself to TakesScaler, .* add penalty\(\) to the loss"):
+        scaler.step(optimizer)
+    assert sigma(layer) == ONCE
