@@ -9,6 +9,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from spectreg.weights.tables import says_its_features, use_of
+
 
 class Role(Enum):
     """Of a parameter: what a known layer multiplies by, a bare matrix, rows that are looked up, or none of these."""
@@ -22,7 +24,6 @@ class Role(Enum):
 NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 EPSILONS = ("eps", "epsilon", "variance_epsilon")
-FEATURES = ("in_features", "out_features", "in_channels", "out_channels")
 
 # Of bare parameters only the name tells. Words between underscores, without digits at their ends.
 BIASES = {"bias", "biases", "rpb"}
@@ -86,17 +87,18 @@ def _role_of_a_bare_one(path: str, module: nn.Module, attribute: str, tensor: Te
     *_, holder = path.split(".")
     words = _words(f"{holder}_{attribute}" if isinstance(module, nn.ParameterList | nn.ParameterDict) else attribute)
     vector_in_disguise = sum(size > 1 for size in tensor.shape) < 2
-    if vector_in_disguise or words & BIASES or _is_a_scale(holder, module, attribute):
+    if vector_in_disguise or words & BIASES or _is_a_scale(holder, module, attribute, tensor):
         return Role.NONE
     if attribute == "weight" and _holds_a_table(_words(holder)):
-        return Role.TABLE
+        multiplies = says_its_features(module) or use_of(module, attribute, tensor) == "multiplied"
+        return Role.BARE if multiplies else Role.TABLE
     if _words(attribute.rpartition("_")[2]) & SCALES:  # weight_scale is the scale of a weight
         return Role.NONE
-    if words & MATRICES:
-        return Role.BARE
-    if words & SCALES or "log" in words or attribute.lower().endswith(STATES):
+    is_named_as_matrix = bool(words & MATRICES)
+    if not is_named_as_matrix and (words & SCALES or "log" in words or attribute.lower().endswith(STATES)):
         return Role.NONE
-    return Role.TABLE if words & TABLES else Role.BARE
+    is_named_as_table = not is_named_as_matrix and bool(words & TABLES)
+    return Role.TABLE if is_named_as_table or use_of(module, attribute, tensor) == "looked up" else Role.BARE
 
 
 def _holds_a_table(words: set[str]) -> bool:
@@ -104,15 +106,17 @@ def _holds_a_table(words: set[str]) -> bool:
     return (bool(words & HOLDERS) or any(word.startswith("emb") for word in words)) and not words & MATRICES
 
 
-def _is_a_scale(holder: str, module: nn.Module, attribute: str) -> bool:
+def _is_a_scale(holder: str, module: nn.Module, attribute: str, tensor: Tensor) -> bool:
     """Whether it is the scale of a normalization: of torch's, or of a module that is named or made like one."""
     if attribute not in ("weight", "scale", "gamma"):
         return False
     if isinstance(module, NORMALIZATIONS) or any(word.endswith("norm") or word == "ln" for word in _words(holder)):
         return True
+    if sum(size > 1 for size in tensor.shape) > 2 or says_its_features(module):
+        return False
     shapes = {tuple(p.shape) for p in module._parameters.values() if p is not None}
     has_epsilon = any(isinstance(getattr(module, name, None), float) for name in EPSILONS)
-    return has_epsilon and len(shapes) == 1 and not any(hasattr(module, name) for name in FEATURES)
+    return has_epsilon and len(shapes) == 1 and use_of(module, attribute, tensor) != "multiplied"
 
 
 def _words(name: str) -> set[str]:

@@ -1,11 +1,14 @@
 """Which parameters count as weights, and the linear map of each."""
 
 import sys
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
@@ -15,7 +18,6 @@ from spectreg.weights.module_names import named_modules
 from spectreg.weights.patterns import Patterns, some
 from spectreg.weights.reading import read_weight
 from spectreg.weights.roles import Role, role_of
-from spectreg.weights.tables import is_looked_up
 
 Select = Callable[[str, Tensor], bool]
 Candidate = tuple[str, nn.Module, str, Tensor]
@@ -120,15 +122,14 @@ def _candidates(model: nn.Module, embeddings: bool, named: Container[str]) -> It
 
     A tensor that is a table anywhere is one wherever it is tied. What is ``named`` counts whatever it is.
     """
-    owners: dict[int, list[tuple[Role, Candidate]]] = {}
+    owners: dict[Hashable, list[tuple[Role, Candidate]]] = {}
     for path, module in named_modules(model):
         _refuse_flattened(path, module)
+        _refuse_traced(path, module)
         for attribute, tensor, key in _tensors_of(module):
             name = f"{path}.{attribute}".lstrip(".")
             _refuse_hidden(name, tensor)
             role = role_of(path, module, attribute, tensor)
-            if role is Role.BARE and is_looked_up(module, attribute, tensor):
-                role = Role.TABLE
             if name in named and role is not Role.LAYER:
                 role = Role.BARE
             if role is not Role.NONE:
@@ -140,16 +141,41 @@ def _candidates(model: nn.Module, embeddings: bool, named: Container[str]) -> It
             yield (candidates[0][0], *candidates[best][1:])
 
 
-def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
-    """The parameters a module calls its own, and what tells tied ones apart; effective ones where parametrized."""
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor, Hashable]]:
+    """The parameters a module calls its own, and what tells tied ones apart; effective ones where parametrized.
+
+    Also a weight that is a plain tensor, which is refused unless it is left out.
+    """
     if isinstance(module, ParametrizationList):
         return
+    if isinstance(plain := vars(module).get("weight"), Tensor) and _is_set_by_others(module, "weight"):
+        yield "weight", plain, id(plain)
     for attribute, parameter in module._parameters.items():
         if parameter is not None:
             yield attribute, parameter, id(parameter)
     if is_parametrized(module):
         for attribute, parametrization in module.parametrizations.items():  # type: ignore[union-attr, operator]
-            yield attribute, read_weight(module, attribute), id(parametrization)
+            yield attribute, read_weight(module, attribute), _made_of(parametrization)
+
+
+def _made_of(parametrization: ParametrizationList) -> Hashable:
+    """The same for two that make the same of the same parameters: of one kind, with equal numbers for settings."""
+    settings = [(name, s) for x in parametrization for name, s in vars(x).items() if not name.startswith("_")]
+    if next(parametrization.buffers(), None) is not None or not all(isinstance(s, int | float) for _, s in settings):
+        return id(parametrization)
+    return *map(id, parametrization.parameters()), *map(type, parametrization), *settings
+
+
+def _refuse_traced(path: str, module: nn.Module) -> None:
+    """Raise where the layers are gone: in TorchScript, and in what torch.export makes of a model."""
+    graph = getattr(module, "graph", None)
+    lowered = isinstance(graph, fx.Graph) and any(isinstance(node.target, OpOverload) for node in graph.nodes)
+    if (lowered or isinstance(module, torch.jit.ScriptModule)) and next(module.parameters(), None) is not None:
+        made = "exported" if lowered else "scripted"
+        raise ValueError(
+            f"module {path or type(module).__name__!r} is {made}: its weights no longer say which layers they belong "
+            f"to. Give the model as it was before it was {made}."
+        )
 
 
 def _refuse_flattened(path: str, module: nn.Module) -> None:
@@ -174,7 +200,7 @@ def _refuse_hidden(name: str, tensor: Tensor) -> None:
     if hasattr(tensor, "ds_id"):
         raise ValueError(
             f"parameter {name!r} is partitioned by DeepSpeed's ZeRO stage 3, which hides its shape and values. "
-            "Use stage 1 or 2, or fully_shard (FSDP2)."
+            "Use stage 1 or 2 with penalty() in the loss, or fully_shard (FSDP2)."
         )
 
 
@@ -186,8 +212,20 @@ def _refuse_unsupported(name: str, module: nn.Module, attribute: str, tensor: Te
             f"weight {name!r} is complex ({tensor.dtype}), which is not supported. "
             "Leave it out with select, or store its real and imaginary parts."
         )
+    if tensor.layout != torch.strided:
+        raise ValueError(f"weight {name!r} is sparse ({tensor.layout}), which is not supported: leave it out.")
+    if tensor.ndim < 2 or not tensor.numel() or not tensor.is_floating_point():
+        raise ValueError(
+            f"parameter {name!r}, which map names, has the shape {tuple(tensor.shape)} and is of {tensor.dtype}: a "
+            "weight has two dimensions, and numbers that can be trained."
+        )
     if tensor.element_size() == 1:
         raise ValueError(f"weight {name!r} is of {tensor.dtype}, which cannot be trained: leave it out with select.")
+    if _is_set_by_others(module, attribute):
+        raise ValueError(
+            f"{name!r} belongs to a layer whose weight is no parameter but a tensor that other code sets: use "
+            "torch.nn.utils.parametrizations, and penalty(), or leave it out with select."
+        )
     if _is_part_of_a_hooked_weight(module, attribute):
         raise ValueError(
             f"parameter {name!r} is part of a weight that a hook computes in the forward pass (weight_norm, "
@@ -195,10 +233,23 @@ def _refuse_unsupported(name: str, module: nn.Module, attribute: str, tensor: Te
         )
 
 
+def _is_set_by_others(module: nn.Module, attribute: str) -> bool:
+    """Whether it is, or seems to be made into, the weight of a layer that somebody sets before each forward pass."""
+    if not isinstance(module, nn.Linear | nn.Bilinear | _ConvNd) or "weight" in module._parameters:
+        return False
+    if is_parametrized(module, "weight") or "weight" in _made_by_hooks(module):
+        return False
+    return attribute.split("_")[0] == "weight"
+
+
 def _is_part_of_a_hooked_weight(module: nn.Module, attribute: str) -> bool:
     """Whether a hook of ``torch.nn.utils`` makes another attribute of this one before each forward pass."""
-    made = {getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in module._forward_pre_hooks.values()}
-    return attribute.removesuffix("_v").removesuffix("_orig") in made - {attribute}
+    made = _made_by_hooks(module) - {attribute}
+    return attribute.removesuffix("_v").removesuffix("_g").removesuffix("_orig") in made
+
+
+def _made_by_hooks(module: nn.Module) -> set[str | None]:
+    return {getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in module._forward_pre_hooks.values()}
 
 
 def _check_not_empty(model: nn.Module, names: list[str], weights: list[Weight]) -> None:

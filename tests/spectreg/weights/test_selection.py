@@ -1,6 +1,7 @@
 """Which parameters count, and what is refused: every error is one clear line with the way out."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -68,6 +69,38 @@ def zero3():
     return layer
 
 
+def exported():
+    return torch.export.export(nn.Sequential(nn.Conv2d(2, 4, 3, groups=2)), (torch.zeros(1, 2, 5, 5),)).module()
+
+
+def generated():
+    layer = nn.Linear(3, 3)
+    del layer.weight
+    layer.weight = torch.ones(3, 3)
+    return layer
+
+
+def renamed():
+    layer = nn.Linear(3, 3)
+    layer.weight_bar = nn.Parameter(layer.weight.detach())
+    del layer.weight
+    return layer
+
+
+def sparse():
+    layer = nn.Linear(3, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer.weight = nn.Parameter(layer.weight.detach().to_sparse_csr())
+    return layer
+
+
+def magnitudes():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(nn.LSTM(3, 4), "weight_hh_l0")
+
+
 REFUSED = {
     "no weights": (lambda: nn.BatchNorm1d(3), {}, "BatchNorm1d has no weight to regularize"),
     "embeddings only": (lambda: nn.Embedding(3, 2), {}, "embeddings=True counts embeddings"),
@@ -124,6 +157,18 @@ REFUSED = {
     "fsdp1": (flat, {}, "'_flat_param' is a flat parameter of FSDP1"),
     "zero 3": (zero3, {}, "'weight' is partitioned by DeepSpeed's ZeRO stage 3"),
     "lazy": (lambda: nn.LazyLinear(3), {}, "'weight' is uninitialized (a lazy module)"),
+    "scripted": (lambda: torch.jit.script(nn.Sequential(nn.Conv2d(2, 4, 3, groups=2))), {}, "is scripted"),
+    "exported": (exported, {}, "'GraphModule' is exported: its weights no longer say which layers they belong to"),
+    "a weight that other code sets": (generated, {}, "'weight' belongs to a layer whose weight is no parameter"),
+    "a raw weight of another name": (renamed, {}, "'weight_bar' belongs to a layer whose weight is no parameter"),
+    "sparse": (sparse, {}, "weight 'weight' is sparse (torch.sparse_csr)"),
+    "a vector that map names": (mlp, {"map": {"0.bias": "matrix"}}, "'0.bias', which map names, has the shape (8,)"),
+    "no numbers that map names": (
+        lambda: nn.ParameterDict({"e": torch.zeros(0, 4)}), {"map": {"e": "matrix"}}, "has the shape (0, 4)",
+    ),
+    "magnitudes of an LSTM": (
+        magnitudes, {"select": lambda name, _: not name.endswith("_v")}, "part of a weight that a hook",
+    ),
     "hooked": (lambda: prune.l1_unstructured(nn.Linear(3, 3), "weight", 1), {}, "part of a weight that a hook"),
 }  # fmt: skip
 
@@ -260,3 +305,21 @@ def test_the_repr_says_what_is_regularized():
     text = repr(SpectralNormRegularizer(nn.Conv2d(4, 6, 3, groups=2), 0.25, every=3))
     for part in ("1 weights with 2 blocks", "strength=0.25", "Square", "steps=1", "every=3"):
         assert part in text
+
+
+class Scaled(nn.Module):
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x):
+        return self.by * (x + x.T)
+
+
+@pytest.mark.parametrize(("by", "expected"), [(1.0, ["a.weight"]), (2.0, ["a.weight", "b.weight"])])
+def test_a_parameter_tied_under_equal_parametrizations_counts_once(by, expected):
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    model["b"].weight = model["a"].weight
+    for name, factor in (("a", 1.0), ("b", by)):
+        nn.utils.parametrize.register_parametrization(model[name], "weight", Scaled(factor))
+    assert names(model) == expected

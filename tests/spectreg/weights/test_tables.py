@@ -127,3 +127,42 @@ def test_looking_leaves_module_random_state_and_hooks_alone():
     assert table.training
     assert not calls
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Cosine(Table):
+    eps = 1e-6
+
+    def forward(self, x):
+        return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+
+
+class Modulated(Table):
+    eps = 1e-6
+
+
+class Normalized(Table):
+    eps = 1e-6
+
+    def forward(self, x):
+        return F.layer_norm(x, x.shape[-1:]) * self.weight
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (7, 4), (2, 4)])
+def test_a_module_with_an_epsilon_that_multiplies_has_a_weight_and_one_that_scales_has_none(shape):
+    model = nn.ModuleDict({"a": Cosine(*shape), "b": Normalized(*shape), "c": Modulated(1, 5, *shape)})
+    assert names(model, embeddings=True) == ["a.weight", "c.weight"]
+
+
+@pytest.mark.parametrize("holder", ["embed", "pos", "lookup"])
+@pytest.mark.parametrize("shape", [(4, 4), (7, 4), (2, 4)])
+def test_what_multiplies_is_a_weight_under_the_name_of_a_table_too(holder, shape):
+    assert names(nn.ModuleDict({holder: Rows(*shape), "head": nn.Linear(4, 2)})) == [f"{holder}.weight", "head.weight"]
+
+
+class AllPositions(Table):
+    def forward(self, x):
+        return x + self.weight
+
+
+def test_positions_that_are_added_to_all_places_are_a_table_by_their_name():
+    assert names(nn.ModuleDict({"pos": AllPositions(7, 4), "head": nn.Linear(4, 2)})) == ["head.weight"]
