@@ -3,11 +3,12 @@
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spectreg.lipschitz.calls import Call, Number, Operand, Rule, UnknownConstantError, finite
 
-SMOOTH_FROM = 20.0  # softplus turns into x at its threshold: from 20 on with a jump of 2e-9 at most, lost in rounding
+SMOOTH_FROM = {torch.float64: 37.0}  # softplus turns into x at its threshold, with a jump that rounding hides from here
 
 
 def times(constant: float) -> Rule:
@@ -58,8 +59,12 @@ def celu(call: Call, input: Operand, alpha: Number = 1.0, inplace: bool = False)
 
 
 def softplus(call: Call, input: Operand, beta: Number = 1.0, threshold: Number = 20.0) -> float:
-    if threshold < SMOOTH_FROM or beta == 0:
-        raise UnknownConstantError(f"with beta={beta}, threshold={threshold} it jumps; use a threshold of 20 or more")
+    least = SMOOTH_FROM.get(call.output.dtype, 20.0)
+    if threshold < least or beta == 0:
+        raise UnknownConstantError(
+            f"with beta={beta}, threshold={threshold} it jumps in {call.output.dtype}; use a threshold of {least:g} or "
+            "more"
+        )
     return input.bound
 
 

@@ -82,7 +82,7 @@ def lipschitz_bound(
         x = torch.randn(2, *input_shape, dtype=dtype, device=device_of(model))  # as_found puts the generator back
         one, two = (output_of(model, x[:n].clone(), input_shape) for n in (1, 2))
         graph = walk.value(x[:1].clone())
-        if not close(graph, one, 1e-3):
+        if not close(graph, one, min(1e-3, torch.finfo(x.dtype).eps ** 0.75)):
             raise ValueError("the graph that torch.fx traced computes something else: look for in-place changes.")
         in_rows = one.shape[:1] == (1,) and two.shape == (2, *one.shape[1:])
         if in_rows and not close(two[:1], one, torch.finfo(x.dtype).eps ** 0.5):
@@ -212,7 +212,10 @@ class Walk(fx.Interpreter):
             raise UnknownConstantError("no constant is known for more than one input")
         if call.module is not None and hooks(call.module):
             raise UnknownConstantError("it has hooks, which may change its input or output")
-        return before * (constant(call) if callable(constant) else float(constant))
+        L = constant(call) if callable(constant) else float(constant)
+        if L < 0:
+            raise ValueError(f"constants: the Lipschitz constant of {name_of(n)!r} is {L}, and must not be negative.")
+        return before * L
 
     def operand(self, node: fx.Node) -> Any:
         """The value of a node; with its bound, if it depends on the input."""

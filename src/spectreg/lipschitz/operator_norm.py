@@ -88,6 +88,7 @@ def operator_norm(
         raise ValueError(f"input_shape is {input_shape!r}: give the shape of one example, such as (3, 32, 32).")
     if any(parameter.numel() == 0 for parameter in layer.parameters()):
         raise ValueError(f"{layer} has a parameter without entries: it has no norm.")
+    input_shape = tuple(input_shape)
     goal, generator = Goal(1, tolerance, max_products), own_generator(generator)
     with undisturbed(layer), torch.inference_mode(False), torch.no_grad():
         require_finite(layer)

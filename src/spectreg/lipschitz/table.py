@@ -77,9 +77,12 @@ FUNCTIONS: dict[Any, Rule] = {
     **every(activations.sort, *both("sort")),
     **every(activations.topk, *both("topk")),
     **every(activations.where, torch.where),
-    **every(combinations.added, operator.add, operator.sub, *both("add", "sub", "subtract"), "add_", "sub_"),
-    **every(combinations.multiplied, operator.mul, *both("mul", "multiply"), "mul_"),
-    **every(combinations.divided, operator.truediv, *both("div", "divide", "true_divide"), "div_"),
+    **every(
+        combinations.added, operator.add, operator.iadd, operator.sub, operator.isub, *both("add", "sub", "subtract"),
+        "add_", "sub_",
+    ),
+    **every(combinations.multiplied, operator.mul, operator.imul, *both("mul", "multiply"), "mul_"),
+    **every(combinations.divided, operator.truediv, operator.itruediv, *both("div", "divide", "true_divide"), "div_"),
     **every(
         combinations.concatenated, torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack,
         torch.dstack,

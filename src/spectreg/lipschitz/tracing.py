@@ -1,5 +1,6 @@
 """The graph of a model by ``torch.fx``: modules that compute what the table says stay whole, others are traced into."""
 
+import operator
 import traceback
 from collections.abc import Container
 from pathlib import Path
@@ -31,11 +32,42 @@ def traced(model: nn.Module, whole: Container[Any]) -> fx.GraphModule:
         ) from error
 
 
+class InPlace(fx.Proxy):
+    """A traced value whose ``x += y`` changes it, as it does a tensor; torch's own makes ``x = x + y`` of that."""
+
+    def _changed(self, operation: Any, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._changed(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._changed(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._changed(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._changed(operator.itruediv, other)
+
+    def __ifloordiv__(self, other: Any) -> fx.Proxy:
+        return self._changed(operator.ifloordiv, other)
+
+    def __imod__(self, other: Any) -> fx.Proxy:
+        return self._changed(operator.imod, other)
+
+    def __ipow__(self, other: Any) -> fx.Proxy:
+        return self._changed(operator.ipow, other)
+
+
 class Tracer(fx.Tracer):
     def __init__(self, whole: Container[Any]) -> None:
         super().__init__()
         self.whole = whole
         self.inner: nn.Module | None = None
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return InPlace(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if type(m) in self.whole:

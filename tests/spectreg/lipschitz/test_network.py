@@ -327,6 +327,12 @@ def in_place(x):
     return torch.cat([y, z])
 
 
+def transposed_in_place(x):
+    y = x.mT
+    y += 1.0
+    return x
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -336,7 +342,8 @@ def in_place(x):
         (Apply(lambda x: x @ x.T), r"\(matmul\): both factors depend on the input"),
         (Apply(lambda x: F.dropout(x, 0.5)), r"\(dropout\): it is called with training=True"),
         (Apply(lambda x: x - x.mean(0)), "the output of an example depends on the others in its batch"),
-        (Apply(in_place), "traced computes something else: look for in-place changes"),
+        (Apply(in_place), r"\(iadd\): it changes in place a value that is used elsewhere too"),
+        (Apply(transposed_in_place), "traced computes something else: look for in-place changes"),
         (Apply(lambda x: (x, x)), "the model returns"),
         (nn.BatchNorm1d(4, track_running_stats=False), "keeps no running statistics"),
         (Apply(lambda x: x.view(torch.bfloat16)), r"\(view\): it reads the same bits as another type"),
@@ -482,7 +489,8 @@ def test_the_bound_scales_with_the_weights(exponent):
 
 def module_steps(width):
     return [
-        lambda: nn.Linear(width, width), nn.ReLU, nn.Tanh, nn.GELU, nn.Softplus, nn.ELU, nn.LogSigmoid, nn.Sigmoid,
+        lambda: nn.Linear(width, width), nn.ReLU, nn.Tanh, nn.GELU, lambda: nn.Softplus(threshold=40), nn.ELU,
+        nn.LogSigmoid, nn.Sigmoid,
         lambda: nn.LeakyReLU(-2.0), lambda: nn.BatchNorm1d(width), lambda: nn.BatchNorm1d(width, affine=False),
         lambda: nn.LayerNorm(width, eps=0.5), lambda: nn.Softmax(1), lambda: nn.LogSoftmax(1), lambda: nn.PReLU(width),
         lambda: hooked(nn.Linear(width, width), -0.5), lambda: hooked(nn.Tanh(), 2.0, pre=True),
@@ -567,3 +575,53 @@ def test_a_function_is_no_module_and_a_number_no_shape():
             lipschitz_bound(torch.relu, (4,))
         with pytest.raises(TypeError, match=r"such as \(4,\)"):
             lipschitz_bound(nn.Linear(4, 4), 4)
+
+
+class InPlace(nn.Module):
+    """A residual network that writes ``h += f(x)`` where h is its input, and gives that or something else back."""
+
+    def __init__(self, share: float, gives: str) -> None:
+        super().__init__()
+        self.share, self.gives = share, gives
+        self.first, self.second = (nn.Linear(3, 3, bias=False, dtype=torch.float64) for _ in range(2))
+        for layer in (self.first, self.second):
+            nn.init.eye_(layer.weight)
+
+    def forward(self, x):
+        h = x.clone() if self.gives == "copy" else x
+        h += self.share * self.first(x)
+        h += self.share * self.second(x)
+        return x if self.gives == "input" else h
+
+
+@pytest.mark.parametrize("share", [0.02, 1e-9])
+@pytest.mark.parametrize("gives", ["sum", "input"])
+def test_a_change_in_place_by_an_operator_of_a_value_used_elsewhere_is_refused(share, gives):
+    with pytest.raises(ValueError, match="it changes in place a value that is used elsewhere too"):
+        lipschitz_bound(InPlace(share, gives), (3,))
+
+
+def test_a_change_in_place_by_an_operator_of_a_value_used_nowhere_else_is_bounded():
+    assert lipschitz_bound(InPlace(0.5, "copy"), (3,)).value == pytest.approx(2.0)
+
+
+def test_a_size_may_be_counted_up_by_an_operator():
+    class Resized(nn.Module):
+        def forward(self, x):
+            n = x.shape[1]
+            n *= 2
+            n -= 1
+            return x.repeat(1, 2)[:, :n]
+
+    assert lipschitz_bound(Resized(), (3,)).value >= 1.0
+
+
+def test_softplus_in_float64_needs_a_threshold_at_which_it_does_not_jump():
+    with pytest.raises(ValueError, match=r"\(Softplus\): .* it jumps in torch.float64; use a threshold of 37 or more"):
+        lipschitz_bound(nn.Sequential(nn.Linear(3, 3), nn.Softplus()).double(), (3,))
+    assert lipschitz_bound(nn.Sequential(nn.Softplus(threshold=37)), (3,)).value == 1.0
+
+
+def test_a_negative_constant_is_refused():
+    with pytest.raises(ValueError, match=r"the Lipschitz constant of '.*' is -1.0, and must not be negative"):
+        lipschitz_bound(nn.Sequential(nn.Linear(3, 3), nn.Hardshrink()), (3,), constants={nn.Hardshrink: -1.0})
