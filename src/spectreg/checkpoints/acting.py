@@ -21,6 +21,7 @@ from spectreg.checkpoints.adapters import (
 )
 from spectreg.checkpoints.quantized import (
     PACKED,
+    TWO_IN_ONE,
     NotReadableError,
     belongs_to_a_coded_weight,
     decoded,
@@ -165,7 +166,7 @@ def why_not(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> str | N
         return "on the meta device, without values"
     if tensor.layout != torch.strided or tensor.is_quantized:
         return f"stored as {dtype}, {tensor.layout}"
-    if tensor.dtype in PACKED and is_packed(name, tensors):
+    if tensor.dtype in TWO_IN_ONE or (tensor.dtype in PACKED and is_packed(name, tensors)):
         return f"packed in {dtype} (GPTQ, AWQ, 4 bits): dequantize it with its own library"
     if not (tensor.is_floating_point() or is_coded(tensor)):
         return dtype

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spectreg.checkpoints.nested import state_dict
+from spectreg.checkpoints.quantized import NotReadableError
 
 ADAPTER = "adapter_config.json"
 OTHER_FORMATS = {
@@ -76,8 +77,17 @@ class Stored(Mapping[str, Tensor]):
         try:
             file = self._open.enter_context(safe_open(path, framework="pt"))
         except SafetensorError as error:
-            raise ValueError(f"{str(path)!r} is truncated or not a safetensors file: {error}") from error
-        self._loaders = {name: lambda name=name: file.get_tensor(name) for name in file.keys()}  # type: ignore[misc] # noqa: SIM118
+            raise ValueError(
+                f"{str(path)!r} is truncated or not a safetensors file, or newer than this safetensors: {error}"
+            ) from error
+
+        def read(name: str) -> Tensor:
+            try:
+                return file.get_tensor(name)
+            except SafetensorError as error:
+                raise NotReadableError(f"this safetensors cannot read it ({error})") from error
+
+        self._loaders = {name: lambda name=name: read(name) for name in file.keys()}  # type: ignore[misc] # noqa: SIM118
 
     def _read_index(self, index: Path) -> None:
         """The tensors that an ``index.json`` assigns to its shards, shard by shard."""

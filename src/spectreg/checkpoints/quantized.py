@@ -8,6 +8,7 @@ from torch import Tensor
 SUFFIXES = ("_scale_inv", "_scale", "_zero_point", "_scale_2", "_shape")
 BESIDE = ("scale_weight", "scale", "scales", "SCB", "qzeros", "g_idx", "weight_format", "weight_scale", "weight_shape")
 PACKED = (torch.uint8, torch.int32)
+TWO_IN_ONE = [getattr(torch, name) for name in ("float4_e2m1fn_x2",) if hasattr(torch, name)]  # of a newer torch
 BLOCK = 128  # of FP8 weights scaled by blocks, unless the shapes say otherwise
 
 

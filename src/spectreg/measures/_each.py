@@ -19,7 +19,8 @@ from spectreg.measures._outputs import flat_rows, output_of
 class Examples:
     """A batch of pairs whose inputs are about to be perturbed.
 
-    ``clean`` holds the unperturbed outputs, a row an example; ``weights`` what each example adds to the terms.
+    ``clean`` holds the unperturbed outputs, a row an example; ``weights`` what each example adds to the terms;
+    ``targets`` how many of these there are in the loss of each, where that is a sum.
     ``is_open`` is for a batch that `may_be_one_step`.
     """
 
@@ -29,11 +30,12 @@ class Examples:
     clean: Tensor
     weights: Tensor
     is_open: bool = False
+    targets: float = 1.0
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Any]:
         """The loss of each example at the inputs ``x``, and the outputs there."""
         output = call(self.model, x)
-        return each_loss(self.loss.of, output, self.batch[1]), output
+        return each_loss(self.loss.of, output, self.batch[1]) / self.targets, output
 
     def flat(self, output: Any) -> Tensor:
         return flat_rows(output, len(self.clean))
@@ -115,11 +117,12 @@ def examples_of(model: nn.Module, loss: PairLoss | WholeLoss, batch: Any, x: Ten
     if not are_rows(n, output, batch[1]):
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors(batch[1]))
         raise ValueError(f"the targets have shape {shapes} for {n} examples: they need one row for each example.")
-    weights = torch.zeros(n, dtype=torch.float64, device="cpu")
+    weights, targets = torch.zeros(n, dtype=torch.float64, device="cpu"), 1.0
     if value.factor:
         is_mean = loss.known_terms.is_mean
-        weights = example_weights(loss.of, output, batch[1], is_mean) * (value.count if is_mean else 1.0)
-    return Examples(model, loss, batch, clean, weights, is_open)
+        targets = 1.0 if is_mean else value.count / n
+        weights = example_weights(loss.of, output, batch[1], is_mean) * (value.count if is_mean else targets)
+    return Examples(model, loss, batch, clean, weights, is_open, targets)
 
 
 def whole_examples(

@@ -20,7 +20,10 @@ def example_dimension(x: Tensor, output: Any) -> int | None:
 
 def reached_places(x: Tensor, output: Any) -> list[list[list[int]]]:
     """For the first and the second dimension: the places along it that each of up to three outputs depends on."""
-    flat = next(t for t in tensors(output) if t.is_floating_point()).flatten()
+    first = next((t for t in tensors(output) if t.is_floating_point()), None)
+    if first is None:
+        raise ValueError(f"the model gives a {type(output).__name__}, in which no floating point tensor is seen.")
+    flat = first.flatten()
     masks: list[Tensor] = []
     for i in sample(flat) if flat.requires_grad else ():
         (g,) = torch.autograd.grad(flat[i], x, retain_graph=True, allow_unused=True)

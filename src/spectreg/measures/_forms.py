@@ -207,8 +207,12 @@ def loss_of(loss_fn: LossFunction | BatchLoss) -> PairLoss | WholeLoss:
 
 
 def refuse_unseen(batches: int, output: Any) -> None:
-    """Raise where several batches have one number each as their output, which hides what it is the mean of."""
-    if batches > 1 and not any(x.ndim for x in tensors(output)):
+    """Raise where a loss without a slope by any row may be hidden in an output: what it is the mean of is not seen."""
+    found = tensors(output)
+    if batches and not found:
+        raise ValueError(f"the model gives a {type(output).__name__}, in which no tensor is seen: {WAY_OUT}.")
+    numbers = [x for x in found if not x.ndim]
+    if batches > 1 and (len(numbers) == len(found) or any(x.is_floating_point() for x in numbers)):
         raise ValueError(f"the model gives no outputs with rows, so that batches cannot be weighed: {WAY_OUT}.")
 
 

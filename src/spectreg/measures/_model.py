@@ -1,6 +1,7 @@
 """Reading a model without changing it: evaluation mode, batches on its device, everything put back."""
 
 import sys
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,10 +20,10 @@ Batches = Iterable[Any]
 def as_found(model: nn.Module) -> Iterator[nn.Module]:
     """Evaluation mode inside; afterwards modes, attributes, buffers and the global generators are as they were.
 
-    Sets the ``training`` flags themselves: ``train()`` has side effects in some models (merged adapters). Inference
-    mode is left for the time inside, since nothing can be differentiated in it, and what makes two functions of one
-    model, see `one_function`. A parameter without values, or one that is not finite, is refused by name; buffers may
-    hold an infinite mask.
+    Hooks on gradients are off for the time inside. Sets the ``training`` flags themselves: ``train()`` has side effects
+    in some models (merged adapters). Inference mode is left, since nothing can be differentiated in it, and what makes
+    two functions of one model, see `one_function`. A parameter without values, or one that is not finite, is refused by
+    name; buffers may hold an infinite mask.
 
     >>> model = nn.BatchNorm1d(3)
     >>> with as_found(model):
@@ -37,7 +38,9 @@ def as_found(model: nn.Module) -> Iterator[nn.Module]:
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     dictionaries = [d for m, _ in modes for d in (vars(m), m._buffers) if isinstance(d, dict)]
-    entries = [(d, d.copy()) for d in dictionaries]
+    entries: list[tuple[Any, Any]] = [(d, d.copy()) for d in dictionaries]
+    entries += [(c, c.copy()) for d, own in entries for c in own.values() if isinstance(c, dict | list)]
+    hooked = [(p, p._backward_hooks) for p in model.parameters() if p._backward_hooks]
     unsaved = [(m._non_persistent_buffers_set, set(m._non_persistent_buffers_set)) for m, _ in modes]
     device = device_of(model)
     with (
@@ -50,8 +53,13 @@ def as_found(model: nn.Module) -> Iterator[nn.Module]:
         try:
             for module, _ in modes:
                 module.training = False
+                module._backward_hooks, module._backward_pre_hooks = OrderedDict(), OrderedDict()
+            for parameter, _ in hooked:
+                parameter._backward_hooks = None
             yield model
         finally:
+            for parameter, own_hooks in hooked:
+                parameter._backward_hooks = own_hooks
             for module, training in modes:
                 module.training = training
             for dictionary, own in entries:
@@ -154,8 +162,8 @@ def batches_on(device: torch.device, batches: Batches) -> Iterator[Any]:
 
 
 def examples_in(batch: Any) -> int:
-    """The length of the batch's first tensor that has one."""
-    return next((len(x) for x in tensors(batch) if x.ndim), 1)
+    """The length of the batch's longest tensor; some, such as boxes, may be empty where others are not."""
+    return max((len(x) for x in tensors(batch) if x.ndim), default=1)
 
 
 def moved(x: Tensor, device: torch.device) -> Tensor:

@@ -1,7 +1,8 @@
-"""Tensors inside the structures that loaders and models give: tuples, lists, mappings, outputs of transformers."""
+"""Tensors inside the structures that loaders and models give: tuples, lists, mappings, dataclasses."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +21,14 @@ def tensors(tree: Any) -> list[Tensor]:
         return [x for value in tree.values() for x in tensors(value)]
     if isinstance(tree, tuple | list):
         return [x for value in tree for x in tensors(value)]
-    return []
+    return [x for name in fields_of(tree) for x in tensors(getattr(tree, name))]
+
+
+def fields_of(tree: Any) -> list[str]:
+    """The names of what a dataclass holds."""
+    if not is_dataclass(tree) or isinstance(tree, type):
+        return []
+    return [field.name for field in fields(tree) if hasattr(tree, field.name)]
 
 
 def mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -34,6 +42,11 @@ def mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
         return changed
     if isinstance(tree, tuple | list):
         return sequence_like(tree, [mapped(function, value) for value in tree])
+    if names := fields_of(tree):
+        changed = copy.copy(tree)
+        for name in names:
+            object.__setattr__(changed, name, mapped(function, getattr(tree, name)))  # it may be frozen
+        return changed
     return tree
 
 

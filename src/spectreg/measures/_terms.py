@@ -223,7 +223,8 @@ def refuse_left_out(loss_fn: LossFunction, output: Any, y: Any) -> None:
     _, gradients = Part(loss_fn, mapped(lambda x: torch.full_like(x, 0.5), output), y).loss_and_gradients
     for g in gradients:
         for d in range(g.ndim):
-            if g.shape[:d] + g.shape[d + 1 :] == target.shape and g.any() and not g.any(d).all():
+            rows = g.any(d)
+            if rows.numel() == target.numel() and rows.any() and not rows.all():
                 raise ValueError(
                     "the loss is a sum that leaves out some targets (ignore_index?), so that its mean is not known: "
                     "use reduction='mean'."

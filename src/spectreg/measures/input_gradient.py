@@ -55,7 +55,7 @@ def input_gradient_norm(model: nn.Module, loss_fn: LossFunction | BatchLoss, bat
     InputGradientNorm(value=1.41421..., standard_error=0.0, examples=4)
     """
     loss = loss_of(loss_fn)
-    rows, terms, dimension, unclear = [], 0.0, None, None
+    rows, terms, dimension, unclear, several = [], 0.0, None, None, False
     with as_found(model), torch.enable_grad():
         for batch in loss.begin(model, perturbable(loss, batches_on(device_of(model), batches))):
             place = loss.place(batch)
@@ -66,8 +66,12 @@ def input_gradient_norm(model: nn.Module, loss_fn: LossFunction | BatchLoss, bat
                 continue
             if dimension is None and may_be_one_step(x, outputs.last):
                 unclear = x.shape
-            elif dimension is None:
-                dimension = checked_dimension(x, outputs.last)
+            elif not several:  # one example by itself does not tell whether others would matter
+                found = checked_dimension(x, outputs.last)
+                several = x.shape[found] > 1
+                if dimension not in (None, found):
+                    refuse_one_step(x.shape)
+                dimension = found
             g = gradient_by_input(value.loss, x).movedim(dimension or 0, 0)
             norms = value.factor * lengths(g).double().cpu()
             rows.append(torch.stack([norms, counted(loss, value.count, outputs.last, batch, len(norms))]))

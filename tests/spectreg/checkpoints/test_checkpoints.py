@@ -1,6 +1,7 @@
 """Weights of checkpoints as they act: what lies beside them, scales, adapters, files that are something else."""
 
 import json
+import struct
 import zipfile
 
 import pytest
@@ -414,3 +415,18 @@ def test_whether_a_weight_is_stored_turned_is_told_by_its_shape_and_not_by_one_s
             assert any("fan_in_fan_out" in why for why in skipped.values())
         else:
             assert found[f"{target}.weight"].sigma == pytest.approx(sigma(true[f"{target}.weight"]), rel=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("F4", 4), ("F6_E2M3", 6)])
+def test_a_tensor_of_a_dtype_that_is_not_known_stops_no_other(tmp_path, dtype, bits):
+    header, end = {}, 0
+    for name, kind, size in (("known", "F32", 64), ("odd", dtype, 2 * bits)):
+        header[name] = {"dtype": kind, "shape": [4, 4], "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+    skipped: dict[str, str] = {}
+    assert [spectrum.name for spectrum in each_spectrum(path, skipped=skipped)] == ["known"]
+    assert list(skipped) == ["odd"]

@@ -1,6 +1,7 @@
 """What the loss of several batches is: the loss of all their examples together, whatever it is the mean of."""
 
 import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -8,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cases import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import on_ranks
@@ -883,3 +885,149 @@ def test_data_that_are_not_finite_are_named_as_the_cause(measure, reduction):
     x[2, 1] = torch.nan
     with pytest.raises(ValueError, match="the loss is not finite"):
         measure(model, nn.CrossEntropyLoss(reduction=reduction), [(x, torch.tensor([0, 1, 2, 0, 1, 2]))])
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    logits: torch.Tensor
+    note: str = "kept"
+
+
+class Answering(nn.Module):
+    def __init__(self, layer, answer):
+        super().__init__()
+        self.layer, self.answer = layer, answer
+
+    def forward(self, x):
+        return self.answer(self.layer(x))
+
+
+def pairs(shape=(8,), classes=3, width=5):
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(classes, shape, generator=generator)
+    return torch.randn(*shape, width, generator=generator, dtype=torch.float64), y
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_an_output_that_is_a_dataclass_is_measured_as_its_tensors_are(reduction):
+    layer = seeded(lambda: nn.Linear(5, 3))
+    x, y = pairs()
+    batches = [(x[:3], y[:3]), (x[3:], y[3:])]
+    model = Answering(layer, Answer)
+
+    def loss(output, y):
+        return F.cross_entropy(getattr(output, "logits", output), y, reduction=reduction)
+
+    for measure in (
+        lambda model: hessian_top_eigenvalues(model, loss, batches).values,
+        lambda model: input_gradient_norm(model, loss, batches).value,
+        lambda model: perturbation_curve(model, loss, batches, [0.1])[0].loss,
+    ):
+        assert measure(model) == pytest.approx(measure(layer), rel=1e-6)
+
+
+class Opaque:
+    def __init__(self, logits):
+        self.logits = logits
+
+
+@pytest.mark.parametrize("measure", [hessian_top_eigenvalues, input_gradient_norm])
+def test_an_output_in_which_no_tensor_is_seen_is_refused_by_name(measure):
+    x, y = pairs()
+    model = Answering(seeded(lambda: nn.Linear(5, 3)), Opaque)
+    with pytest.raises(ValueError, match="the model gives a Opaque, in which no"):
+        measure(model, lambda output, y: F.cross_entropy(output.logits, y, reduction="sum"), [(x, y)])
+
+
+def test_several_batches_of_a_loss_that_the_model_gives_beside_its_outputs_are_refused():
+    x, y = pairs((8, 6))
+    model = Answering(seeded(lambda: nn.Linear(5, 3)), lambda z: {"logits": z, "loss": z.square().mean()})
+    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
+    with pytest.raises(ValueError, match="so that batches cannot be weighed"):
+        hessian_top_eigenvalues(model, lambda output, y: output["loss"], batches)
+    assert hessian_top_eigenvalues(model, lambda output, y: output["loss"], [(x, y)]).values
+
+
+def test_a_batch_is_left_out_only_where_all_of_its_tensors_are_empty():
+    x, y = pairs()
+    layer = seeded(lambda: nn.Linear(5, 3))
+    loss = BatchLoss(lambda model, b: (F.cross_entropy(model(b["x"]), b["y"]), len(b["y"])), input="x")
+    batches = [{"x": x[:3], "y": y[:3]}, {"x": x[3:], "y": y[3:]}]
+    boxes = [{"boxes": torch.zeros(n, 2)} | batch for n, batch in zip((2, 0), batches, strict=True)]
+    assert input_gradient_norm(layer, loss, boxes) == input_gradient_norm(layer, loss, batches)
+
+
+def test_a_sum_that_leaves_out_targets_is_refused_whatever_the_shape_of_the_outputs():
+    x, y = pairs((8, 6))
+    y[:, 2:] = 0
+
+    def loss(output, y):
+        return F.cross_entropy(output, y.flatten(), ignore_index=0, reduction="sum")
+
+    model = Answering(seeded(lambda: nn.Linear(5, 3)), lambda z: z.flatten(0, 1))
+    with pytest.raises(ValueError, match="a sum that leaves out some targets"):
+        hessian_top_eigenvalues(model, loss, [(x, y)])
+
+
+def test_a_sum_over_several_targets_an_example_is_divided_by_them_under_perturbations_too():
+    x, y = pairs((8, 6))
+    layer = seeded(lambda: nn.Linear(5, 3))
+    curves = [
+        perturbation_curve(
+            layer,
+            lambda output, y, reduction=reduction: F.cross_entropy(
+                output.flatten(0, 1), y.flatten(), reduction=reduction
+            ),
+            [(x[:3], y[:3]), (x[3:], y[3:])],
+            [0.0, 0.5],
+        )
+        for reduction in ("sum", "mean")
+    ]
+    assert [point.loss for point in curves[0]] == pytest.approx([point.loss for point in curves[1]], rel=1e-6)
+
+
+def test_hooks_on_gradients_change_no_measure_and_stay():
+    x, y = pairs()
+    model = seeded(lambda: nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)))
+
+    def measured():
+        return (
+            hessian_top_eigenvalues(model, F.cross_entropy, [(x, y)]).values,
+            input_gradient_norm(model, F.cross_entropy, [(x, y)]).value,
+            jacobian_norm(model, x).value.tolist(),
+        )
+
+    before, called = measured(), []
+    for p in model.parameters():
+        p.register_hook(lambda g: called.append(1) or 0.1 * g)
+    model[1].register_full_backward_hook(lambda module, gi, go: (0.1 * gi[0],))
+    assert measured() == before
+    assert not called
+    model(x).sum().backward()
+    assert len(called) == 4
+
+
+@pytest.mark.parametrize("first", [1, 4])
+def test_examples_that_depend_on_each_other_are_refused_whatever_the_first_batch(first):
+    x, y = pairs()
+    model = Answering(seeded(lambda: nn.Linear(5, 3)), lambda z: z - 0.9 * z.mean(0))
+    with pytest.raises(ValueError, match="an output depends on more than one example"):
+        input_gradient_norm(model, F.cross_entropy, [(x[:first], y[:first]), (x[first:], y[first:])])
+
+
+def test_lists_and_dictionaries_of_a_model_are_left_as_found():
+    class Remembering(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.seen, self.last = nn.Linear(5, 3, dtype=torch.float64), [], {}
+
+        def forward(self, x):
+            z = self.layer(x)
+            self.seen.append(z)
+            self.last["z"] = z
+            return z
+
+    x, y = pairs()
+    model = Remembering()
+    hessian_top_eigenvalues(model, F.cross_entropy, [(x, y)])
+    assert (model.seen, model.last) == ([], {})
