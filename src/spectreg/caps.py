@@ -131,13 +131,15 @@ class SpectralNormCap(Following):
         self._apply()
 
     def attach(self, *optimizers: Any) -> "SpectralNormCap":
-        """Act after every ``optimizer.step()``, whoever calls it, until ``detach``; of wrappers on the one inside.
+        """Act after every ``optimizer.step()``, whoever calls it, until ``detach``.
+
+        Of a wrapper after the step inside, and after its own where it may move the weights, as Lookahead does.
 
         Raises:
             TypeError: One of these is no optimizer.
             RuntimeError: It is attached already.
             ValueError: A weight is in none of the optimizers, the step of one runs no hooks, or one keeps averages of
-                its own that would not be capped.
+                its own that would not be capped, or is a wrapper that keeps weights and runs no hooks.
         """
         self._attach(lambda: after_steps(optimizers, self.weights, self._apply))
         return self
@@ -156,7 +158,7 @@ class SpectralNormCap(Following):
         own = {w.name for group, _ in groups for w in group.members}
         refuse_gathered([name for name in self._state.gathered if name in own])
         _refuse_half(self.weights)
-        _refuse_shared(self.weights)
+        _refuse_shared([w for w in self.weights if w.tensor.requires_grad])
         for group, weights in groups:
             if held is not None:
                 refuse_strangers(group.members, weights, held)

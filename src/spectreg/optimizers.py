@@ -123,8 +123,9 @@ def after_steps(
 
 def _may_move_weights(wrapper: Optimizer, inside: Optimizer) -> bool:
     """Whether ``wrapper`` keeps tensors of its own, as Lookahead its slow weights, and not only a state inside."""
-    own = {name: x for name, x in vars(wrapper).items() if getattr(inside, name, None) is not x}
-    moves = getattr(wrapper, "state", None) is not getattr(inside, "state", None) or _holds_tensors(own)
+    shared = {"param_groups", *(name for name, x in vars(wrapper).items() if getattr(inside, name, None) is x)}
+    own = {name: x for name, x in vars(wrapper).items() if name not in shared}
+    moves = getattr(wrapper, "state", inside.state) is not inside.state or _holds_tensors(own, _parameters(inside))
     if moves and not _runs_hooks(wrapper):
         raise ValueError(
             f"{type(wrapper).__name__} keeps weights of its own and runs no hooks in its step(), after which the "
@@ -133,10 +134,11 @@ def _may_move_weights(wrapper: Optimizer, inside: Optimizer) -> bool:
     return moves
 
 
-def _holds_tensors(x: Any) -> bool:
+def _holds_tensors(x: Any, but: set[int]) -> bool:
+    """Whether there are tensors in ``x`` other than single numbers and the parameters themselves."""
     if isinstance(x, Mapping | list | tuple):
-        return any(map(_holds_tensors, x.values() if isinstance(x, Mapping) else x))
-    return isinstance(x, Tensor)
+        return any(_holds_tensors(y, but) for y in (x.values() if isinstance(x, Mapping) else x))
+    return isinstance(x, Tensor) and x.ndim > 0 and id(x) not in but
 
 
 def _refuse_averages(optimizer: Optimizer) -> None:
@@ -233,9 +235,8 @@ def _hook(number: int, before_step: BeforeStep) -> Callable[..., Any]:
             return None
         if kwargs.get("grad_scaler") is not None:
             raise RuntimeError(
-                f"the GradScaler hands itself to {type(optimizer).__name__}, which unscales the gradients within its "
-                "step(), where a penalty added before it would be divided by the scale: detach(), and add penalty() to "
-                "the loss."
+                f"the GradScaler hands itself to {type(optimizer).__name__}, which unscales the gradients or skips the "
+                "step within its step(), where it cannot be seen: detach(), and add penalty() to the loss."
             )
         given: dict[int | str, Any] = dict(enumerate(args)) | kwargs
         place = _closure_place(optimizer, given) if len(given) > 1 else None

@@ -476,3 +476,34 @@ def test_a_cap_holds_after_the_step_of_a_wrapper_that_moves_the_weights_once_mor
     unhooked = Lookahead(torch.optim.SGD(layer.parameters(), lr=0.1), hooked=False)
     with unchecked_types(), pytest.raises(ValueError, match=r"Lookahead keeps weights of its own .* call apply\(\)"):
         SpectralNormCap(layer, 1.0).attach(unhooked)
+
+
+class Warmup(torch.optim.Optimizer):
+    """A wrapper that keeps no weights of its own, and has no state."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base, self.param_groups, self.scale = base, base.param_groups, torch.tensor(1.0)
+        self.params = [p for group in base.param_groups for p in group["params"]]
+
+    def step(self, closure=None):
+        self.base.step(closure)
+
+
+def test_a_wrapper_without_weights_of_its_own_is_no_hindrance():
+    layer = seeded(lambda: nn.Linear(8, 8, bias=False))
+    layer.weight.data *= 10
+    optimizer = Warmup(torch.optim.SGD(layer.parameters(), lr=0.1))
+    SpectralNormCap(layer, 1.0).attach(optimizer)
+    layer(torch.ones(3, 8, dtype=layer.weight.dtype)).sum().backward()
+    optimizer.step()
+    assert torch.linalg.matrix_norm(layer.weight, 2) <= 1 + PROMISE
+
+
+def test_frozen_weights_may_be_tied_after_the_first_cap():
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)))
+    model[:2].requires_grad_(False)
+    cap = SpectralNormCap(model, 0.1)
+    cap.apply()
+    model[1].weight = model[0].weight
+    cap.apply()
+    assert torch.linalg.matrix_norm(model[2].weight, 2) <= 0.1 * (1 + PROMISE)

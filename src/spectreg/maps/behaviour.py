@@ -1,5 +1,6 @@
 """Whether a layer computes what its attributes say, and a way to run it that leaves no trace."""
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from spectreg.maps.base import LinearMap
 
+OF_EVERY_MODULE = vars(nn.Module()).keys()  # what torch itself keeps in each
 LAYERS = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 )  # fmt: skip
@@ -143,8 +145,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 def put_back(now: Any, before: Any) -> None:
     """Give a dictionary or list the very entries that it had, unless it has them still."""
-    entries, old = (list(c.items()) if isinstance(c, dict) else [(0, entry) for entry in c] for c in (now, before))
-    if len(entries) == len(old) and all(k == n and a is b for (k, a), (n, b) in zip(entries, old, strict=True)):
+    pairs = [(now, before)] if isinstance(now, list) else [(now, before), (now.values(), before.values())]
+    if len(now) == len(before) and all(all(map(operator.is_, a, b)) for a, b in pairs):
         return
     now.clear()
     now.update(before) if isinstance(now, dict) else now.extend(before)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spectreg.measures._nested import copied, rows_of, tensors
-from spectreg.measures._terms import WAY_OUT, LossFunction, Part, Terms, near_half, refuse, scalar
+from spectreg.measures._terms import BY_HAND, WAY_OUT, LossFunction, Part, Terms, near_half, refuse, scalar
 from spectreg.measures.losses import BatchLoss
 
 
@@ -210,7 +210,7 @@ def refuse_unseen(batches: int, output: Any) -> None:
     """Raise where a loss without a slope by any row may be hidden in an output: what it is the mean of is not seen."""
     found = tensors(output)
     if batches and not found:
-        raise ValueError(f"the model gives a {type(output).__name__}, in which no tensor is seen: {WAY_OUT}.")
+        raise ValueError(f"the model gives a {type(output).__name__}, in which no tensor is seen: give {BY_HAND}.")
     numbers = [x for x in found if not x.ndim]
     if batches > 1 and (len(numbers) == len(found) or any(x.is_floating_point() for x in numbers)):
         raise ValueError(f"the model gives no outputs with rows, so that batches cannot be weighed: {WAY_OUT}.")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from spectreg.maps.behaviour import put_back
+from spectreg.maps.behaviour import OF_EVERY_MODULE, put_back
 from spectreg.measures._nested import mapped, tensors
 
 Batches = Iterable[Any]
@@ -39,7 +39,8 @@ def as_found(model: nn.Module) -> Iterator[nn.Module]:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     dictionaries = [d for m, _ in modes for d in (vars(m), m._buffers) if isinstance(d, dict)]
     entries: list[tuple[Any, Any]] = [(d, d.copy()) for d in dictionaries]
-    entries += [(c, c.copy()) for d, own in entries for c in own.values() if isinstance(c, dict | list)]
+    held = [c for m, _ in modes for name, c in vars(m).items() if name not in OF_EVERY_MODULE]
+    entries += [(c, c.copy()) for c in held if isinstance(c, dict | list)]
     hooked = [(p, p._backward_hooks) for p in model.parameters() if p._backward_hooks]
     unsaved = [(m._non_persistent_buffers_set, set(m._non_persistent_buffers_set)) for m, _ in modes]
     device = device_of(model)

@@ -5,6 +5,7 @@ weights, ignored targets, one term a token. Joining two batches tells: in a mean
 loss by the outputs of one of them is that of its own loss, times its share of the terms.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -222,13 +223,15 @@ def refuse_left_out(loss_fn: LossFunction, output: Any, y: Any) -> None:
         return
     _, gradients = Part(loss_fn, mapped(lambda x: torch.full_like(x, 0.5), output), y).loss_and_gradients
     for g in gradients:
-        for d in range(g.ndim):
-            rows = g.any(d)
-            if rows.numel() == target.numel() and rows.any() and not rows.all():
-                raise ValueError(
-                    "the loss is a sum that leaves out some targets (ignore_index?), so that its mean is not known: "
-                    "use reduction='mean'."
-                )
+        removed = [(d, g.shape[:d] + g.shape[d + 1 :]) for d in range(g.ndim)]
+        classes = [d for d, shape in removed if shape == target.shape]
+        classes = classes or [d for d, shape in removed if math.prod(shape) == target.numel()]
+        rows = [g.any(d) for d in classes]
+        if rows and g.any() and not any(bool(some.all()) for some in rows):
+            raise ValueError(
+                "the loss is a sum that leaves out some targets (ignore_index?), so that its mean is not known: "
+                "use reduction='mean'."
+            )
 
 
 def count_of_targets(output: Any, y: Any) -> int:

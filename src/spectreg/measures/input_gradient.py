@@ -66,11 +66,14 @@ def input_gradient_norm(model: nn.Module, loss_fn: LossFunction | BatchLoss, bat
                 continue
             if dimension is None and may_be_one_step(x, outputs.last):
                 unclear = x.shape
-            elif not several:  # one example by itself does not tell whether others would matter
+            elif dimension is None or (not several and x.shape[dimension] > 1):  # one example does not tell of others
                 found = checked_dimension(x, outputs.last)
                 several = x.shape[found] > 1
                 if dimension not in (None, found):
-                    refuse_one_step(x.shape)
+                    raise ValueError(
+                        f"a batch of shape {tuple(x.shape)} has its examples along another dimension than those before "
+                        "it: give batches with more than one example."
+                    )
                 dimension = found
             g = gradient_by_input(value.loss, x).movedim(dimension or 0, 0)
             norms = value.factor * lengths(g).double().cpu()

@@ -67,7 +67,7 @@ def some_share_memory(weights: Sequence[Value]) -> bool:
     """Whether two of these may be one: asked at every step, since weights may be tied at any time."""
     if torch.compiler.is_compiling():
         return False
-    places = [W.data_ptr() if type(W) is Parameter else id(W) for W in weights]
+    places = [W.data_ptr() if type(W) is Parameter and W.device.type in ("cpu", "cuda") else id(W) for W in weights]
     return len(set(places)) < len(places)
 
 

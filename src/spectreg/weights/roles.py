@@ -90,15 +90,16 @@ def _role_of_a_bare_one(path: str, module: nn.Module, attribute: str, tensor: Te
     if vector_in_disguise or words & BIASES or _is_a_scale(holder, module, attribute, tensor):
         return Role.NONE
     if attribute == "weight" and _holds_a_table(_words(holder)):
-        multiplies = says_its_features(module) or use_of(module, attribute, tensor) == "multiplied"
-        return Role.BARE if multiplies else Role.TABLE
+        return Role.BARE if use_of(module, attribute, tensor) == "multiplied" else Role.TABLE
     if _words(attribute.rpartition("_")[2]) & SCALES:  # weight_scale is the scale of a weight
         return Role.NONE
     is_named_as_matrix = bool(words & MATRICES)
     if not is_named_as_matrix and (words & SCALES or "log" in words or attribute.lower().endswith(STATES)):
         return Role.NONE
     is_named_as_table = not is_named_as_matrix and bool(words & TABLES)
-    return Role.TABLE if is_named_as_table or use_of(module, attribute, tensor) == "looked up" else Role.BARE
+    if is_named_as_table or (not says_its_features(module) and use_of(module, attribute, tensor) == "looked up"):
+        return Role.TABLE
+    return Role.BARE
 
 
 def _holds_a_table(words: set[str]) -> bool:
@@ -112,11 +113,13 @@ def _is_a_scale(holder: str, module: nn.Module, attribute: str, tensor: Tensor) 
         return False
     if isinstance(module, NORMALIZATIONS) or any(word.endswith("norm") or word == "ln" for word in _words(holder)):
         return True
-    if sum(size > 1 for size in tensor.shape) > 2 or says_its_features(module):
-        return False
-    shapes = {tuple(p.shape) for p in module._parameters.values() if p is not None}
+    shapes = [tuple(p.shape) for p in module._parameters.values() if p is not None]
     has_epsilon = any(isinstance(getattr(module, name, None), float) for name in EPSILONS)
-    return has_epsilon and len(shapes) == 1 and use_of(module, attribute, tensor) != "multiplied"
+    if not has_epsilon or len(set(shapes)) > 1 or says_its_features(module):
+        return False
+    if sum(size > 1 for size in tensor.shape) > 2:
+        return len(shapes) > 1  # a shift of the same shape, which no kernel has
+    return use_of(module, attribute, tensor) != "multiplied"
 
 
 def _words(name: str) -> set[str]:

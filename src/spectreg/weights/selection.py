@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from spectreg.maps.base import LinearMap
+from spectreg.maps.behaviour import LAYERS, OF_EVERY_MODULE, has_forward_of
 from spectreg.weights.kinds import InputSize, chosen_map, maps_of
 from spectreg.weights.module_names import named_modules
 from spectreg.weights.patterns import Patterns, some
@@ -94,12 +95,14 @@ def named_weights(
     wanted = Patterns("map", map)
     weights: list[Weight] = []
     names: list[str] = []
+    exported = {id(inner) for module in model.modules() if _is_exported(module) for inner in module.modules()}
     asked: set[Any] = set()
     for name, module, attribute, tensor in _candidates(model, embeddings, map if isinstance(map, Mapping) else ()):
         names.append(name)
         size, asked = sizes.get(name), asked | {wanted.get(name)}  # also for weights that ``select`` leaves out
         if select is not None and not select(name, tensor):
             continue
+        _refuse_traced(name, module, exported)
         _refuse_unsupported(name, module, attribute, tensor)
         try:
             maps = maps_of(module, attribute, tensor, size)
@@ -125,7 +128,6 @@ def _candidates(model: nn.Module, embeddings: bool, named: Container[str]) -> It
     owners: dict[Hashable, list[tuple[Role, Candidate]]] = {}
     for path, module in named_modules(model):
         _refuse_flattened(path, module)
-        _refuse_traced(path, module)
         for attribute, tensor, key in _tensors_of(module):
             name = f"{path}.{attribute}".lstrip(".")
             _refuse_hidden(name, tensor)
@@ -160,21 +162,29 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor, Hashable]]:
 
 def _made_of(parametrization: ParametrizationList) -> Hashable:
     """The same for two that make the same of the same parameters: of one kind, with equal numbers for settings."""
-    settings = [(name, s) for x in parametrization for name, s in vars(x).items() if not name.startswith("_")]
-    if next(parametrization.buffers(), None) is not None or not all(isinstance(s, int | float) for _, s in settings):
+    settings = [(name, s) for x in parametrization for name, s in vars(x).items() if name not in OF_EVERY_MODULE]
+    known = all(isinstance(s, int | float) for _, s in settings) and not any([*x.children()] for x in parametrization)
+    if next(parametrization.buffers(), None) is not None or not known:
         return id(parametrization)
     return *map(id, parametrization.parameters()), *map(type, parametrization), *settings
 
 
-def _refuse_traced(path: str, module: nn.Module) -> None:
-    """Raise where the layers are gone: in TorchScript, and in what torch.export makes of a model."""
+def _is_exported(module: nn.Module) -> bool:
+    """Whether it is what torch.export makes of a model: a graph of operators without layers."""
     graph = getattr(module, "graph", None)
-    lowered = isinstance(graph, fx.Graph) and any(isinstance(node.target, OpOverload) for node in graph.nodes)
-    if (lowered or isinstance(module, torch.jit.ScriptModule)) and next(module.parameters(), None) is not None:
-        made = "exported" if lowered else "scripted"
+    if not isinstance(graph, fx.Graph) or not any(isinstance(node.target, OpOverload) for node in graph.nodes):
+        return False
+    called = [module.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"]
+    return all(next(layer.parameters(), None) is None for layer in called)
+
+
+def _refuse_traced(name: str, module: nn.Module, exported: Container[int]) -> None:
+    """Raise where the layers are gone: in TorchScript, and in what torch.export makes of a model."""
+    made = "exported" if id(module) in exported else "scripted"
+    if made == "exported" or isinstance(module, torch.jit.ScriptModule):
         raise ValueError(
-            f"module {path or type(module).__name__!r} is {made}: its weights no longer say which layers they belong "
-            f"to. Give the model as it was before it was {made}."
+            f"weight {name!r} is of a model that was {made}, and no longer says which layer it belongs to: give the "
+            f"model as it was before, or leave the weight out with select."
         )
 
 
@@ -239,7 +249,10 @@ def _is_set_by_others(module: nn.Module, attribute: str) -> bool:
         return False
     if is_parametrized(module, "weight") or "weight" in _made_by_hooks(module):
         return False
-    return attribute.split("_")[0] == "weight"
+    own = hasattr(type(module), "weight") or not has_forward_of(
+        module, (*LAYERS, nn.Bilinear)
+    )  # a layer of its own kind
+    return attribute.split("_")[0] == "weight" and not own
 
 
 def _is_part_of_a_hooked_weight(module: nn.Module, attribute: str) -> bool:

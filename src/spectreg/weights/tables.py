@@ -34,10 +34,17 @@ def use_of(module: nn.Module, attribute: str, weight: Tensor) -> Literal["looked
     >>> use_of(Table(), "weight", Table().weight)
     'looked up'
     """
-    if weight.is_meta or is_sharded(weight) or attribute not in module._parameters or says_its_features(module):
+    if weight.is_meta or is_sharded(weight) or attribute not in module._parameters:
         return None
     if len(list(module.parameters())) > len(module._parameters):
         return None
+    try:
+        return _use_of(module, attribute, weight)
+    except Exception:  # of weights that give no numbers: fake ones, and those of eight bits
+        return None
+
+
+def _use_of(module: nn.Module, attribute: str, weight: Tensor) -> Literal["looked up", "multiplied"] | None:
     width = weight.shape[-1]
     place = torch.zeros(1, dtype=torch.long, device=weight.device)
     content = torch.linspace(1, 2, width, dtype=weight.dtype, device=weight.device).expand(1, 1, -1)

@@ -1031,3 +1031,38 @@ def test_lists_and_dictionaries_of_a_model_are_left_as_found():
     model = Remembering()
     hessian_top_eigenvalues(model, F.cross_entropy, [(x, y)])
     assert (model.seen, model.last) == ([], {})
+
+
+def test_a_dictionary_with_tensors_for_keys_is_no_hindrance():
+    x, y = pairs()
+    model = seeded(lambda: nn.Sequential(nn.Linear(5, 3)))
+    model.masks = {model[0].weight: torch.ones(3, 5)}
+    assert input_gradient_norm(model, F.cross_entropy, [(x, y)]).value > 0
+    assert list(model.masks) == [model[0].weight] or len(model.masks) == 1
+
+
+def test_a_sum_in_which_no_target_has_one_of_the_classes_leaves_nothing_out():
+    x, y = pairs((4, 6), classes=3)
+
+    def loss(output, y, reduction="sum"):
+        return F.nll_loss(output.flatten(0, 1), y.flatten(), reduction=reduction)
+
+    model = Answering(seeded(lambda: nn.Linear(5, 4)), lambda z: z.log_softmax(-1))
+    summed = hessian_top_eigenvalues(model, loss, [(x, y)]).values
+    mean = hessian_top_eigenvalues(model, functools.partial(loss, reduction="mean"), [(x, y)]).values
+    assert summed == pytest.approx(mean, rel=1e-6)
+
+
+def measure_and_train() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    x, y = pairs()
+    (point,) = perturbation_curve(model, F.cross_entropy, [(x, y)], [0.0])
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    assert point.loss == pytest.approx(loss.item())
+
+
+@pytest.mark.slow
+def test_a_sharded_model_trains_on_after_a_measure():
+    on_ranks(1, measure_and_train)

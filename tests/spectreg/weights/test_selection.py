@@ -157,8 +157,11 @@ REFUSED = {
     "fsdp1": (flat, {}, "'_flat_param' is a flat parameter of FSDP1"),
     "zero 3": (zero3, {}, "'weight' is partitioned by DeepSpeed's ZeRO stage 3"),
     "lazy": (lambda: nn.LazyLinear(3), {}, "'weight' is uninitialized (a lazy module)"),
-    "scripted": (lambda: torch.jit.script(nn.Sequential(nn.Conv2d(2, 4, 3, groups=2))), {}, "is scripted"),
-    "exported": (exported, {}, "'GraphModule' is exported: its weights no longer say which layers they belong to"),
+    "scripted": (
+        lambda: torch.jit.script(nn.Sequential(nn.Conv2d(2, 4, 3, groups=2))), {},
+        "weight '0.weight' is of a model that was scripted",
+    ),
+    "exported": (exported, {}, "weight '0.weight' is of a model that was exported, and no longer says which layer"),
     "a weight that other code sets": (generated, {}, "'weight' belongs to a layer whose weight is no parameter"),
     "a raw weight of another name": (renamed, {}, "'weight_bar' belongs to a layer whose weight is no parameter"),
     "sparse": (sparse, {}, "weight 'weight' is sparse (torch.sparse_csr)"),
@@ -308,18 +311,60 @@ def test_the_repr_says_what_is_regularized():
 
 
 class Scaled(nn.Module):
-    def __init__(self, by: float) -> None:
+    def __init__(self, by: float, hidden: float = 1.0) -> None:
         super().__init__()
-        self.by = by
+        self.by, self._hidden = by, hidden
 
     def forward(self, x):
-        return self.by * (x + x.T)
+        return self.by * self._hidden * (x + x.T)
 
 
-@pytest.mark.parametrize(("by", "expected"), [(1.0, ["a.weight"]), (2.0, ["a.weight", "b.weight"])])
-def test_a_parameter_tied_under_equal_parametrizations_counts_once(by, expected):
+def both(first, second):
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     model["b"].weight = model["a"].weight
-    for name, factor in (("a", 1.0), ("b", by)):
-        nn.utils.parametrize.register_parametrization(model[name], "weight", Scaled(factor))
-    assert names(model) == expected
+    for name, parametrization in (("a", first), ("b", second)):
+        nn.utils.parametrize.register_parametrization(model[name], "weight", parametrization)
+    return names(model)
+
+
+def test_a_parameter_tied_under_equal_parametrizations_counts_once():
+    assert both(Scaled(1.0), Scaled(1.0)) == ["a.weight"]
+    assert both(Scaled(1.0), Scaled(2.0)) == ["a.weight", "b.weight"]
+    assert both(Scaled(1.0), Scaled(1.0, hidden=2.0)) == ["a.weight", "b.weight"]
+    inside = [nn.Sequential(Scaled(by)) for by in (1.0, 2.0)]
+    assert both(*inside) == ["a.weight", "b.weight"]
+
+
+class Noisy(nn.Linear):
+    """A layer that makes its weight itself, of parameters of other names."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        del self.weight
+        self.weight_mu, self.weight_sigma = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight_mu + self.weight_sigma, self.bias)
+
+
+def test_a_layer_that_makes_its_weight_of_parameters_of_its_own_has_these_for_weights():
+    assert names(nn.Sequential(Noisy())) == ["0.weight_mu", "0.weight_sigma"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_part_may_be_left_out():
+    model = nn.ModuleDict({"frozen": torch.jit.script(nn.Linear(3, 3)), "head": nn.Linear(3, 2)})
+    assert names(model, select=lambda name, _: name.startswith("head")) == ["head.weight"]
+
+
+def test_a_traced_model_keeps_its_layers():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(2, 4, 3, groups=2)
+
+        def forward(self, x):
+            return torch.ops.aten.relu.default(self.layer(x))
+
+    (weight,) = named_weights(torch.fx.symbolic_trace(Net()))
+    assert weight.map.blocks == 2

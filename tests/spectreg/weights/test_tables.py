@@ -166,3 +166,29 @@ class AllPositions(Table):
 
 def test_positions_that_are_added_to_all_places_are_a_table_by_their_name():
     assert names(nn.ModuleDict({"pos": AllPositions(7, 4), "head": nn.Linear(4, 2)})) == ["head.weight"]
+
+
+class Shifted(Table):
+    eps = 1e-6
+
+    def __init__(self, *shape):
+        super().__init__(*shape)
+        self.bias = nn.Parameter(torch.randn(shape))
+
+
+def test_a_scale_and_shift_of_three_dimensions_are_no_kernel():
+    assert names(nn.ModuleDict({"a": Shifted(4, 5, 5), "b": nn.Linear(4, 2)}), embeddings=True) == ["b.weight"]
+
+
+@pytest.mark.parametrize("build", [Indexed, AllPositions])
+def test_a_table_that_says_its_features_is_one(build):
+    table = build(7, 4)
+    table.out_features = table.out_channels = 4
+    assert names(nn.ModuleDict({"pos_embed": table, "head": nn.Linear(4, 2)})) == ["head.weight"]
+
+
+def test_a_weight_of_eight_bits_is_not_run():
+    module = Modulated(4, 4)
+    module.weight = nn.Parameter(module.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    model = nn.ModuleDict({"a": module, "head": nn.Linear(4, 2)})
+    assert names(model, select=lambda name, _: name.startswith("head")) == ["head.weight"]
