@@ -3,6 +3,7 @@
 import operator
 import traceback
 from collections.abc import Container
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +39,13 @@ class InPlace(fx.Proxy):
     def _changed(self, operation: Any, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operation, (self, other), {})
 
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self._changed(operator.iadd, other)
-
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self._changed(operator.isub, other)
-
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self._changed(operator.imul, other)
-
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self._changed(operator.itruediv, other)
-
-    def __ifloordiv__(self, other: Any) -> fx.Proxy:
-        return self._changed(operator.ifloordiv, other)
-
-    def __imod__(self, other: Any) -> fx.Proxy:
-        return self._changed(operator.imod, other)
-
-    def __ipow__(self, other: Any) -> fx.Proxy:
-        return self._changed(operator.ipow, other)
+    __iadd__ = partialmethod(_changed, operator.iadd)
+    __isub__ = partialmethod(_changed, operator.isub)
+    __imul__ = partialmethod(_changed, operator.imul)
+    __itruediv__ = partialmethod(_changed, operator.itruediv)
+    __ifloordiv__ = partialmethod(_changed, operator.ifloordiv)
+    __imod__ = partialmethod(_changed, operator.imod)
+    __ipow__ = partialmethod(_changed, operator.ipow)
 
 
 class Tracer(fx.Tracer):

@@ -213,7 +213,9 @@ def refuse_unseen(batches: int, output: Any) -> None:
         raise ValueError(f"the model gives a {type(output).__name__}, in which no tensor is seen: give {BY_HAND}.")
     numbers = [x for x in found if not x.ndim]
     if batches > 1 and (len(numbers) == len(found) or any(x.is_floating_point() for x in numbers)):
-        raise ValueError(f"the model gives no outputs with rows, so that batches cannot be weighed: {WAY_OUT}.")
+        raise ValueError(
+            f"no output with rows does anything to the loss, so that batches cannot be weighed: {WAY_OUT}."
+        )
 
 
 def refuse_seen_together(silent: list[Part]) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
@@ -184,7 +183,7 @@ def _refuse_traced(name: str, module: nn.Module, exported: Container[int]) -> No
     if made == "exported" or isinstance(module, torch.jit.ScriptModule):
         raise ValueError(
             f"weight {name!r} is of a model that was {made}, and no longer says which layer it belongs to: give the "
-            f"model as it was before, or leave the weight out with select."
+            "model as it was before, or leave the weight out with select."
         )
 
 
@@ -223,7 +222,9 @@ def _refuse_unsupported(name: str, module: nn.Module, attribute: str, tensor: Te
             "Leave it out with select, or store its real and imaginary parts."
         )
     if tensor.layout != torch.strided:
-        raise ValueError(f"weight {name!r} is sparse ({tensor.layout}), which is not supported: leave it out.")
+        raise ValueError(
+            f"weight {name!r} is sparse ({tensor.layout}), which is not supported: leave it out with select."
+        )
     if tensor.ndim < 2 or not tensor.numel() or not tensor.is_floating_point():
         raise ValueError(
             f"parameter {name!r}, which map names, has the shape {tuple(tensor.shape)} and is of {tensor.dtype}: a "
@@ -245,14 +246,10 @@ def _refuse_unsupported(name: str, module: nn.Module, attribute: str, tensor: Te
 
 def _is_set_by_others(module: nn.Module, attribute: str) -> bool:
     """Whether it is, or seems to be made into, the weight of a layer that somebody sets before each forward pass."""
-    if not isinstance(module, nn.Linear | nn.Bilinear | _ConvNd) or "weight" in module._parameters:
-        return False
-    if is_parametrized(module, "weight") or "weight" in _made_by_hooks(module):
-        return False
-    own = hasattr(type(module), "weight") or not has_forward_of(
-        module, (*LAYERS, nn.Bilinear)
-    )  # a layer of its own kind
-    return attribute.split("_")[0] == "weight" and not own
+    if hasattr(type(module), "weight") or not has_forward_of(module, (*LAYERS, nn.Bilinear)):
+        return False  # a layer of its own kind, or none
+    known = "weight" in module._parameters or is_parametrized(module, "weight") or "weight" in _made_by_hooks(module)
+    return attribute.split("_")[0] == "weight" and not known
 
 
 def _is_part_of_a_hooked_weight(module: nn.Module, attribute: str) -> bool:
